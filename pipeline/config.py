@@ -1,0 +1,248 @@
+"""Everything that can be set, with its unit and range. Nothing but the standard library.
+
+A `Config` is built once, in the entry point, from a recipe and its overrides, and then only read. The string under
+each field is its documentation; `launch/options.py` prints it for `--help`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from pipeline.errors import ConfigError
+
+_frozen = dataclass(frozen=True, kw_only=True, slots=True)
+
+
+def _require(ok: bool, name: str, got: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={got!r} is not allowed; use {allowed}")
+
+
+def _one_of(name: str, got: str, allowed: tuple[str, ...]) -> None:
+    _require(got in allowed, name, got, "one of " + ", ".join(allowed))
+
+
+def _positive(name: str, got: float) -> None:
+    _require(math.isfinite(got) and got > 0, name, got, "a number above 0")
+
+
+@_frozen
+class DataConfig:
+    path: str = "data/digits"
+    """Folder that holds the shard sets `train/` and `val/`."""
+    image_size: int = 16
+    """Side of the square that the network sees, in pixels."""
+    global_batch: int = 128
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int = 16
+    """Samples per forward pass on one rank: the group that BatchNorm normalises. Part of the recipe."""
+    window_shards: int = 16
+    """Samples are shuffled within windows of this many shards; 0 shuffles the whole epoch."""
+    crop_area_min: float = 0.08
+    """Smallest random crop, as a fraction of the image's area, in (0, 1]; 1 with crop_aspect 1 is no crop."""
+    crop_aspect: float = 4 / 3
+    """Widest aspect ratio of a random crop, at least 1."""
+    flip: bool = True
+    """Mirror every second image at random while training."""
+    eval_resize: int = 0
+    """Shorter side before the central crop of an evaluation, in pixels; 0 takes image_size."""
+    threads: int = 0
+    """Decoding threads per rank; 0 takes this rank's share of the cores."""
+    prefetch: int = 3
+    """Micro-batches decoded ahead of the step, at least 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "global_batch", "micro_batch", "prefetch"):
+            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
+        for name in ("window_shards", "eval_resize", "threads"):
+            _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer of at least 0")
+        _require(0 < self.crop_area_min <= 1, "data.crop_area_min", self.crop_area_min, "a number in (0, 1]")
+        _require(
+            math.isfinite(self.crop_aspect) and self.crop_aspect >= 1,
+            "data.crop_aspect",
+            self.crop_aspect,
+            "a number of at least 1",
+        )
+        _require(
+            self.eval_resize == 0 or self.eval_resize >= self.image_size,
+            "data.eval_resize",
+            self.eval_resize,
+            f"0 or at least data.image_size={self.image_size}",
+        )
+        _require(
+            self.global_batch % self.micro_batch == 0,
+            "data.global_batch",
+            self.global_batch,
+            f"a multiple of data.micro_batch={self.micro_batch}",
+        )
+
+
+@_frozen
+class ModelConfig:
+    arch: str = "sew_tiny"
+    """Name of the network: sew_tiny, or sew_resnet with 18, 34, 50, 101 or 152 behind it."""
+    T: int = 4
+    """Time steps, at least 1."""
+    connect: str = "add"
+    """How a block joins its residual: add, and, iand."""
+    neuron: str = "if"
+    """Neuron model: if, lif."""
+    tau: float = 2.0
+    """Membrane time constant of lif, in time steps, at least 1."""
+    v_th: float = 1.0
+    """Firing threshold, above 0."""
+    reset: str = "hard"
+    """What a spike does to the potential: hard sets it to 0, soft subtracts v_th."""
+    surrogate: str = "triangle"
+    """Shape of the surrogate gradient: triangle, rectangle, atan, sigmoid."""
+    scale: str = "area"
+    """Normalisation of the surrogate: area (integral 1), peak (maximum 1)."""
+    width: float = 1.0
+    """Half-width of the surrogate at the start, in units of the potential, above 0."""
+
+    def __post_init__(self) -> None:
+        _require(self.T >= 1, "model.T", self.T, "an integer of at least 1")
+        _one_of("model.connect", self.connect, ("add", "and", "iand"))
+        _one_of("model.neuron", self.neuron, ("if", "lif"))
+        _one_of("model.reset", self.reset, ("hard", "soft"))
+        _one_of("model.surrogate", self.surrogate, ("triangle", "rectangle", "atan", "sigmoid"))
+        _one_of("model.scale", self.scale, ("area", "peak"))
+        _require(math.isfinite(self.tau) and self.tau >= 1, "model.tau", self.tau, "a number of at least 1")
+        _positive("model.v_th", self.v_th)
+        _positive("model.width", self.width)
+
+
+@_frozen
+class ChiConfig:
+    policy: str = "chi"
+    """fixed leaves the widths alone; chi holds every layer's indicator at its target."""
+    indicator: str = "coverage"
+    """What is held at the target: coverage, participation, chi."""
+    target: float = 0.5
+    """Target at the start of training, in (0, 1)."""
+    target_end: float = 0.3
+    """Target at the end; between the two it moves linearly with the position in the run."""
+    eta: float = 0.5
+    """Gain of the integral controller: log w += eta (target - indicator), above 0."""
+    interval: int = 10
+    """Optimizer steps between two decisions, at least 1."""
+    width_min: float = 0.05
+    """Narrowest width, above 0."""
+    width_max: float = 8.0
+    """Widest width."""
+    self_check: bool = True
+    """Compare the first χ with DeepSpeed's own full gradient and refuse to run where they differ."""
+
+    def __post_init__(self) -> None:
+        _one_of("chi.policy", self.policy, ("fixed", "chi"))
+        _one_of("chi.indicator", self.indicator, ("coverage", "participation", "chi"))
+        for name in ("target", "target_end"):
+            _require(0 < getattr(self, name) < 1, f"chi.{name}", getattr(self, name), "a number between 0 and 1")
+        _positive("chi.eta", self.eta)
+        _require(self.interval >= 1, "chi.interval", self.interval, "an integer of at least 1")
+        _positive("chi.width_min", self.width_min)
+        _require(
+            math.isfinite(self.width_max) and self.width_max > self.width_min,
+            "chi.width_max",
+            self.width_max,
+            f"a number above chi.width_min={self.width_min}",
+        )
+
+
+@_frozen
+class OptimConfig:
+    lr: float = 0.1
+    """Peak learning rate of SGD, above 0."""
+    momentum: float = 0.9
+    """Momentum, in [0, 1)."""
+    weight_decay: float = 0.0
+    """L2 penalty, at least 0."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up before the cosine, in epochs, at least 0."""
+
+    def __post_init__(self) -> None:
+        _positive("optim.lr", self.lr)
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "a number in [0, 1)")
+        for name in ("weight_decay", "warmup_epochs"):
+            got = getattr(self, name)
+            _require(math.isfinite(got) and got >= 0, f"optim.{name}", got, "a number of at least 0")
+
+
+@_frozen
+class TrainConfig:
+    epochs: float = 20.0
+    """Length of the run, in passes over the training split, above 0."""
+    seed: int = 0
+    """Seed of the initial weights, the order and the augmentation, at least 0."""
+    precision: str = "bf16"
+    """Arithmetic of the forward and backward pass: fp32, bf16 (autocast; parameters stay fp32)."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage: 0 or 1."""
+    log_every: int = 10
+    """Optimizer steps between two lines of progress, at least 1."""
+    checkpoint_every: int = 100
+    """Optimizer steps between two checkpoints, at least 1."""
+    eval_every_epochs: float = 0.0
+    """Epochs between two evaluations of the validation split; 0 evaluates at the end only."""
+
+    def __post_init__(self) -> None:
+        _positive("train.epochs", self.epochs)
+        _require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
+        _one_of("train.precision", self.precision, ("fp32", "bf16"))
+        _require(self.zero_stage in (0, 1), "train.zero_stage", self.zero_stage, "0 or 1")
+        for name in ("log_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
+        got = self.eval_every_epochs
+        _require(math.isfinite(got) and got >= 0, "train.eval_every_epochs", got, "a number of at least 0")
+
+
+@_frozen
+class MetricsConfig:
+    port: int = 9464
+    """TCP port where rank 0 serves metrics for Prometheus while it trains; 0 takes a free one."""
+    host: str = "127.0.0.1"
+    """Address that the port is opened on; 0.0.0.0 lets other machines read it."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
+
+
+@_frozen
+class Config:
+    recipe: str
+    """Name of the recipe that this configuration started from."""
+    run_dir: str = "runs/digits"
+    """Folder of the run: config, metrics, checkpoints, report. A run that stands there is resumed."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    chi: ChiConfig = field(default_factory=ChiConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        steered_by_coverage = self.chi.policy == "chi" and self.chi.indicator == "coverage"
+        if steered_by_coverage and self.model.surrogate in ("atan", "sigmoid"):
+            raise ConfigError(
+                f"chi.indicator='coverage' is undefined for model.surrogate={self.model.surrogate!r}, whose support is "
+                "unbounded; use model.surrogate triangle or rectangle, or chi.policy fixed"
+            )
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per optimizer step on each of `world_size` ranks."""
+        micro_batches = self.data.global_batch // self.data.micro_batch
+        if micro_batches % world_size:
+            fitting = [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+            raise ConfigError(
+                f"data.global_batch={self.data.global_batch} in micro-batches of {self.data.micro_batch} does not "
+                f"divide over world_size={world_size}; use {' or '.join(map(str, fitting))} ranks, or a global batch "
+                f"of {self.data.micro_batch * world_size * max(1, round(micro_batches / world_size))}"
+            )
+        return micro_batches // world_size
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps in the run over a split of `num_samples`."""
+        return math.ceil(self.train.epochs * num_samples / self.data.global_batch)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)

@@ -1,0 +1,132 @@
+"""The shard format: what lies in a shard set, read side and names; `data_prep` writes it through this file.
+
+    DIR/train/                   one shard set a split
+      manifest.json              format, split, classes, and every file's size and SHA-256
+      train-000000.tar           a WebDataset tar: KEY.jpg or KEY.png, then KEY.cls (the label in ASCII)
+      train-000000.idx           DALI's index of it (format v1.2)
+      train-000000.npy           SAMPLE_DTYPE records in the tar's order, memory-mapped when read
+
+A sample's number is its position in the concatenation of the shards: shard 0's samples first.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+FORMAT = "chispike-shards"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),  # of the image's bytes in the tar
+        ("length", "<u4"),  # of the image, in bytes
+        ("label", "<i4"),  # index into the manifest's classes
+        ("height", "<u4"),  # in pixels, after EXIF rotation
+        ("width", "<u4"),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One tar and the two files beside it; hashes are lower-case hex SHA-256."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+    samples_sha256: str
+
+    @property
+    def tar(self) -> str:
+        return f"{self.name}.tar"
+
+    @property
+    def index(self) -> str:
+        return f"{self.name}.idx"
+
+    @property
+    def samples(self) -> str:
+        return f"{self.name}.npy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a shard set holds. `classes[label]` is the class's name."""
+
+    split: str
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest's text: two shard sets with one identity hold the same bytes."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Manifest":
+        """Reads `to_json`'s text; `where` names its place in a `DataError`."""
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{where} is not JSON ({error}); make the shards again with python -m data_prep") from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise DataError(f"{where} is not the manifest of a {FORMAT} set; point data.path at one")
+        if document.get("version") != VERSION:
+            raise DataError(f"{where} has version {document.get('version')}, this program reads version {VERSION}")
+        try:
+            return cls(
+                split=document["split"],
+                classes=tuple(document["classes"]),
+                shards=tuple(Shard(**shard) for shard in document["shards"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{where} lacks or misspells a field ({error}); make the shards again") from None
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
+        """Reads the manifest of the shard set in `folder`; `DataError` where there is none or it is damaged."""
+        path = Path(folder) / MANIFEST_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            message = f"no shard set in {folder} (no {MANIFEST_NAME}); make one with python -m data_prep"
+            raise DataError(message) from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text ({error.reason}); make the shards again") from None
+        return cls.from_json(text, str(path))
+
+
+def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
+    """The `SAMPLE_DTYPE` records of a shard, memory-mapped, `(shard.num_samples,)`."""
+    path = Path(folder) / shard.samples
+    try:
+        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); check the set with python -m data_prep verify") from None
+    if samples.dtype != SAMPLE_DTYPE or samples.shape != (shard.num_samples,):
+        raise DataError(
+            f"{path} holds {samples.shape} of {samples.dtype}, the manifest says {shard.num_samples} samples of "
+            f"{SAMPLE_DTYPE}; check the set with python -m data_prep verify"
+        )
+    return samples

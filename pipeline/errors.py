@@ -1,0 +1,29 @@
+"""What can go wrong, and the exit code that says so.
+
+A rank ends with one of the codes below; the launcher and Kubernetes pass them on, so that a scheduler can tell a
+mistake of the user (do not retry) from a request to stop (retry to continue).
+"""
+
+EXIT_DONE = 0
+EXIT_USAGE = 64
+EXIT_DATA = 65
+EXIT_INTERNAL = 70
+EXIT_STOPPED = 75
+
+
+class ConfigError(ValueError):
+    """The user asked for something impossible. The message is one line: what, got, allowed, how to mend it."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(ValueError):
+    """The data are not what their manifest says. The message is one line and names the file."""
+
+    exit_code = EXIT_DATA
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is NaN or infinite; no update was made from it."""
+
+    exit_code = EXIT_INTERNAL
