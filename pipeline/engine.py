@@ -1,0 +1,106 @@
+"""A DeepSpeed engine from a `Config`: distributed start-up, the engine's settings, the learning-rate schedule."""
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+
+import deepspeed
+import deepspeed.comm
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from pipeline.config import Config
+
+# DeepSpeed would compile a C++ operator that only its inference uses, and crash where there is no compiler.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Its note on every start that SGD is "untested with ZeRO" is answered by tests/test_checkpoint.py.
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process stands in the job."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def join(config: Config) -> Place:
+    """Joins the other ranks (the launcher set RANK, LOCAL_RANK and WORLD_SIZE) and takes this rank's device."""
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() == "cpu":
+        device = torch.device("cpu")
+        torch.set_num_threads(threads_per_rank())
+    else:
+        device = torch.device(accelerator.device_name(local_rank))
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    torch.manual_seed(config.train.seed)
+    return Place(deepspeed.comm.get_rank(), local_rank, deepspeed.comm.get_world_size(), device)
+
+
+def threads_per_rank() -> int:
+    """This rank's share of the cores that the job may use on this machine, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def leave() -> None:
+    """Leaves the job in order; a process group torn down by the interpreter's exit can abort the rank."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.barrier()
+        deepspeed.comm.destroy_process_group()
+
+
+def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> dict:
+    """The engine's settings. One fp32 bucket holds all gradients, so χ can ride one all-reduce (chi/allreduce.py)."""
+    settings = {
+        "train_batch_size": config.data.global_batch,
+        "train_micro_batch_size_per_gpu": config.data.micro_batch,
+        "gradient_accumulation_steps": config.accumulation(world_size),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        "zero_optimization": {
+            "stage": config.train.zero_stage,
+            "overlap_comm": False,
+            "reduce_scatter": True,
+            "use_multi_rank_bucket_allreduce": True,
+            "reduce_bucket_size": num_parameters,
+        },
+    }
+    if config.train.precision == "bf16":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return settings
+
+
+def build(config: Config, model: nn.Module, world_size: int):
+    """The engine that trains `model` (already on its device) with SGD."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        parameters, lr=config.optim.lr, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, world_size, sum(p.numel() for p in parameters)),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def learning_rate(config: Config, step: int, num_samples: int) -> float:
+    """Linear warm-up, then cosine to 0; a function of the position alone, so a resumed run continues it exactly."""
+    steps = config.num_steps(num_samples)
+    warmup = config.optim.warmup_epochs * num_samples / config.data.global_batch
+    if step < warmup:
+        return config.optim.lr * (step + 1) / (warmup + 1)
+    return 0.5 * config.optim.lr * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+
+
+def set_learning_rate(engine, value: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
