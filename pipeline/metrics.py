@@ -64,9 +64,7 @@ class Exporter:
         self._layer_gauges = {
             name: Gauge(f"snn_{name}", text, ["layer"], registry=self.registry) for name, text in LAYER_GAUGES.items()
         }
-        self._counters = {
-            name: Counter(f"snn_{name}", text, registry=self.registry) for name, text in COUNTERS.items()
-        }
+        self._counters = {name: Counter(f"snn_{name}", text, registry=self.registry) for name, text in COUNTERS.items()}
         self._phases = Counter(
             f"snn_{PHASES}", "Time of rank 0 spent in each phase of the loop", ["phase"], registry=self.registry
         )

@@ -38,9 +38,7 @@ class ControllerState:
 
     @classmethod
     def from_dict(cls, state: dict, device: torch.device) -> "ControllerState":
-        return cls(
-            log_width=state["log_width"].to(device), total=state["total"].to(device), count=int(state["count"])
-        )
+        return cls(log_width=state["log_width"].to(device), total=state["total"].to(device), count=int(state["count"]))
 
 
 def start(num_layers: int, width: float, device: torch.device) -> ControllerState:

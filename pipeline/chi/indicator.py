@@ -46,8 +46,14 @@ class Indicators:
 
 
 def indicators(
-    layer_sums: Tensor, network_nnz: Tensor, *, weights: Tensor, parameters: int, spikes: Tensor, covered: Tensor | None
-    , neuron_steps: Tensor
+    layer_sums: Tensor,
+    network_nnz: Tensor,
+    *,
+    weights: Tensor,
+    parameters: int,
+    spikes: Tensor,
+    covered: Tensor | None,
+    neuron_steps: Tensor,
 ) -> Indicators:
     """Indicators from sums.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 FORMAT = "chispike-shards"
 VERSION = 1
@@ -105,13 +105,13 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
-        """Reads the manifest of the shard set in `folder`; `DataError` where there is none or it is damaged."""
+        """Reads the manifest of the set in `folder`; `ConfigError` where there is none, `DataError` if damaged."""
         path = Path(folder) / MANIFEST_NAME
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             message = f"no shard set in {folder} (no {MANIFEST_NAME}); make one with python -m data_prep"
-            raise DataError(message) from None
+            raise ConfigError(message) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text ({error.reason}); make the shards again") from None
         return cls.from_json(text, str(path))

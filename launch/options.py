@@ -1,0 +1,90 @@
+"""The command line: a recipe's name and overrides `--section.field VALUE` → a `Config`."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Sequence
+
+from launch.recipes import RECIPES
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see --help")
+
+
+def field_docs(section: type) -> dict[str, str]:
+    """The string under each field of a configuration class, by field name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(statement.target, ast.Name)
+            assert isinstance(following.value, ast.Constant)
+            docs[statement.target.id] = str(following.value.value)
+    return docs
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    raise ValueError(text)
+
+
+_boolean.__name__ = "true or false"
+_CONVERTERS = {int: int, float: float, str: str, bool: _boolean}
+
+
+def _parser(default: Config) -> argparse.ArgumentParser:
+    recipes = "\n".join(f"  {name:<10}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+    parser = _Parser(
+        prog="launch/train.py",
+        description=f"Trains a recipe on the ranks that the deepspeed launcher starts.\n\nrecipes:\n{recipes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", required=True, choices=sorted(RECIPES), help="the configuration to start from")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
+    for field in dataclasses.fields(Config):
+        value = getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            group = parser.add_argument_group(field.name)
+            docs = field_docs(type(value))
+            for inner in dataclasses.fields(value):
+                _add(group, f"{field.name}.{inner.name}", getattr(value, inner.name), docs[inner.name])
+        elif field.name != "recipe":
+            _add(parser, field.name, value, field_docs(Config)[field.name])
+    return parser
+
+
+def _add(group, name: str, default: object, doc: str) -> None:
+    kind = type(default)
+    metavar = "true|false" if kind is bool else kind.__name__
+    text = f"{doc} [{default}]".replace("%", "%%")
+    group.add_argument(f"--{name}", type=_CONVERTERS[kind], default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The configuration that `arguments` ask for.
+
+    Raises:
+        ConfigError: an unknown option or recipe, or an impossible value; the message is one line.
+        SystemExit: after `--help`.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="digits")
+    name = first.parse_known_args(arguments)[0].recipe
+    config = RECIPES.get(name, RECIPES["digits"])()
+    given = vars(_parser(config).parse_args(arguments))
+    sections: dict[str, dict] = {}
+    for option, value in given.items():
+        section, _, field = option.rpartition(".")
+        sections.setdefault(section, {})[field] = value
+    top = {k: v for k, v in sections.pop("", {}).items() if k not in ("recipe", "local_rank")}
+    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **top, **changed)

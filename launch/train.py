@@ -1,0 +1,84 @@
+"""What the `deepspeed` launcher runs on each rank:  deepspeed launch/train.py --recipe digits
+
+Everything that a user can have asked wrongly is checked here, before torch is imported: a mistake costs a second and
+one line, not a traceback from each rank.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+from launch.options import parse
+from pipeline import run_folder
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest
+from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, DataError, NonFiniteError
+
+PATIENCE_S = 10
+
+
+def main(arguments: list[str]) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(levelname)s rank {rank}: %(message)s"
+    )
+    try:
+        config = parse(arguments)
+        finished = preflight(config, rank)
+        if finished is not None:
+            if rank == 0:
+                accuracy = 100 * finished["eval_accuracy_ratio"]
+                print(f"{config.run_dir} has finished: {accuracy:.2f} % on the validation split; nothing to do")
+                print(
+                    f"(see {config.run_dir}/report.html; remove the folder or choose another --run_dir to train again)"
+                )
+            return EXIT_DONE
+        from pipeline.train import train  # torch is imported here, after everything cheap was checked
+
+        return train(config)
+    except (ConfigError, DataError, NonFiniteError) as error:
+        return refuse(error, rank)
+    except Exception:
+        traceback.print_exc()
+        return EXIT_INTERNAL
+
+
+def preflight(config: Config, rank: int) -> dict | None:
+    """Checks config, data, folder and port; the summary of a run that has finished, else None."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config.accumulation(world_size)
+    for split in ("train", "val"):
+        Manifest.load(Path(config.data.path) / split)
+    finished = run_folder.admit(config)
+    if finished is None and rank == 0:
+        check_port(config)
+    return finished
+
+
+def check_port(config: Config) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.metrics.host, config.metrics.port))
+        except OSError as error:
+            raise ConfigError(
+                f"metrics.port={config.metrics.port} on {config.metrics.host} cannot be opened ({error.strerror}); "
+                "use another, or 0 for a free one"
+            ) from None
+
+
+def refuse(error: ConfigError | DataError | NonFiniteError, rank: int) -> int:
+    """Rank 0 speaks; another rank gives it time, since the launcher ends all ranks when the first one leaves."""
+    if rank != 0:
+        # The launcher's SIGTERM ends this wait when rank 0 has spoken; else the mistake is this rank's alone.
+        signal.sigtimedwait([signal.SIGUSR2], PATIENCE_S)
+    print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""What people see while a run goes on: rank 0 turns readings into records and hands them to metrics.py's sinks."""
+
+import time
+from pathlib import Path
+
+from pipeline.chi.allreduce import Reading
+from pipeline.config import Config
+from pipeline.metrics import Exporter, Journal, layer_labels, progress_line
+
+
+class Progress:
+    """Rank 0's console, journal and metrics port. On other ranks every call does nothing."""
+
+    def __init__(self, config: Config, *, rank: int, num_steps: int, step: int, layers: list[str], identity: str):
+        self._active = rank == 0
+        self._config, self._num_steps, self._layers = config, num_steps, layers
+        self._resumed_at = self._logged_step = step
+        self._started = self._logged_at = time.monotonic()
+        self._wait_s = 0.0
+        if self._active:
+            run_dir = Path(config.run_dir)
+            self._journal = Journal(run_dir / "metrics.jsonl", step)
+            info = {"recipe": config.recipe, "run": run_dir.name, "data": identity[:12]}
+            self._exporter = Exporter(config.metrics.host, config.metrics.port, layers, info)
+            self.say(f"metrics at {self._exporter.address}")
+
+    def say(self, line: str) -> None:
+        if self._active:
+            print(line, flush=True)
+
+    def step(self, step: int, reading: Reading, *, widths, target: float, learning_rate: float, wait_s: float) -> None:
+        """After each step; on every `log_every`-th it reads the step's tensors, the one time the host waits."""
+        if not self._active or (step % self._config.train.log_every and step != self._num_steps):
+            return
+        now = time.monotonic()
+        elapsed, steps = now - self._logged_at, step - self._logged_step
+        layers = reading.indicators.to_lists()
+        held = self._config.chi.policy == "chi" and self._config.chi.indicator == "coverage"
+        record = {
+            "step": step,
+            "train_last_step_timestamp_seconds": time.time(),
+            "train_loss": reading.loss.item(),
+            "train_accuracy_ratio": reading.correct.item() / self._config.data.global_batch,
+            "train_learning_rate": learning_rate,
+            "train_grad_norm": reading.indicators.grad_norm.square().sum().sqrt().item(),
+            "train_images_per_second": steps * self._config.data.global_batch / elapsed,
+            "data_wait_ratio": (wait_s - self._wait_s) / elapsed,
+            "network_chi": reading.indicators.network_chi.item(),
+            "layer_chi": layers["chi"],
+            "layer_participation_ratio": layers["participation"],
+            "layer_coverage_ratio": layers["coverage"],
+            "layer_coverage_target_ratio": [target if held else float("nan")] * len(self._layers),
+            "layer_surrogate_width": widths.tolist(),
+            "layer_firing_rate_ratio": layers["firing_rate"],
+            "layer_gradient_norm": layers["grad_norm"],
+        }
+        eta_s = (now - self._started) / (step - self._resumed_at) * (self._num_steps - step)
+        self.say(progress_line(record, self._num_steps, eta_s))
+        self._journal.write(record)
+        self._exporter.publish(record)
+        self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
+        self._exporter.add_phase("data_wait", wait_s - self._wait_s)
+        self._exporter.add_phase("compute", elapsed - (wait_s - self._wait_s))
+        self._logged_at, self._logged_step, self._wait_s = now, step, wait_s
+
+    def evaluated(self, step: int, loss: float, accuracy: float, num_samples: int) -> None:
+        if self._active:
+            record = {"step": step, "eval_loss": loss, "eval_accuracy_ratio": accuracy}
+            self._journal.write(record)
+            self._exporter.publish(record)
+            self.say(f"validation after step {step}: {100 * accuracy:.2f} % of {num_samples} samples, loss {loss:.4f}")
+
+    def saved(self, step: int, seconds: float) -> None:
+        if self._active:
+            self._exporter.publish(
+                {"checkpoint_duration_seconds": seconds, "checkpoint_last_success_timestamp_seconds": time.time()}
+            )
+            self._exporter.count(checkpoint_saves=1)
+            self._exporter.add_phase("checkpoint", seconds)
+
+    def finish(self) -> None:
+        if self._active:
+            self._exporter.publish({"run_finished": 1})
+
+    def close(self) -> None:
+        if self._active:
+            self._journal.close()
+            self._exporter.close()
+
+
+def summary_table(layers: list[str], record: dict) -> str:
+    """χ, coverage, width and firing rate of every layer at the last step, for a terminal."""
+    labels = layer_labels(layers)
+    pad = max(len("layer"), *map(len, labels))
+    lines = [f"{'layer':<{pad}}  {'χ':>6}  {'particip.':>9}  {'coverage':>8}  {'width':>6}  {'firing':>6}"]
+    names = ("chi", "participation_ratio", "coverage_ratio", "surrogate_width", "firing_rate_ratio")
+    columns = [record[f"layer_{name}"] for name in names]
+    for label, *values in zip(labels, *columns, strict=True):
+        chi, participation, coverage, width, rate = (float("nan") if v is None else v for v in values)
+        lines.append(
+            f"{label:<{pad}}  {chi:>6.4f}  {participation:>9.4f}  {coverage:>8.4f}  {width:>6.3f}  {rate:>6.4f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""A run folder → report.html: one file, pictures inside, opens without a network.
+
+`python -m pipeline.report RUN` makes it at any time, also while the run goes on.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from pipeline.metrics import layer_labels, read_journal
+
+HEATMAPS = {
+    "layer_chi": "χ",
+    "layer_coverage_ratio": "coverage",
+    "layer_surrogate_width": "surrogate width",
+    "layer_firing_rate_ratio": "firing rate",
+}
+
+
+def training_records(run_dir: Path) -> list[dict]:
+    return [record for record in read_journal(run_dir / "metrics.jsonl") if "train_loss" in record]
+
+
+def last_training_record(run_dir: Path) -> dict:
+    return training_records(run_dir)[-1]
+
+
+def curves(run_dir: Path) -> Figure:
+    """Loss and accuracy over steps, the evaluations as dots."""
+    records = training_records(run_dir)
+    evaluations = [record for record in read_journal(run_dir / "metrics.jsonl") if "eval_loss" in record]
+    steps = [record["step"] for record in records]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    left.plot(steps, [record["train_loss"] for record in records], label="training")
+    right.plot(steps, [100 * record["train_accuracy_ratio"] for record in records], label="training")
+    at = [record["step"] for record in evaluations]
+    left.plot(at, [record["eval_loss"] for record in evaluations], "o", label="validation")
+    right.plot(at, [100 * record["eval_accuracy_ratio"] for record in evaluations], "o", label="validation")
+    left.set(xlabel="step", ylabel="cross-entropy, nats", ylim=(0, None))
+    right.set(xlabel="step", ylabel="top-1 accuracy, %")
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def heatmaps(run_dir: Path, layers: list[str]) -> Figure:
+    """What χ, coverage, width and firing rate did, by layer (rows, first on top) and step (columns)."""
+    records = training_records(run_dir)
+    steps = [record["step"] for record in records]
+    labels = layer_labels(layers)
+    rows = max(2.2, 0.24 * len(labels) + 0.9)
+    figure, grid = plt.subplots(2, 2, figsize=(10, 2 * rows), layout="constrained", sharey=True, sharex=True)
+    for axes, (name, title) in zip(grid.flat, HEATMAPS.items(), strict=True):
+        values = np.array([record[name] for record in records], dtype=float).T
+        edges = np.concatenate(([steps[0] - 1], steps))
+        mesh = axes.pcolormesh(edges, np.arange(len(labels) + 1), values, cmap="viridis")
+        axes.set(title=title)
+        axes.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=7)
+        figure.colorbar(mesh, ax=axes)
+    grid[0, 0].invert_yaxis()
+    for axes in grid[1]:
+        axes.set_xlabel("step")
+    return figure
+
+
+def _picture(figure: Figure, text: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+
+
+def _table(pairs: dict) -> str:
+    rows = "".join(f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in pairs.items())
+    return f"<table>{rows}</table>"
+
+
+def write(run_dir: Path, summary: dict) -> Path:
+    """Writes RUN/report.html from the run's files and its result."""
+    run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    accuracy = summary.get("eval_accuracy_ratio")
+    result = {
+        "recipe": config["recipe"],
+        "steps": summary.get("step"),
+        "validation accuracy": "not evaluated yet" if accuracy is None else f"{100 * accuracy:.2f} %",
+        "parameters": f"{run['num_parameters']:,}",
+        "ranks": run["world_size"],
+        "seed": run["seed"],
+        "commit": run["commit"],
+        **run["versions"],
+    }
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(run_dir.name)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+img {{ max-width: 100% }} th {{ text-align: left; font-weight: 600; padding-right: 2rem }}
+pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
+</style>
+<h1>{html.escape(run_dir.name)}</h1>
+{_table(result)}
+<h2>Learning</h2>{_picture(curves(run_dir), "loss and accuracy over steps")}
+<h2>Layers</h2>
+<p>Rows are spiking layers, the first on top. χ is the proportion of a layer's weights with a non-zero gradient;
+coverage is the fraction of its neuron-steps that lie within the surrogate's width of the threshold.</p>
+{_picture(heatmaps(run_dir, run["layers"]), "χ, coverage, width and firing rate by layer and step")}
+<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>
+</html>
+"""
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description="run folder → report.html")
+    parser.add_argument("run_dir", type=Path, help="folder of a run, also of one that is still going on")
+    run_dir = parser.parse_args().run_dir
+    if not (run_dir / "run.json").exists() or not training_records(run_dir):
+        print(f"{run_dir} holds no run with a logged step; name a run folder such as runs/digits", file=sys.stderr)
+        return 64
+    summary = run_dir / "summary.json"
+    print(write(run_dir, json.loads(summary.read_text()) if summary.exists() else {}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

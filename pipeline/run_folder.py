@@ -1,0 +1,110 @@
+"""The run's folder: what it holds, whether a run may go on in it. Nothing but the standard library.
+
+RUN/config.json     the resolved configuration
+RUN/run.json        versions, commit, seed, data identity, layers, start times
+RUN/metrics.jsonl   one record a logged step (metrics.py)
+RUN/checkpoints/    (checkpoint.py)
+RUN/summary.json    the result; its presence means that the run has finished
+RUN/report.html     the result in pictures (report.py)
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+# What may differ when a run is started again: none of it changes what is computed.
+FREE = frozenset(
+    ["run_dir", "train.log_every", "data.threads", "data.prefetch", "metrics.port", "metrics.host", "chi.self_check"]
+)
+PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "numpy", "prometheus-client")
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, object]:
+    """`{"data": {"path": p}}` as `{"data.path": p}`."""
+    flat = {}
+    for name, value in config.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def admit(config: Config) -> dict | None:
+    """Checks that `config` may run in its folder; the summary where the run has finished there already.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration, or cannot be written.
+    """
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r} cannot be made ({error.strerror}); choose another") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"run_dir={config.run_dir!r} is not writable; choose another, or change its permissions")
+    stored = _read(folder / "config.json")
+    if stored is not None:
+        before, now = flatten(stored), flatten(json.loads(json.dumps(config.to_dict())))
+        for name in sorted((before.keys() | now.keys()) - FREE):
+            if before.get(name) != now.get(name):
+                raise ConfigError(
+                    f"{name}={now.get(name)!r}, but the run in {config.run_dir} was started with "
+                    f"{before.get(name)!r}; use that value to go on with it, or another --run_dir"
+                )
+    return _read(folder / "summary.json")
+
+
+def describe(config: Config, *, data_identity: str, layers: list[str], num_parameters: int, world_size: int) -> dict:
+    """Writes config.json and run.json (rank 0) and returns what run.json says."""
+    folder = Path(config.run_dir)
+    description = {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
+        "seed": config.train.seed,
+        "data_identity": data_identity,
+        "num_parameters": num_parameters,
+        "world_size": world_size,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "layers": layers,
+    }
+    write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "run.json", description)
+    return description
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Atomically, so that a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); remove the folder, or choose another --run_dir") from None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file lies in, `-dirty` behind it where it was changed; else unknown."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
