@@ -1,0 +1,43 @@
+# Two commands do all the set-up on a fresh machine: `make train` (the main job) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE ?= digits
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: train test test-faults check bench clean
+
+train: $(VENV)/installed data/digits/val/manifest.json ## train the digits, from shards to report
+	$(BIN)/deepspeed $$($(BIN)/python -m launch.devices $(RECIPE)) launch/train.py --recipe $(RECIPE)
+
+data/digits/val/manifest.json: | $(VENV)/installed
+	$(BIN)/python -m data_prep digits data/digits
+
+test: $(VENV)/installed-dev ## the tests that every change must pass
+	$(BIN)/python -m pytest -m "not faults" $(ARGS)
+
+test-faults: $(VENV)/installed-dev ## the long fault and matrix tests
+	$(BIN)/python -m pytest -m faults $(ARGS)
+
+check: $(VENV)/installed-dev ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/installed-dev ## the quick form of all benchmarks
+	for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) --quick || exit 1; done
+
+clean: ## remove what make train and make test made
+	rm -rf $(VENV) data/digits runs/digits build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) launch/make_venv.py $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing torch, DeepSpeed and DALI into $(VENV) (a few minutes, once)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) -e ".[dev]"
+	@touch $@
