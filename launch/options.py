@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import difflib
 import inspect
 import textwrap
 from collections.abc import Sequence
@@ -15,6 +16,12 @@ from pipeline.errors import ConfigError
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ConfigError(f"{message}; see --help")
+
+    def refuse_unknown(self, unknown: list[str]) -> None:
+        option = unknown[0].partition("=")[0]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        close = difflib.get_close_matches(option, known, n=1)
+        self.error(f"{option} is not an option" + (f"; did you mean {close[0]}?" if close else ""))
 
 
 def field_docs(section: type) -> dict[str, str]:
@@ -40,10 +47,11 @@ _boolean.__name__ = "true or false"
 _CONVERTERS = {int: int, float: float, str: str, bool: _boolean}
 
 
-def _parser(default: Config) -> argparse.ArgumentParser:
+def _parser(default: Config) -> _Parser:
     recipes = "\n".join(f"  {name:<10}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
     parser = _Parser(
         prog="launch/train.py",
+        usage="deepspeed [LAUNCHER'S OPTIONS] launch/train.py --recipe NAME [--section.field VALUE …]",
         description=f"Trains a recipe on the ranks that the deepspeed launcher starts.\n\nrecipes:\n{recipes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -56,14 +64,13 @@ def _parser(default: Config) -> argparse.ArgumentParser:
             group = parser.add_argument_group(field.name)
             docs = field_docs(type(value))
             for inner in dataclasses.fields(value):
-                _add(group, f"{field.name}.{inner.name}", getattr(value, inner.name), docs[inner.name])
+                _add(group, f"{field.name}.{inner.name}", inner.type, getattr(value, inner.name), docs[inner.name])
         elif field.name != "recipe":
-            _add(parser, field.name, value, field_docs(Config)[field.name])
+            _add(parser, field.name, field.type, value, field_docs(Config)[field.name])
     return parser
 
 
-def _add(group, name: str, default: object, doc: str) -> None:
-    kind = type(default)
+def _add(group, name: str, kind, default: object, doc: str) -> None:
     metavar = "true|false" if kind is bool else kind.__name__
     text = f"{doc} [{default}]".replace("%", "%%")
     group.add_argument(f"--{name}", type=_CONVERTERS[kind], default=argparse.SUPPRESS, metavar=metavar, help=text)
@@ -80,9 +87,12 @@ def parse(arguments: Sequence[str]) -> Config:
     first.add_argument("--recipe", default="digits")
     name = first.parse_known_args(arguments)[0].recipe
     config = RECIPES.get(name, RECIPES["digits"])()
-    given = vars(_parser(config).parse_args(arguments))
+    parser = _parser(config)
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.refuse_unknown(unknown)
     sections: dict[str, dict] = {}
-    for option, value in given.items():
+    for option, value in vars(namespace).items():
         section, _, field = option.rpartition(".")
         sections.setdefault(section, {})[field] = value
     top = {k: v for k, v in sections.pop("", {}).items() if k not in ("recipe", "local_rank")}

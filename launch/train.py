@@ -17,6 +17,7 @@ from pipeline import run_folder
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, DataError, NonFiniteError
+from pipeline.snn.archs import ARCHS
 
 PATIENCE_S = 10
 
@@ -51,6 +52,8 @@ def preflight(config: Config, rank: int) -> dict | None:
     """Checks config, data, folder and port; the summary of a run that has finished, else None."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config.accumulation(world_size)
+    if config.model.arch not in ARCHS:
+        raise ConfigError(f"model.arch={config.model.arch!r} is not allowed; use one of {', '.join(ARCHS)}")
     for split in ("train", "val"):
         Manifest.load(Path(config.data.path) / split)
     finished = run_folder.admit(config)

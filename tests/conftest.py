@@ -1,0 +1,59 @@
+"""What tests share: shards of the digits, and a way to run the real launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """Shards of scikit-learn's digits, made by the real command."""
+    folder = tmp_path_factory.mktemp("digits")
+    subprocess.run([sys.executable, "-m", "data_prep", "digits", str(folder)], check=True, cwd=ROOT)
+    return folder
+
+
+def launch(script: str, *arguments: str, ranks: int = 2, wait: bool = True, **environment: str):
+    """Starts `script` on CPU ranks by the real deepspeed launcher, in a process group of its own.
+
+    Waits for the end (a `CompletedProcess`), or with `wait=False` returns the `Popen` of the launcher.
+    """
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        "0",
+        script,
+        *arguments,
+    ]
+    settings = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **environment}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    if not wait:
+        return process
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and all its ranks, as a power cut would do."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,119 @@
+"""The command line: what it accepts, and what a mistake looks like to the person who made it."""
+
+import dataclasses
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.devices import options
+from launch.options import field_docs, parse
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_overrides_change_their_field_and_nothing_else():
+    plain = parse(["--recipe", "digits"])
+    changed = parse(["--recipe", "digits", "--train.epochs", "2", "--data.flip", "true", "--run_dir", "runs/x"])
+    expected = dataclasses.replace(
+        plain,
+        run_dir="runs/x",
+        train=dataclasses.replace(plain.train, epochs=2.0),
+        data=dataclasses.replace(plain.data, flip=True),
+    )
+    assert changed == expected
+
+
+def test_every_field_is_documented():
+    for section in [Config, *(type(v) for v in vars_of(parse(["--recipe", "digits"])) if dataclasses.is_dataclass(v))]:
+        names = {field.name for field in dataclasses.fields(section)} - {"recipe"}
+        assert names <= field_docs(section).keys()
+
+
+def vars_of(config: Config) -> list:
+    return [getattr(config, field.name) for field in dataclasses.fields(config)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --recipe"),
+        (["--recipe", "digit"], "invalid choice: 'digit'"),
+        (["--recipe", "digits", "--train.epoch", "2"], "--train.epoch is not an option; did you mean --train.epochs?"),
+        (["--recipe", "digits", "--model.T", "0"], "model.T=0 is not allowed; use an integer of at least 1"),
+        (["--recipe", "digits", "--model.T", "four"], "argument --model.T: invalid int value: 'four'"),
+        (["--recipe", "digits", "--train.precision", "fp8"], "train.precision='fp8' is not allowed; use one of"),
+        (["--recipe", "digits", "--optim.lr", "nan"], "optim.lr=nan is not allowed; use a number above 0"),
+        (["--recipe", "digits", "--data.global_batch", "100"], "use a multiple of data.micro_batch=16"),
+        (["--recipe", "digits", "--data.flip", "yes"], "invalid true or false value: 'yes'"),
+        (["--recipe", "digits", "--model.surrogate", "atan"], "chi.indicator='coverage' is undefined"),
+    ],
+)
+def test_a_mistake_is_named(arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_world_size_that_does_not_divide_the_batch_is_refused_with_those_that_do():
+    config = parse(["--recipe", "digits"])
+    assert [config.accumulation(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(ConfigError, match="use 1 or 2 or 4 or 8 ranks, or a global batch of 144"):
+        config.accumulation(3)
+    assert dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=144)).accumulation(3) == 3
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), *arguments], capture_output=True, text=True, cwd=cwd, timeout=60
+    )
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess, *parts: str) -> None:
+    assert done.returncode == 64, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_a_missing_shard_folder_ends_with_one_line_and_64(tmp_path):
+    done = run("--recipe", "digits", "--data.path", str(tmp_path / "nowhere"))
+    assert_one_clear_line(done, "no shard set in", "nowhere", "python -m data_prep")
+
+
+def test_an_unknown_arch_ends_with_one_line_and_64(tmp_path):
+    assert_one_clear_line(run("--recipe", "digits", "--model.arch", "resnet"), "model.arch='resnet'", "sew_tiny")
+
+
+def test_a_taken_port_ends_with_one_line_and_64(tmp_path, digits):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        arguments = ("--recipe", "digits", "--data.path", str(digits), "--run_dir", str(tmp_path / "run"))
+        done = run(*arguments, "--metrics.port", port)
+    assert_one_clear_line(done, f"metrics.port={port}", "Address already in use", "0 for a free one")
+
+
+def test_help_names_the_recipes_and_every_field():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "digits" in done.stdout
+    for section in vars_of(parse(["--recipe", "digits"])):
+        if dataclasses.is_dataclass(section):
+            for field in dataclasses.fields(section):
+                assert f".{field.name} " in done.stdout
+
+
+def test_launcher_options_for_a_machine(capsys):
+    assert options("digits", 0) == "--num_accelerators 2"
+    assert options("digits", 8) == "--num_gpus 8"
+    assert options("digits", 3) == "--num_gpus 2"
+    assert "use 2 of 3 GPUs" in capsys.readouterr().err

@@ -1,0 +1,179 @@
+"""The main job through the real launcher, two ranks: what it shows, what it leaves, and that a kill costs nothing."""
+
+import json
+import re
+import shutil
+import signal
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline.checkpoint import load_newest
+from pipeline.errors import EXIT_DONE, EXIT_STOPPED
+from pipeline.metrics import read_journal
+from tests.conftest import kill, launch
+
+STEPS = 14
+
+
+def arguments(digits: Path, run_dir: Path) -> list[str]:
+    epochs = STEPS * 128 / 1437
+    settings = {
+        "--recipe": "digits",
+        "--data.path": digits,
+        "--run_dir": run_dir,
+        "--train.epochs": f"{epochs - 1e-9}",
+        "--train.log_every": 1,
+        "--train.checkpoint_every": 5,
+        "--chi.interval": 2,
+        "--metrics.port": 0,
+    }
+    return [str(word) for pair in settings.items() for word in pair]
+
+
+class Finished(NamedTuple):
+    run_dir: Path
+    output: str
+    scraped: str
+
+
+def read_until(process, pattern: str) -> tuple[str, re.Match]:
+    """Reads the launcher's output up to the first line that matches; fails with the output when it ends before."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if match := re.search(pattern, line):
+            return seen, match
+    raise AssertionError(f"the job ended before {pattern!r}:\n{seen}")
+
+
+@pytest.fixture(scope="module")
+def straight(digits, tmp_path_factory) -> Finished:
+    """A run that nothing disturbs, scraped over HTTP in its middle."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    process = launch("launch/train.py", *arguments(digits, run_dir), wait=False)
+    start, address = read_until(process, r"metrics at (http://\S+)")
+    middle, _ = read_until(process, r"^step +4/")
+    with urllib.request.urlopen(address[1], timeout=10) as response:
+        scraped = response.read().decode()
+    rest, _ = process.communicate(timeout=200)
+    output = start + middle + rest
+    assert process.returncode == EXIT_DONE, output
+    return Finished(run_dir, output, scraped)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {r["step"]: r["train_loss"] for r in read_journal(run_dir / "metrics.jsonl") if "train_loss" in r}
+
+
+def assert_same_result(run_dir: Path, straight: Finished) -> None:
+    """The same losses, bit for bit, each step once; the same final weights, momentum and widths."""
+    assert losses(run_dir) == losses(straight.run_dir)
+    assert list(losses(run_dir)) == list(range(1, STEPS + 1))
+    ours, theirs = load_newest(run_dir), load_newest(straight.run_dir)
+    assert ours is not None
+    assert theirs is not None
+    assert ours["step"] == theirs["step"] == STEPS
+    for part in ("parameters", "momentum"):
+        assert ours["model"][part].keys() == theirs["model"][part].keys() != set()
+        for name, value in theirs["model"][part].items():
+            assert torch.equal(ours["model"][part][name], value), name
+    assert torch.equal(ours["controller"]["log_width"], theirs["controller"]["log_width"])
+    assert torch.unique(ours["controller"]["log_width"]).numel() > 1, "the widths were steered"
+
+
+def test_the_metrics_port_serves_what_prometheus_reads(straight):
+    families = {family.name: family for family in text_string_to_metric_families(straight.scraped)}
+    layers = json.loads((straight.run_dir / "run.json").read_text())["layers"]
+    for name in ("chi", "participation_ratio", "coverage_ratio", "surrogate_width", "firing_rate_ratio"):
+        samples = families[f"snn_layer_{name}"].samples
+        assert [sample.labels["layer"][3:] for sample in samples] == layers
+        assert all(sample.value >= 0 for sample in samples)
+    assert families["snn_train_steps"].samples[0].value >= 3
+    assert families["snn_network_chi"].samples[0].value > 0
+    assert families["snn_run_finished"].samples[0].value == 0
+    journal = read_journal(straight.run_dir / "metrics.jsonl")
+    assert families["snn_train_loss"].samples[0].value in [record.get("train_loss") for record in journal]
+
+
+def test_the_console_shows_progress_and_the_layers(straight):
+    line = next(line for line in straight.output.splitlines() if line.startswith("step 10/"))
+    for part in ("loss", "acc", "χ", "coverage", "width", "img/s", "data wait", "ETA"):
+        assert part in line
+    assert re.search(r"validation after step 14: [\d.]+ % of 360 samples", straight.output)
+    assert re.search(r"^00-\S+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", straight.output, re.MULTILINE)
+
+
+def test_the_run_folder_holds_what_is_needed_to_repeat_and_read_the_run(straight):
+    folder = straight.run_dir
+    assert json.loads((folder / "config.json").read_text())["train"]["seed"] == 0
+    run = json.loads((folder / "run.json").read_text())
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["world_size"] == 2
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http://" not in page
+    assert "https://" not in page
+    records = read_journal(folder / "metrics.jsonl")
+    assert 0 < records[-1]["eval_accuracy_ratio"] <= 1
+
+
+def test_a_finished_run_says_so_and_trains_nothing(digits, straight):
+    before = (straight.run_dir / "metrics.jsonl").read_bytes()
+    done = launch("launch/train.py", *arguments(digits, straight.run_dir))
+    assert done.returncode == EXIT_DONE
+    assert "has finished" in done.stdout
+    assert (straight.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_in_its_folder_is_refused(digits, straight):
+    done = launch("launch/train.py", *arguments(digits, straight.run_dir), "--optim.lr", "0.2")
+    assert done.returncode == 64
+    assert "error: optim.lr=0.2, but the run in" in done.stdout
+    assert done.stdout.count("error: ") == 1
+    assert "Traceback" not in done.stdout
+
+
+def test_a_run_killed_and_started_again_repeats_the_same_losses_bit_for_bit(digits, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    process = launch("launch/train.py", *arguments(digits, run_dir), wait=False)
+    read_until(process, r"^step +8/")
+    kill(process)
+    assert "step-00000005" in [folder.name for folder in (run_dir / "checkpoints").iterdir()]
+    again = launch("launch/train.py", *arguments(digits, run_dir))
+    assert again.returncode == EXIT_DONE, again.stdout
+    assert "resumed from the checkpoint after step 5" in again.stdout
+    assert_same_result(run_dir, straight)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(digits, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight.run_dir, run_dir)
+    (run_dir / "summary.json").unlink()
+    state = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    again = launch("launch/train.py", *arguments(digits, run_dir))
+    assert again.returncode == EXIT_DONE, again.stdout
+    assert f"step-{STEPS:08d} is damaged" in again.stdout
+    assert "resumed from the checkpoint after step 10" in again.stdout
+    assert_same_result(run_dir, straight)
+
+
+def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_repeated(digits, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    process = launch("launch/train.py", *arguments(digits, run_dir), wait=False)
+    read_until(process, r"^step +6/")
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    ranks[0].send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, output
+    stopped = int(re.search(r"stopped on request after step (\d+)", output)[1])  # pyright: ignore
+    again = launch("launch/train.py", *arguments(digits, run_dir))
+    assert again.returncode == EXIT_DONE, again.stdout
+    assert f"resumed from the checkpoint after step {stopped}" in again.stdout
+    assert_same_result(run_dir, straight)
