@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,12 @@ def digits(tmp_path_factory) -> Path:
     return folder
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def launch(script: str, *arguments: str, ranks: int = 2, wait: bool = True, **environment: str):
     """Starts `script` on CPU ranks by the real deepspeed launcher, in a process group of its own.
 
@@ -29,7 +36,7 @@ def launch(script: str, *arguments: str, ranks: int = 2, wait: bool = True, **en
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        "0",
+        str(free_port()),
         script,
         *arguments,
     ]
@@ -46,7 +53,7 @@ def launch(script: str, *arguments: str, ranks: int = 2, wait: bool = True, **en
     if not wait:
         return process
     try:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=150)
     except subprocess.TimeoutExpired:
         kill(process)
         raise

@@ -1,0 +1,196 @@
+"""Run on every rank by test_chi_allreduce.py: the tap against two independent counts, over a matrix of engines.
+
+The network has no BatchNorm, a silent input channel and dead output channels, so that known weights get no gradient:
+0 < χ < 1. Each case prints one JSON line from rank 0.
+"""
+
+import itertools
+import json
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import nn
+
+from pipeline.chi.allreduce import SIGNALS, Tap
+from pipeline.chi.indicator import PER_LAYER
+from pipeline.config import Config, DataConfig, TrainConfig
+from pipeline.engine import build
+from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.neurons import Neuron, bind
+from pipeline.snn.readout import cross_entropy
+from pipeline.snn.sew_resnet import SpikingLayer
+
+T, MICRO_BATCH, STEPS = 3, 4, 2
+COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+class SparseNet(nn.Module):
+    """Two spiking layers; 2 of 6 channels of the first are dead, 1 of 3 input channels is silent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 8, 3, bias=False)
+        self.sn1, self.sn2 = Neuron(Rule(), width=0.5), Neuron(Rule(), width=0.5)
+        self.fc = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.conv1.weight.mul_(3)
+            self.conv2.weight.mul_(3)
+            self.conv1.weight[:2] = -1.0  # images are not negative, so these never come near the threshold
+
+    def spiking_layers(self) -> list[SpikingLayer]:
+        return [SpikingLayer("sn1", self.sn1, self.conv1.weight), SpikingLayer("sn2", self.sn2, self.conv2.weight)]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        s = self.sn1(self.conv1(images)[None], num_steps=T)
+        s = self.sn2(self.conv2(s.flatten(0, 1)).unflatten(0, (T, -1)))
+        return self.fc(s.mean((3, 4)))
+
+
+def batches(rank: int, accumulation: int, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    result = []
+    for _ in range(accumulation):
+        images = torch.rand(MICRO_BATCH, 3, 8, 8, generator=generator)
+        images[:, 1] = 0
+        result.append((images, torch.randint(4, (MICRO_BATCH,), generator=generator)))
+    return result
+
+
+def plain_gradient(module: nn.Module, data: list, precision: str) -> dict[str, torch.Tensor]:
+    """The gradient averaged over micro-batches and ranks, without DeepSpeed."""
+    totals = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    for images, labels in data:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = cross_entropy(module(images), labels)
+        for name, gradient in zip(names, torch.autograd.grad(loss / len(data), parameters), strict=True):
+            totals[name] += gradient
+    for total in totals.values():
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    return totals
+
+
+class Counter:
+    """Counts collective calls and elements while it is open."""
+
+    def __enter__(self) -> "Counter":
+        self.calls, self.elements = 0, 0
+        self._originals = {name: getattr(dist, name) for name in COLLECTIVES}
+        for name, original in self._originals.items():
+            setattr(dist, name, self._counted(original))
+        return self
+
+    def _counted(self, original):
+        def call(tensor, *args, **kwargs):
+            self.calls += 1
+            self.elements += tensor.numel() if isinstance(tensor, torch.Tensor) else 0
+            return original(tensor, *args, **kwargs)
+
+        return call
+
+    def __exit__(self, *_) -> None:
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+
+def make(stage: int, precision: str, accumulation: int, tapped: bool):
+    world_size = dist.get_world_size()
+    torch.manual_seed(0)
+    module = SparseNet()
+    config = Config(
+        recipe="matrix",
+        data=DataConfig(global_batch=MICRO_BATCH * accumulation * world_size, micro_batch=MICRO_BATCH),
+        train=TrainConfig(zero_stage=stage, precision=precision),
+    )
+    engine = build(config, module, world_size)
+    tap = Tap(engine, module.spiking_layers(), bind(module)) if tapped else None
+    return engine, module, tap
+
+
+def step(engine, data: list, tap: Tap | None, inspect=None) -> None:
+    for images, labels in data:
+        logits = engine(images)
+        loss = cross_entropy(logits, labels)
+        if tap is not None:
+            tap.observe(loss, logits, labels)
+        engine.backward(loss)
+        if tap is not None:
+            tap.check()
+        if inspect is not None and engine.is_gradient_accumulation_boundary():
+            inspect()
+        engine.step()
+
+
+def case(stage: int, precision: str, accumulation: int) -> dict:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    engine, module, tap = make(stage, precision, accumulation, tapped=True)
+    assert tap is not None
+    result = {"stage": stage, "precision": precision, "accumulation": accumulation, "steps": []}
+    for index in range(STEPS):
+        data = batches(rank, accumulation, index)
+        plain = plain_gradient(module, data, precision)
+        tap._neurons.zero_counts()  # the plain gradient's passes counted too
+        full: dict[str, torch.Tensor] = {}
+
+        def inspect(full=full) -> None:
+            full |= {name: safe_get_full_grad(p).clone() for name, p in module.named_parameters()}
+
+        tap.signals[SIGNALS.index("bad_samples")] = rank + 1
+        step(engine, data, tap, inspect)
+        reading = tap.read()
+        both = []
+        for source in (plain, full):
+            layers = [source["conv1.weight"].double(), source["conv2.weight"].double()]
+            both.append(
+                {
+                    "chi": [(g != 0).sum().item() / g.numel() for g in layers],
+                    "participation": [(g.abs().sum() ** 2 / (g.numel() * (g * g).sum())).item() for g in layers],
+                    "network_chi": sum((g != 0).sum().item() for g in source.values())
+                    / sum(g.numel() for g in source.values()),
+                }
+            )
+        result["steps"].append(
+            {
+                **{name: getattr(reading.indicators, name).tolist() for name in PER_LAYER},
+                "network_chi": reading.indicators.network_chi.item(),
+                "plain": both[0],
+                "full": both[1],
+                "bad_samples": reading.signals[SIGNALS.index("bad_samples")].item(),
+            }
+        )
+    calls = []
+    for tapped in (True, False):
+        engine, module, tap = make(stage, precision, accumulation, tapped)
+        step(engine, batches(rank, accumulation, 0), tap)  # the first step holds the self-check
+        if tap is not None:
+            tap.read()
+        with Counter() as counter:
+            step(engine, batches(rank, accumulation, 1), tap)
+            if tap is not None:
+                tap.read()
+        calls.append((counter.calls, counter.elements))
+    result["calls_with"], result["calls_without"] = calls[0][0], calls[1][0]
+    result["extra_elements"] = calls[0][1] - calls[1][1]
+    result["world_size"] = world_size
+    return result
+
+
+def main() -> int:
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    torch.set_num_threads(1)
+    for stage, precision, accumulation in itertools.product((0, 1), ("fp32", "bf16"), (1, 2)):
+        result = case(stage, precision, accumulation)
+        if dist.get_rank() == 0:
+            print("CASE " + json.dumps(result), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

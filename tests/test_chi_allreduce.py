@@ -1,0 +1,80 @@
+"""χ in the all-reduce is exact and costs no collective: real ranks, gradients with known zeros."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.chi.allreduce import MAX_RANKS, pack, unpack
+from tests.conftest import launch
+
+CASES = list(itertools.product((0, 1), ("fp32", "bf16"), (1, 2)))
+
+
+@pytest.fixture(scope="module")
+def matrix() -> dict:
+    done = launch("tests/chi_matrix.py", ranks=2)
+    assert done.returncode == 0, done.stdout
+    lines = [json.loads(line.split("CASE ", 1)[1]) for line in done.stdout.splitlines() if "CASE " in line]
+    return {(r["stage"], r["precision"], r["accumulation"]): r for r in lines}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chi_equals_a_plain_count_and_deepspeeds_full_gradient(matrix, case):
+    for step in matrix[case]["steps"]:
+        for source in ("full", "plain"):
+            assert step["chi"] == step[source]["chi"], source
+            assert step["network_chi"] == step[source]["network_chi"]
+            assert step["participation"] == pytest.approx(step[source]["participation"], rel=1e-6)
+        for chi in [*step["chi"], step["network_chi"]]:
+            assert 0 < chi < 1
+        # A third of the first layer's inputs is silent, and a third of its outputs is dead.
+        assert step["chi"][0] <= 4 / 9
+        assert step["chi"][1] <= 4 / 6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tap_adds_no_collective_and_few_bytes(matrix, case):
+    result = matrix[case]
+    assert result["calls_without"] > 0
+    assert result["calls_with"] == result["calls_without"]
+    num_layers, other_floats = 2, 3 * 3 + 1
+    assert 0 < result["extra_elements"] <= num_layers * 16 + other_floats
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rates_and_signals_are_summed_over_ranks(matrix, case):
+    for step in matrix[case]["steps"]:
+        assert step["bad_samples"] == 1 + 2
+        assert all(0 < rate < 1 for rate in step["firing_rate"])
+        assert all(0 < coverage < 1 for coverage in step["coverage"])
+
+
+def test_the_same_gradient_in_more_micro_batches_counts_the_same_neuron_steps(matrix):
+    for stage in (0, 1):
+        for name in ("chi", "firing_rate", "coverage"):
+            one, other = (matrix[(stage, "fp32", a)]["steps"][0][name] for a in (1, 2))
+            assert one == pytest.approx(other, abs=0.2)
+
+
+def test_zero_stages_agree(matrix):
+    for precision, accumulation in itertools.product(("fp32", "bf16"), (1, 2)):
+        zero, one = (matrix[(stage, precision, accumulation)]["steps"][0] for stage in (0, 1))
+        assert zero["chi"] == one["chi"]
+        assert zero["coverage"] == one["coverage"]
+        assert zero["firing_rate"] == one["firing_rate"]
+
+
+@given(st.lists(st.integers(0, 2**36 - 1), min_size=1, max_size=8), st.integers(1, MAX_RANKS))
+def test_packed_counts_survive_a_sum_and_an_average_over_ranks(counts, ranks):
+    limbs = pack(torch.tensor(counts))
+    expected = [count * ranks for count in counts]
+    assert unpack(limbs * ranks).tolist() == expected
+    averaged = torch.zeros_like(limbs)
+    for _ in range(min(ranks, 50)):
+        averaged += limbs / ranks
+    averaged += limbs / ranks * (ranks - min(ranks, 50))
+    assert unpack(averaged * ranks).tolist() == expected
