@@ -1,0 +1,1 @@
+"""Spiking networks: surrogate gradients, neurons and their kernels, SEW-ResNet."""

@@ -1,0 +1,176 @@
+"""Spiking neurons as modules, and the device vectors that hold every layer's width and counters.
+
+A module holds parameters and finds its layer's scalars; the arithmetic is in kernels/. Until `bind` is called a
+neuron uses the width of its configuration and counts nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.config import ModelConfig
+from pipeline.errors import ConfigError
+from pipeline.snn import surrogate
+from pipeline.snn.kernels import select
+from pipeline.snn.kernels.reference import Rule, Tally, potential_dtype
+
+
+class Neuron(nn.Module):
+    """A layer of IF or LIF neurons, T steps at once: `(T, ...)` currents to `(T, ...)` spikes.
+
+    Args:
+        rule: kind of neuron, reset and surrogate.
+        width: w of the surrogate until `bind`, in units of the potential, above 0.
+        tau: membrane time constant of leaky rules, in time steps, at least 1.
+    """
+
+    def __init__(self, rule: Rule, *, width: float = 1.0, tau: float = 2.0) -> None:
+        super().__init__()
+        surrogate.check(rule.shape, rule.scale)
+        self.rule, self.width, self.tau = rule, width, tau
+        self.neuron_steps = 0
+        """Neuron-steps of the last training forward, T times the neurons in the batch; 0 before the first."""
+        self.tally: Tally | None = None
+        self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._leak: torch.Tensor | None = None
+
+    def attach(self, width: torch.Tensor, amplitude: torch.Tensor, tally: Tally) -> None:
+        """Read the width and amplitude from, and count into, these 0-d tensors."""
+        self._scalars, self.tally = (width, amplitude), tally
+
+    def leak(self, x: torch.Tensor) -> torch.Tensor | None:
+        """1/tau as a 0-d tensor beside x; None for IF."""
+        if not self.rule.leaky:
+            return None
+        if self._leak is None or self._leak.device != x.device:
+            self._leak = torch.tensor(1 / self.tau, dtype=torch.float64, device=x.device)
+        return self._leak
+
+    def scalars(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Width and amplitude of the surrogate, 0-d."""
+        if self._scalars is not None:
+            return self._scalars
+        dtype = potential_dtype(x)
+        width = torch.tensor(self.width, dtype=dtype, device=x.device)
+        return width, torch.ones((), dtype=dtype, device=x.device)
+
+    def forward(self, x: torch.Tensor, num_steps: int | None = None) -> torch.Tensor:
+        """Spikes from currents, starting at v_reset.
+
+        Args:
+            x: (T, ...), or (1, ...) with `num_steps` = T for a current that does not change in time.
+            num_steps: T, where x holds one step.
+
+        Returns:
+            Spikes, (T, ...), 0 or 1 in x's dtype and memory format.
+        """
+        return self.step(x, None, num_steps=num_steps, want_state=False)[0]
+
+    def step(
+        self, x: torch.Tensor, v: torch.Tensor | None, *, num_steps: int | None = None, want_state: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `forward`, from the potential v (...) or None for v_reset; returns the last potential too, to go on from.
+
+        Chunks of a sequence run one after another, each from the state that the one before returned, give the spikes
+        of the whole sequence.
+        """
+        if self.training:
+            self.neuron_steps = x.numel() if num_steps is None else x[0].numel() * num_steps
+        width, amplitude = self.scalars(x)
+        return select.run(
+            x,
+            self.rule,
+            width,
+            amplitude,
+            num_steps=num_steps,
+            leak=self.leak(x),
+            v=v,
+            tally=self.tally,
+            want_state=want_state,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.rule}, width={self.width}" + (f", tau={self.tau}" if self.rule.leaky else "")
+
+
+def from_config(model: ModelConfig) -> Neuron:
+    """The neuron that a configuration describes.
+
+    Raises:
+        ConfigError: unknown neuron, reset or surrogate.
+    """
+    if model.neuron not in ("if", "lif"):
+        raise ConfigError(f"model.neuron={model.neuron!r} is not allowed; use one of if, lif")
+    rule = Rule(
+        leaky=model.neuron == "lif",
+        hard=model.reset == "hard",
+        v_th=model.v_th,
+        shape=model.surrogate,
+        scale=model.scale,
+    )
+    return Neuron(rule, width=model.width, tau=model.tau)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NeuronState:
+    """One element for each spiking layer, in forward order, on the model's device. Change them in place only."""
+
+    names: tuple[str, ...]
+    """Dotted names of the layers."""
+    neurons: tuple[Neuron, ...]
+    widths: torch.Tensor
+    """w of the surrogate, (L,) fp32, in units of the potential; a change takes effect in the next step."""
+    amplitudes: torch.Tensor
+    """a of the surrogate, (L,) fp32; 1 unless it is steered."""
+    spikes: torch.Tensor
+    """Spikes since `zero_counts`, (L,) int64."""
+    covered: torch.Tensor
+    """Neuron-steps with |h - v_th| < w since `zero_counts`, (L,) int64; stays 0 where the support is unbounded."""
+    grad_sq: torch.Tensor
+    """Sum of g(h - v_th)^2 since `zero_counts`, (L,) fp64."""
+
+    def zero_counts(self) -> None:
+        """Start the three counters again from 0."""
+        for counts in (self.spikes, self.covered, self.grad_sq):
+            counts.zero_()
+
+    @property
+    def neuron_steps(self) -> tuple[int, ...]:
+        """Neuron-steps of each layer in its last training forward, (L,)."""
+        return tuple(neuron.neuron_steps for neuron in self.neurons)
+
+
+def bind(model: nn.Module) -> NeuronState:
+    """Give every spiking layer of `model` its element of vectors on the model's device.
+
+    Call it once, after the model is on its device. Widths start from the configuration. The vectors are plain
+    tensors, outside the state dict, untouched by `model.to()`; bind again after moving the model.
+
+    Args:
+        model: anything with neurons in it; with `spiking_layers()` their order is that one.
+
+    Raises:
+        ValueError: the model has no spiking layer.
+    """
+    if hasattr(model, "spiking_layers"):
+        layers = [(layer.name, layer.neuron) for layer in model.spiking_layers()]  # pyright: ignore
+    else:
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Neuron)]
+    if not layers:
+        raise ValueError(f"bind: {type(model).__name__} has no spiking layer; put a neurons.Neuron in it")
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    L = len(layers)
+    state = NeuronState(
+        names=tuple(name for name, _ in layers),
+        neurons=tuple(neuron for _, neuron in layers),
+        widths=torch.tensor([neuron.width for _, neuron in layers], dtype=torch.float32, device=device),
+        amplitudes=torch.ones(L, dtype=torch.float32, device=device),
+        spikes=torch.zeros(L, dtype=torch.int64, device=device),
+        covered=torch.zeros(L, dtype=torch.int64, device=device),
+        grad_sq=torch.zeros(L, dtype=torch.float64, device=device),
+    )
+    for index, neuron in enumerate(state.neurons):
+        tally = Tally(state.spikes[index], state.covered[index], state.grad_sq[index])
+        neuron.attach(state.widths[index], state.amplitudes[index], tally)
+    return state

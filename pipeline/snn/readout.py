@@ -1,0 +1,48 @@
+"""Losses: from the logits of every time step to a scalar."""
+
+import torch
+from torch.nn import functional
+
+
+def cross_entropy(logits_TNK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the mean over time, `CE(mean_t o_t, y)`, averaged over the batch.
+
+    Args:
+        logits_TNK: o, (T, N, K), any floating dtype; summed in fp32 (fp64 for fp64).
+        labels_N: class numbers, (N,) int64.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64).
+    """
+    return functional.cross_entropy(_widened(logits_TNK).mean(0), labels_N)
+
+
+def tet(logits_TNK: torch.Tensor, labels_N: torch.Tensor, lam: float = 1e-3, mean: float = 1.0) -> torch.Tensor:
+    """Temporal efficient training: `(1 - lam) mean_t CE(o_t, y) + lam MSE(o, mean)`.
+
+    Every time step has to classify by itself; the second term pulls all logits to the constant `mean`.
+    Source: Deng et al., "Temporal Efficient Training of Spiking Neural Network via Gradient Re-weighting", ICLR 2022.
+
+    Args:
+        logits_TNK: o, (T, N, K).
+        labels_N: class numbers, (N,) int64.
+        lam: weight of the second term, in [0, 1].
+        mean: the constant that logits are pulled to.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: lam is outside [0, 1].
+    """
+    if not 0 <= lam <= 1:
+        raise ValueError(f"tet: lam={lam} is not allowed; use a number in [0, 1]")
+    logits = _widened(logits_TNK)
+    T = logits.shape[0]
+    # Equal batch sizes at every step: the mean over (T, N) is the mean over t of the mean over N.
+    step_ce = functional.cross_entropy(logits.flatten(0, 1), labels_N.repeat(T))
+    return (1 - lam) * step_ce + lam * (logits - mean).square().mean()
+
+
+def _widened(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

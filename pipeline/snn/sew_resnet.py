@@ -1,0 +1,183 @@
+"""SEW-ResNet: residual networks whose shortcuts join spikes element by element.
+
+Source: Fang et al., "Deep Residual Learning in Spiking Neural Networks", NeurIPS 2021. A block is
+`out = connect(spikes of the branch, shortcut)`; the shortcut of a block that changes shape is conv1x1, BN, neuron.
+Parameter names are torchvision's, which SpikingJelly keeps; `state_dicts.py` reads and writes the original code's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.config import ModelConfig
+from pipeline.errors import ConfigError
+from pipeline.snn import neurons
+from pipeline.snn.archs import ARCHS, TABLE, Arch
+from pipeline.snn.neurons import Neuron
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpikingLayer:
+    """One layer of neurons and the convolution that feeds it."""
+
+    name: str
+    """Dotted name of the neuron module."""
+    neuron: Neuron
+    weight: nn.Parameter
+    """W of the convolution, (C_out, C_in, kH, kW)."""
+
+
+def connect(kind: str, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+    """Join a block's two paths: add `b + s`, and `b s`, iand `(1 - b) s`."""
+    if kind == "add":
+        return branch + shortcut
+    if kind == "and":
+        return branch * shortcut
+    if kind == "iand":
+        return (1 - branch) * shortcut
+    raise ConfigError(f"model.connect={kind!r} is not allowed; use one of add, and, iand")
+
+
+class Block(nn.Module):
+    """Convolution, BN, neuron, two (basic) or three (bottleneck) times, joined with the shortcut.
+
+    Tensors inside the network are (T*N, C, H, W): time and batch are one dimension to convolutions and BN.
+    """
+
+    def __init__(self, model: ModelConfig, arch: Arch, c_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.connect = model.connect
+        if arch.block == "basic":
+            shapes = [(c_in, channels, 3, stride), (channels, channels, 3, 1)]
+        else:
+            # The stride sits on the 3x3, as in torchvision's ResNet and the SEW code.
+            shapes = [(c_in, channels, 1, 1), (channels, channels, 3, stride), (channels, 4 * channels, 1, 1)]
+        self.depth, self.c_out = len(shapes), shapes[-1][1]
+        for i, (before, after, kernel, step) in enumerate(shapes, 1):
+            self.add_module(f"conv{i}", nn.Conv2d(before, after, kernel, step, kernel // 2, bias=False))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(after))
+            self.add_module(f"sn{i}", neurons.from_config(model))
+        self.downsample = self.downsample_sn = None
+        if stride != 1 or c_in != self.c_out:
+            conv = nn.Conv2d(c_in, self.c_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(self.c_out))
+            self.downsample_sn = neurons.from_config(model)
+
+    def pairs(self) -> list[tuple[str, nn.Conv2d]]:
+        """Each neuron's name in the block with the convolution that feeds it, in forward order."""
+        pairs = [(f"sn{i}", self.get_submodule(f"conv{i}")) for i in range(1, self.depth + 1)]
+        if self.downsample is not None:
+            pairs.append(("downsample_sn", self.downsample[0]))
+        return pairs  # pyright: ignore[reportReturnType]
+
+    def forward(self, x: torch.Tensor, T: int) -> torch.Tensor:
+        out = x
+        for i in range(1, self.depth + 1):
+            current = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(out))
+            out = _spikes(self.get_submodule(f"sn{i}"), current, T)
+        if self.downsample is not None:
+            x = _spikes(self.downsample_sn, self.downsample(x), T)
+        return connect(self.connect, out, x)
+
+
+def _spikes(neuron: nn.Module | None, current: torch.Tensor, T: int) -> torch.Tensor:
+    assert isinstance(neuron, Neuron)
+    return neuron(current.unflatten(0, (T, -1))).flatten(0, 1)
+
+
+def _spiking_layer(name: str, neuron: nn.Module, conv: nn.Conv2d) -> SpikingLayer:
+    assert isinstance(neuron, Neuron)
+    assert isinstance(conv.weight, nn.Parameter)
+    return SpikingLayer(name, neuron, conv.weight)
+
+
+class SEWResNet(nn.Module):
+    """The network: images `(N, C, H, W)` or event frames `(T, N, C, H, W)` to logits `(T, N, K)`.
+
+    For images the stem's convolution and BN run once and their output feeds the first neurons at every step.
+    """
+
+    def __init__(self, model: ModelConfig, *, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        if model.arch not in TABLE:
+            raise ConfigError(f"model.arch={model.arch!r} is not allowed; use one of {', '.join(ARCHS)}")
+        arch = TABLE[model.arch]
+        self.T, self.in_channels = model.T, in_channels
+        c = arch.channels[0]
+        kernel, stride = (7, 2) if arch.stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, c, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(c)
+        self.sn1 = neurons.from_config(model)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if arch.stem == "imagenet" else nn.Identity()
+        self.num_stages = len(arch.blocks)
+        for stage, (num_blocks, channels) in enumerate(zip(arch.blocks, arch.channels, strict=True), 1):
+            blocks = nn.Sequential()
+            for index in range(num_blocks):
+                block = Block(model, arch, c, channels, 2 if stage > 1 and index == 0 else 1)
+                blocks.append(block)
+                c = block.c_out
+            self.add_module(f"layer{stage}", blocks)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(c, num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def blocks(self) -> list[tuple[str, Block]]:
+        """Every residual block with its dotted name, in forward order."""
+        stages = range(1, self.num_stages + 1)
+        return [
+            (f"layer{i}.{j}", block)  # pyright: ignore[reportReturnType]
+            for i in stages
+            for j, block in self.get_submodule(f"layer{i}").named_children()
+        ]
+
+    def spiking_layers(self) -> list[SpikingLayer]:
+        """The neuron layers with the weights that feed them, in forward order."""
+        layers = [_spiking_layer("sn1", self.sn1, self.conv1)]
+        for name, block in self.blocks():
+            layers += [_spiking_layer(f"{name}.{sn}", block.get_submodule(sn), conv) for sn, conv in block.pairs()]
+        return layers
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dim() not in (4, 5) or images.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} are not allowed; use (N, {self.in_channels}, H, W), "
+                f"or (T, N, {self.in_channels}, H, W) for event frames"
+            )
+        static = images.dim() == 4
+        T = self.T if static else images.shape[0]
+        frames = images if static else images.flatten(0, 1)
+        current = self.bn1(self.conv1(frames.contiguous(memory_format=torch.channels_last)))
+        spikes = self.sn1(current[None], num_steps=T) if static else self.sn1(current.unflatten(0, (T, -1)))
+        x = self.maxpool(spikes.flatten(0, 1))
+        for _, block in self.blocks():
+            x = block(x, T)
+        logits = self.fc(self.avgpool(x).flatten(1))
+        return logits.unflatten(0, (T, -1))
+
+
+def build(model: ModelConfig, *, num_classes: int, in_channels: int = 3, image_size: int) -> SEWResNet:
+    """The network that a configuration names, with fresh weights from torch's default generator.
+
+    Args:
+        model: the configuration.
+        num_classes: K, at least 1.
+        in_channels: C of the images: 3 for colour, 1 for grey, 2 for event frames.
+        image_size: H = W of the images, in pixels; at least the network's total stride.
+
+    Raises:
+        ConfigError: unknown architecture, neuron or connection; an image smaller than the network's stride.
+    """
+    network = SEWResNet(model, num_classes=num_classes, in_channels=in_channels)
+    arch = TABLE[model.arch]
+    smallest = (4 if arch.stem == "imagenet" else 1) * 2 ** (len(arch.blocks) - 1)
+    if image_size < smallest:
+        raise ConfigError(
+            f"data.image_size={image_size} is too small for model.arch={model.arch!r}; use {smallest} or more"
+        )
+    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
