@@ -79,6 +79,7 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
 
 def build(config: Config, model: nn.Module, world_size: int):
     """The engine that trains `model` (already on its device) with SGD."""
+    model.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts weights as bytes of contiguous memory
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, lr=config.optim.lr, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay

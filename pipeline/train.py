@@ -121,7 +121,7 @@ def prepare(config: Config) -> Run:
         checkpoint.scatter(engine, saved["model"])
         controller, step = ControllerState.from_dict(saved["controller"], place.device), saved["step"]
         neurons.widths.copy_(controller.widths)
-    agree(step, config.run_dir)
+    agree(step, config.run_dir, place.device)
     num_samples = loader.manifest.num_samples
     if place.rank == 0:
         run_folder.describe(
@@ -157,12 +157,10 @@ def prepare(config: Config) -> Run:
     )
 
 
-def agree(step: int, run_dir: str) -> None:
+def agree(step: int, run_dir: str, device: torch.device) -> None:
     """All ranks resume from one step, or none does."""
-    steps = torch.tensor([step, -step])
-    if dist.get_world_size() > 1:
-        steps = steps.to(torch.device("cpu") if dist.get_backend() == "gloo" else torch.device("cuda"))
-        dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+    steps = torch.tensor([step, -step], device=device)
+    dist.all_reduce(steps, op=dist.ReduceOp.MAX)
     newest, oldest = steps[0].item(), -steps[1].item()
     if newest != oldest:
         raise ConfigError(

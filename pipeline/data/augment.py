@@ -1,0 +1,75 @@
+"""The crop and flip of a sample: a pure function of (seed, epoch, sample), whatever the rank, threads or resume point.
+
+Random-resized crop as in Inception and torchvision: an area uniform in [area_min, 1] of the image, an aspect ratio
+log-uniform in [1/aspect, aspect], placed uniformly; after ten tries that do not fit, the largest central crop.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.order import mix
+
+TRIES = 10
+_CROP, _FLIP = 2, 3  # words of the hash that keep these draws apart from those of the order
+
+
+class Windows(NamedTuple):
+    """The parts of `n` images that the network sees, in pixels."""
+
+    anchors: np.ndarray
+    """`(n, 2)` int32: top, left."""
+    shapes: np.ndarray
+    """`(n, 2)` int32: height, width."""
+    flips: np.ndarray
+    """`(n,)` int32: 1 mirrors left and right."""
+
+
+def _uniform(*words: int | np.ndarray) -> np.ndarray:
+    """Uniform in [0, 1), 53 bits."""
+    return (mix(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def random_windows(
+    seed: int,
+    epochs: np.ndarray,
+    samples: np.ndarray,
+    sizes: np.ndarray,
+    *,
+    area_min: float,
+    aspect: float,
+    flip: bool,
+) -> Windows:
+    """Training windows of samples `(n,)` whose sizes `(n, 2)` are heights and widths."""
+    height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    draw = np.arange(TRIES)[None]
+    words = (seed, epochs[:, None], samples[:, None], _CROP)
+    area = height * width * (area_min + (1 - area_min) * _uniform(*words, 4 * draw))
+    ratio = np.exp(np.log(aspect) * (2 * _uniform(*words, 4 * draw + 1) - 1))
+    crop_width, crop_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (crop_width >= 1) & (crop_width <= width) & (crop_height >= 1) & (crop_height <= height)
+    top = np.floor((height - crop_height + 1) * _uniform(*words, 4 * draw + 2))
+    left = np.floor((width - crop_width + 1) * _uniform(*words, 4 * draw + 3))
+    first = fits.argmax(1)
+    rows = np.arange(len(samples))
+    boxes = np.stack((top, left, crop_height, crop_width), axis=2)[rows, first]
+    boxes = np.where(fits.any(1)[:, None], boxes, _largest_central(sizes, aspect)).astype(np.int32)
+    flips = (_uniform(seed, epochs, samples, _FLIP) < 0.5) & flip
+    anchors, shapes = (np.ascontiguousarray(part) for part in (boxes[:, :2], boxes[:, 2:]))
+    return Windows(anchors, shapes, flips.astype(np.int32))
+
+
+def _largest_central(sizes: np.ndarray, aspect: float) -> np.ndarray:
+    """`(n, 4)` top, left, height, width of the largest central crop whose aspect ratio is allowed."""
+    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    crop_height = np.maximum(1, np.minimum(height, np.rint(width * aspect)))
+    crop_width = np.maximum(1, np.minimum(width, np.rint(height * aspect)))
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return np.stack((top, left, crop_height, crop_width), axis=1)
+
+
+def central_windows(sizes: np.ndarray, *, image_size: int, resize: int) -> Windows:
+    """Evaluation windows: the central `image_size` square of an image whose shorter side became `resize`."""
+    side = np.rint(sizes.min(1) * (image_size / resize)).clip(1).astype(np.int32)
+    shapes = np.stack((side, side), axis=1)
+    return Windows(((sizes - shapes) // 2).astype(np.int32), shapes, np.zeros(len(sizes), np.int32))
