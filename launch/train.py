@@ -24,9 +24,8 @@ PATIENCE_S = 10
 
 def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(levelname)s rank {rank}: %(message)s"
-    )
+    logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
+    logging.getLogger("pipeline").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
         config = parse(arguments)
         finished = preflight(config, rank)

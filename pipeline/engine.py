@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import warnings
 from dataclasses import dataclass
 
 import deepspeed
@@ -12,11 +13,14 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from pipeline.config import Config
+from pipeline.cores import cores_per_rank
 
 # DeepSpeed would compile a C++ operator that only its inference uses, and crash where there is no compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # Its note on every start that SGD is "untested with ZeRO" is answered by tests/test_checkpoint.py.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +39,13 @@ def join(config: Config) -> Place:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
-        torch.set_num_threads(threads_per_rank())
+        torch.set_num_threads(cores_per_rank())
     else:
         device = torch.device(accelerator.device_name(local_rank))
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
     torch.manual_seed(config.train.seed)
     return Place(deepspeed.comm.get_rank(), local_rank, deepspeed.comm.get_world_size(), device)
-
-
-def threads_per_rank() -> int:
-    """This rank's share of the cores that the job may use on this machine, at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def leave() -> None:

@@ -14,8 +14,7 @@ class Progress:
     def __init__(self, config: Config, *, rank: int, num_steps: int, step: int, layers: list[str], identity: str):
         self._active = rank == 0
         self._config, self._num_steps, self._layers = config, num_steps, layers
-        self._resumed_at = self._logged_step = step
-        self._started = self._logged_at = time.monotonic()
+        self._logged_step, self._logged_at = step, time.monotonic()
         self._wait_s = 0.0
         if self._active:
             run_dir = Path(config.run_dir)
@@ -54,7 +53,7 @@ class Progress:
             "layer_firing_rate_ratio": layers["firing_rate"],
             "layer_gradient_norm": layers["grad_norm"],
         }
-        eta_s = (now - self._started) / (step - self._resumed_at) * (self._num_steps - step)
+        eta_s = elapsed / steps * (self._num_steps - step)
         self.say(progress_line(record, self._num_steps, eta_s))
         self._journal.write(record)
         self._exporter.publish(record)

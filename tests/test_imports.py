@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = {"pipeline", "pipeline.errors"}
+BASE = {"pipeline", "pipeline.errors", "pipeline.cores"}
 CONFIG = BASE | {"pipeline.config"}
 MANIFEST = "pipeline.data.manifest"
 
@@ -16,6 +16,7 @@ MANIFEST = "pipeline.data.manifest"
 ALLOWED = {
     "pipeline": set(),
     "pipeline.errors": set(),
+    "pipeline.cores": set(),
     "pipeline.config": BASE,
     "pipeline.data": CONFIG,
     "pipeline.snn": CONFIG,

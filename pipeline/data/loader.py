@@ -20,6 +20,7 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from pipeline.config import DataConfig
+from pipeline.cores import cores_per_rank
 from pipeline.data.augment import Windows, central_windows, random_windows
 from pipeline.data.manifest import Manifest, read_samples
 from pipeline.data.order import Order
@@ -143,11 +144,10 @@ class _Stream:
 def _graph(data: DataConfig, device: torch.device, feed: Callable[[], list]):
     """DALI's pipeline: what `feed` returns → `(m, H, W, 3)` float32."""
     on_gpu = device.type == "cuda"
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     @pipeline_def(
         batch_size=data.micro_batch,
-        num_threads=data.threads or max(1, share),
+        num_threads=data.threads or cores_per_rank(),
         device_id=device.index if on_gpu else None,
         prefetch_queue_depth=data.prefetch,
     )
