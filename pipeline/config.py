@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import ConfigError
 
-_frozen = dataclass(frozen=True, kw_only=True, slots=True)
-
 
 def _require(ok: bool, name: str, got: object, allowed: str) -> None:
     if not ok:
@@ -26,7 +24,7 @@ def _positive(name: str, got: float) -> None:
     _require(math.isfinite(got) and got > 0, name, got, "a number above 0")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     path: str = "data/digits"
     """Folder that holds the shard sets `train/` and `val/`."""
@@ -77,7 +75,7 @@ class DataConfig:
         )
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     arch: str = "sew_tiny"
     """Name of the network: sew_tiny, or sew_resnet with 18, 34, 50, 101 or 152 behind it."""
@@ -112,7 +110,7 @@ class ModelConfig:
         _positive("model.width", self.width)
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChiConfig:
     policy: str = "chi"
     """fixed leaves the widths alone; chi holds every layer's indicator at its target."""
@@ -149,7 +147,7 @@ class ChiConfig:
         )
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     lr: float = 0.1
     """Peak learning rate of SGD, above 0."""
@@ -168,7 +166,7 @@ class OptimConfig:
             _require(math.isfinite(got) and got >= 0, f"optim.{name}", got, "a number of at least 0")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     epochs: float = 20.0
     """Length of the run, in passes over the training split, above 0."""
@@ -196,7 +194,7 @@ class TrainConfig:
         _require(math.isfinite(got) and got >= 0, "train.eval_every_epochs", got, "a number of at least 0")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MetricsConfig:
     port: int = 9464
     """TCP port where rank 0 serves metrics for Prometheus while it trains; 0 takes a free one."""
@@ -207,7 +205,7 @@ class MetricsConfig:
         _require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     recipe: str
     """Name of the recipe that this configuration started from."""

@@ -10,6 +10,7 @@ import deepspeed
 import deepspeed.comm
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from pipeline.config import Config
@@ -36,6 +37,7 @@ class Place:
 def join(config: Config) -> Place:
     """Joins the other ranks (the launcher set RANK, LOCAL_RANK and WORLD_SIZE) and takes this rank's device."""
     accelerator = get_accelerator()
+    assert accelerator is not None
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
@@ -76,9 +78,10 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
     return settings
 
 
-def build(config: Config, model: nn.Module, world_size: int):
+def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
     """The engine that trains `model` (already on its device) with SGD."""
-    model.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts weights as bytes of contiguous memory
+    # DeepSpeed broadcasts weights as bytes of contiguous memory.
+    model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, lr=config.optim.lr, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
@@ -101,6 +104,6 @@ def learning_rate(config: Config, step: int, num_samples: int) -> float:
     return 0.5 * config.optim.lr * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
 
 
-def set_learning_rate(engine, value: float) -> None:
+def set_learning_rate(engine: DeepSpeedEngine, value: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = value

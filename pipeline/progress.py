@@ -1,6 +1,7 @@
 """What people see while a run goes on: rank 0 turns readings into records and hands them to metrics.py's sinks."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.chi.allreduce import Reading
@@ -11,7 +12,7 @@ from pipeline.metrics import Exporter, Journal, layer_labels, progress_line
 class Progress:
     """Rank 0's console, journal and metrics port. On other ranks every call does nothing."""
 
-    def __init__(self, config: Config, *, rank: int, num_steps: int, step: int, layers: list[str], identity: str):
+    def __init__(self, config: Config, *, rank: int, num_steps: int, step: int, layers: Sequence[str], identity: str):
         self._active = rank == 0
         self._config, self._num_steps, self._layers = config, num_steps, layers
         self._logged_step, self._logged_at = step, time.monotonic()
@@ -87,7 +88,7 @@ class Progress:
             self._exporter.close()
 
 
-def summary_table(layers: list[str], record: dict) -> str:
+def summary_table(layers: Sequence[str], record: dict) -> str:
     """χ, coverage, width and firing rate of every layer at the last step, for a terminal."""
     labels = layer_labels(layers)
     pad = max(len("layer"), *map(len, labels))

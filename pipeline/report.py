@@ -9,6 +9,7 @@ import html
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -56,7 +57,7 @@ def curves(run_dir: Path) -> Figure:
     return figure
 
 
-def heatmaps(run_dir: Path, layers: list[str]) -> Figure:
+def heatmaps(run_dir: Path, layers: Sequence[str]) -> Figure:
     """What χ, coverage, width and firing rate did, by layer (rows, first on top) and step (columns)."""
     records = training_records(run_dir)
     steps = [record["step"] for record in records]

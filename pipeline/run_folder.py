@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import Config
@@ -58,7 +59,9 @@ def admit(config: Config) -> dict | None:
     return _read(folder / "summary.json")
 
 
-def describe(config: Config, *, data_identity: str, layers: list[str], num_parameters: int, world_size: int) -> dict:
+def describe(
+    config: Config, *, data_identity: str, layers: Sequence[str], num_parameters: int, world_size: int
+) -> dict:
     """Writes config.json and run.json (rank 0) and returns what run.json says."""
     folder = Path(config.run_dir)
     description = {
@@ -70,7 +73,7 @@ def describe(config: Config, *, data_identity: str, layers: list[str], num_param
         "world_size": world_size,
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "layers": layers,
+        "layers": list(layers),
     }
     write_json(folder / "config.json", config.to_dict())
     write_json(folder / "run.json", description)

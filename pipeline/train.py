@@ -10,6 +10,7 @@ from pathlib import Path
 
 import deepspeed.comm as dist
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipeline import checkpoint, report, run_folder
 from pipeline.chi.allreduce import SIGNALS, Tap
@@ -33,7 +34,7 @@ class Run:
     config: Config
     place: Place
     loader: Loader
-    engine: object
+    engine: DeepSpeedEngine
     neurons: NeuronState
     tap: Tap
     controller: ControllerState

@@ -7,6 +7,7 @@ The network has no BatchNorm, a silent input channel and dead output channels, s
 import itertools
 import json
 import sys
+from typing import cast
 
 import deepspeed
 import torch
@@ -41,7 +42,8 @@ class SparseNet(nn.Module):
             self.conv1.weight[:2] = -1.0  # images are not negative, so these never come near the threshold
 
     def spiking_layers(self) -> list[SpikingLayer]:
-        return [SpikingLayer("sn1", self.sn1, self.conv1.weight), SpikingLayer("sn2", self.sn2, self.conv2.weight)]
+        pairs = (("sn1", self.sn1, self.conv1), ("sn2", self.sn2, self.conv2))
+        return [SpikingLayer(name, neuron, cast(nn.Parameter, conv.weight)) for name, neuron, conv in pairs]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         s = self.sn1(self.conv1(images)[None], num_steps=T)
@@ -137,7 +139,10 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
         full: dict[str, torch.Tensor] = {}
 
         def inspect(full=full) -> None:
-            full |= {name: safe_get_full_grad(p).clone() for name, p in module.named_parameters()}
+            for name, parameter in module.named_parameters():
+                gradient = safe_get_full_grad(parameter)
+                assert gradient is not None
+                full[name] = gradient.clone()
 
         tap.signals[SIGNALS.index("bad_samples")] = rank + 1
         step(engine, data, tap, inspect)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -26,11 +27,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(script: str, *arguments: str, ranks: int = 2, wait: bool = True, **environment: str):
-    """Starts `script` on CPU ranks by the real deepspeed launcher, in a process group of its own.
-
-    Waits for the end (a `CompletedProcess`), or with `wait=False` returns the `Popen` of the launcher.
-    """
+def start(script: str, *arguments: str, ranks: int = 2, **environment: str) -> subprocess.Popen[str]:
+    """Starts `script` on CPU ranks by the real deepspeed launcher, in a process group of its own."""
     command = [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_accelerators",
@@ -40,24 +38,32 @@ def launch(script: str, *arguments: str, ranks: int = 2, wait: bool = True, **en
         script,
         *arguments,
     ]
-    settings = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **environment}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=settings,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    if not wait:
-        return process
+
+
+class Ended(NamedTuple):
+    returncode: int
+    output: str
+    """What the launcher and all ranks wrote to stdout and stderr."""
+
+
+def launch(script: str, *arguments: str, ranks: int = 2, **environment: str) -> Ended:
+    """Runs `script` as `start` does, to its end."""
+    process = start(script, *arguments, ranks=ranks, **environment)
     try:
-        output, _ = process.communicate(timeout=150)
+        output, _ = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:
         kill(process)
         raise
-    return subprocess.CompletedProcess(command, process.returncode, output, "")
+    return Ended(process.returncode, output)
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -17,8 +17,8 @@ CASES = list(itertools.product((0, 1), ("fp32", "bf16"), (1, 2)))
 @pytest.fixture(scope="module")
 def matrix() -> dict:
     done = launch("tests/chi_matrix.py", ranks=2)
-    assert done.returncode == 0, done.stdout
-    lines = [json.loads(line.split("CASE ", 1)[1]) for line in done.stdout.splitlines() if "CASE " in line]
+    assert done.returncode == 0, done.output
+    lines = [json.loads(line.split("CASE ", 1)[1]) for line in done.output.splitlines() if "CASE " in line]
     return {(r["stage"], r["precision"], r["accumulation"]): r for r in lines}
 
 

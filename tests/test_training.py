@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.checkpoint import load_newest
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.metrics import read_journal
-from tests.conftest import kill, launch
+from tests.conftest import kill, launch, start
 
 STEPS = 14
 
@@ -42,9 +43,10 @@ class Finished(NamedTuple):
     scraped: str
 
 
-def read_until(process, pattern: str) -> tuple[str, re.Match]:
+def read_until(process: subprocess.Popen[str], pattern: str) -> tuple[str, re.Match]:
     """Reads the launcher's output up to the first line that matches; fails with the output when it ends before."""
     seen = ""
+    assert process.stdout
     for line in process.stdout:
         seen += line
         if match := re.search(pattern, line):
@@ -56,13 +58,13 @@ def read_until(process, pattern: str) -> tuple[str, re.Match]:
 def straight(digits, tmp_path_factory) -> Finished:
     """A run that nothing disturbs, scraped over HTTP in its middle."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    process = launch("launch/train.py", *arguments(digits, run_dir), wait=False)
-    start, address = read_until(process, r"metrics at (http://\S+)")
+    process = start("launch/train.py", *arguments(digits, run_dir))
+    beginning, address = read_until(process, r"metrics at (http://\S+)")
     middle, _ = read_until(process, r"^step +4/")
     with urllib.request.urlopen(address[1], timeout=10) as response:
         scraped = response.read().decode()
     rest, _ = process.communicate(timeout=200)
-    output = start + middle + rest
+    output = beginning + middle + rest
     assert process.returncode == EXIT_DONE, output
     return Finished(run_dir, output, scraped)
 
@@ -127,27 +129,27 @@ def test_a_finished_run_says_so_and_trains_nothing(digits, straight):
     before = (straight.run_dir / "metrics.jsonl").read_bytes()
     done = launch("launch/train.py", *arguments(digits, straight.run_dir))
     assert done.returncode == EXIT_DONE
-    assert "has finished" in done.stdout
+    assert "has finished" in done.output
     assert (straight.run_dir / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_configuration_in_its_folder_is_refused(digits, straight):
     done = launch("launch/train.py", *arguments(digits, straight.run_dir), "--optim.lr", "0.2")
     assert done.returncode == 64
-    assert "error: optim.lr=0.2, but the run in" in done.stdout
-    assert done.stdout.count("error: ") == 1
-    assert "Traceback" not in done.stdout
+    assert "error: optim.lr=0.2, but the run in" in done.output
+    assert done.output.count("error: ") == 1
+    assert "Traceback" not in done.output
 
 
 def test_a_run_killed_and_started_again_repeats_the_same_losses_bit_for_bit(digits, straight, tmp_path):
     run_dir = tmp_path / "run"
-    process = launch("launch/train.py", *arguments(digits, run_dir), wait=False)
+    process = start("launch/train.py", *arguments(digits, run_dir))
     read_until(process, r"^step +8/")
     kill(process)
     assert "step-00000005" in [folder.name for folder in (run_dir / "checkpoints").iterdir()]
     again = launch("launch/train.py", *arguments(digits, run_dir))
-    assert again.returncode == EXIT_DONE, again.stdout
-    assert "resumed from the checkpoint after step 5" in again.stdout
+    assert again.returncode == EXIT_DONE, again.output
+    assert "resumed from the checkpoint after step 5" in again.output
     assert_same_result(run_dir, straight)
 
 
@@ -158,22 +160,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(digits, straig
     state = run_dir / "checkpoints" / f"step-{STEPS:08d}" / "state.pt"
     state.write_bytes(state.read_bytes()[:-100])
     again = launch("launch/train.py", *arguments(digits, run_dir))
-    assert again.returncode == EXIT_DONE, again.stdout
-    assert f"step-{STEPS:08d} is damaged" in again.stdout
-    assert "resumed from the checkpoint after step 10" in again.stdout
+    assert again.returncode == EXIT_DONE, again.output
+    assert f"step-{STEPS:08d} is damaged" in again.output
+    assert "resumed from the checkpoint after step 10" in again.output
     assert_same_result(run_dir, straight)
 
 
 def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_repeated(digits, straight, tmp_path):
     run_dir = tmp_path / "run"
-    process = launch("launch/train.py", *arguments(digits, run_dir), wait=False)
+    process = start("launch/train.py", *arguments(digits, run_dir))
     read_until(process, r"^step +6/")
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
     ranks[0].send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_STOPPED, output
-    stopped = int(re.search(r"stopped on request after step (\d+)", output)[1])  # pyright: ignore
+    said = re.search(r"stopped on request after step (\d+)", output)
+    assert said, output
     again = launch("launch/train.py", *arguments(digits, run_dir))
-    assert again.returncode == EXIT_DONE, again.stdout
-    assert f"resumed from the checkpoint after step {stopped}" in again.stdout
+    assert again.returncode == EXIT_DONE, again.output
+    assert f"resumed from the checkpoint after step {said[1]}" in again.output
     assert_same_result(run_dir, straight)
