@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import surrogate
-from pipeline.snn.kernels import select
+from pipeline.snn.kernels import norm, select
 from pipeline.snn.kernels.reference import Rule, Tally, potential_dtype
 
 
@@ -88,6 +88,43 @@ class Neuron(nn.Module):
             v=v,
             tally=self.tally,
             want_state=want_state,
+        )
+
+    def after_norm(
+        self,
+        y: torch.Tensor,
+        bn: nn.BatchNorm2d,
+        num_steps: int,
+        *,
+        static: bool = False,
+        shortcut: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`forward(bn(y)) + shortcut` in one op; see kernels/norm.py.
+
+        Args:
+            y: a convolution's output, (T N, C, H, W); (N, C, H, W) where static.
+            bn: the normalisation between it and these neurons.
+            num_steps: T.
+            static: y is the same at every step.
+            shortcut: added to the spikes, (T N, C, H, W), or None.
+
+        Returns:
+            (T N, C, H, W) in y's dtype.
+        """
+        if self.training:
+            self.neuron_steps = y.numel() * (num_steps if static else 1)
+        width, amplitude = self.scalars(y)
+        return norm.run(
+            y,
+            bn,
+            self.rule,
+            width,
+            amplitude,
+            num_steps=num_steps,
+            static=static,
+            leak=self.leak(y),
+            shortcut=shortcut,
+            tally=self.tally,
         )
 
     def extra_repr(self) -> str:

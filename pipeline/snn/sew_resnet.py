@@ -14,6 +14,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import neurons
 from pipeline.snn.archs import ARCHS, TABLE, Arch
+from pipeline.snn.kernels import packing
 from pipeline.snn.neurons import Neuron
 
 
@@ -45,9 +46,10 @@ class Block(nn.Module):
     Tensors inside the network are (T*N, C, H, W): time and batch are one dimension to convolutions and BN.
     """
 
-    def __init__(self, model: ModelConfig, arch: Arch, c_in: int, channels: int, stride: int) -> None:
+    def __init__(self, model: ModelConfig, arch: Arch, c_in: int, channels: int, stride: int, largest_in: int) -> None:
         super().__init__()
         self.connect = model.connect
+        self.bits_in = packing.bits_for(largest_in)
         if arch.block == "basic":
             shapes = [(c_in, channels, 3, stride), (channels, channels, 3, 1)]
         else:
@@ -72,18 +74,23 @@ class Block(nn.Module):
         return pairs  # pyright: ignore[reportReturnType]
 
     def forward(self, x: torch.Tensor, T: int) -> torch.Tensor:
-        out = x
-        for i in range(1, self.depth + 1):
-            current = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(out))
-            out = _spikes(self.get_submodule(f"sn{i}"), current, T)
+        kept = packing.Packed(x, self.bits_in) if self.training and self.bits_in else None
+        shortcut = x
         if self.downsample is not None:
-            x = _spikes(self.downsample_sn, self.downsample(x), T)
-        return connect(self.connect, out, x)
+            conv, bn = self.downsample
+            shortcut = self._spikes(packing.conv2d(x, kept, conv), bn, self.downsample_sn, T)  # pyright: ignore
+        for i in range(1, self.depth + 1):
+            last = i == self.depth
+            current = packing.conv2d(x, kept, self.get_submodule(f"conv{i}"))  # pyright: ignore
+            # Only an addition is fused: the others need the branch's spikes again in the backward pass.
+            added = shortcut if last and self.connect == "add" else None
+            x = self._spikes(current, self.get_submodule(f"bn{i}"), self.get_submodule(f"sn{i}"), T, added)
+            kept = packing.Packed(x, 1) if self.training and not last else None
+        return x if self.connect == "add" else connect(self.connect, x, shortcut)
 
-
-def _spikes(neuron: nn.Module | None, current: torch.Tensor, T: int) -> torch.Tensor:
-    assert isinstance(neuron, Neuron)
-    return neuron(current.unflatten(0, (T, -1))).flatten(0, 1)
+    @staticmethod
+    def _spikes(y, bn, neuron, T: int, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        return neuron.after_norm(y, bn, T, shortcut=shortcut)
 
 
 def _spiking_layer(name: str, neuron: nn.Module, conv: nn.Conv2d) -> SpikingLayer:
@@ -110,12 +117,14 @@ class SEWResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(c)
         self.sn1 = neurons.from_config(model)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if arch.stem == "imagenet" else nn.Identity()
-        self.num_stages = len(arch.blocks)
+        self.num_stages, largest = len(arch.blocks), 1
         for stage, (num_blocks, channels) in enumerate(zip(arch.blocks, arch.channels, strict=True), 1):
             blocks = nn.Sequential()
             for index in range(num_blocks):
-                block = Block(model, arch, c, channels, 2 if stage > 1 and index == 0 else 1)
+                block = Block(model, arch, c, channels, 2 if stage > 1 and index == 0 else 1, largest)
                 blocks.append(block)
+                # A sum grows by one a block, and starts again where the shortcut has neurons of its own.
+                largest = 1 if model.connect != "add" else 2 if block.downsample is not None else largest + 1
                 c = block.c_out
             self.add_module(f"layer{stage}", blocks)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -152,9 +161,8 @@ class SEWResNet(nn.Module):
         static = images.dim() == 4
         T = self.T if static else images.shape[0]
         frames = images if static else images.flatten(0, 1)
-        current = self.bn1(self.conv1(frames.contiguous(memory_format=torch.channels_last)))
-        spikes = self.sn1(current[None], num_steps=T) if static else self.sn1(current.unflatten(0, (T, -1)))
-        x = self.maxpool(spikes.flatten(0, 1))
+        current = self.conv1(frames.contiguous(memory_format=torch.channels_last))
+        x = packing.max_pool2d(self.sn1.after_norm(current, self.bn1, T, static=static), self.maxpool)
         for _, block in self.blocks():
             x = block(x, T)
         logits = self.fc(self.avgpool(x).flatten(1))

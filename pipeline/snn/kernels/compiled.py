@@ -1,8 +1,9 @@
-"""The CPU twin: `torch.compile` of one layer's T steps, forward and backward, over a flat (T, M) view.
+"""The CPU twin: cpu.cpp, compiled by the machine's C++ compiler at first use, forward and backward.
 
-It saves x and not h: h is recomputed in the backward pass, in registers. So one bf16 neuron-step moves 4 bytes forward
-(x, s) and 6 backward (x, grad s, grad x), and retains nothing but x. The backward pass is derived by hand from the
-definition in reference.py. With g = g(h - v_th) and `grad v[T]` from the state where it was asked for, for t = T .. 1:
+It saves x and not h: h is computed again in the backward pass, in the first-level cache. So one bf16 neuron-step moves
+4 bytes forward (x, s) and 6 backward (x, grad s, grad x), and retains nothing but x. The backward pass is derived by
+hand from the definition in reference.py. With g = g(h - v_th) and `grad v[T]` from the state where it was asked for,
+for t = T .. 1:
 
     dv/dh   = 1 - s [+ (v_reset - h) g]  hard;  1 [- v_th g]  soft;  [...] where the reset is not detached
     grad h[t]   = grad s[t] g + grad v[t] dv/dh
@@ -10,202 +11,200 @@ definition in reference.py. With g = g(h - v_th) and `grad v[T]` from the state 
     grad v[t-1] = grad h[t]               IF;   grad h[t] (1 - leak)   leaky
     grad leak   = sum_t grad h[t] (x[t] - (v[t-1] - v_reset))
 
-Element by element the operations and their order are the reference's, without contraction to fused multiply-adds, so
-spikes and potentials are the same bits.
+Why C++ and not torch.compile: the same passes through Inductor took 15 s of each start from a warm cache (60 s from a
+cold one) and 225 MB of resident memory in every rank for the compiler itself; this takes 2 s once on a machine.
 """
 
+import ctypes
 import functools
-import itertools
+import hashlib
 import logging
-from collections.abc import Callable
+import os
+import platform
+import subprocess
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pipeline.snn import surrogate
-from pipeline.snn.kernels.reference import Rule, Tally, potential_dtype
+from pipeline.snn.kernels.reference import Rule, Tally
 
 log = logging.getLogger(__name__)
 
 MAX_STEPS = 32
-"""Longest T that is compiled: the loop over time is unrolled, and compile time grows with it."""
-MAX_NEURON_STEPS = 2**31 - 1
-"""Counts are summed in int32 within one call."""
-_WARM_UP = 1 << 16
-"""Neurons of the warm-up call: large enough that the compiler decides for threads."""
+"""Longest T of the twin: potentials of a block over all steps have to stay in the cache."""
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+# -ffp-contract=off keeps the bits of the reference; the other two only drop errno and signalling exceptions.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fopenmp")
+_long, _pointer = ctypes.c_long, ctypes.c_void_p
+_SIGNATURES = {
+    "spike_forward": (*[_pointer] * 8, *[_long] * 4, _pointer, _long),
+    "spike_backward": (*[_pointer] * 14, *[_long] * 4, _pointer, _long),
+    "channel_statistics": (*[_pointer] * 3, *[_long] * 3),
+    "channel_affine": (*[_pointer] * 5, *[_long] * 3),
+    "pack": (*[_pointer] * 2, *[_long] * 3),
+    "unpack": (*[_pointer] * 2, *[_long] * 3),
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Twins:
-    """The two compiled passes of one rule."""
-
-    forward: Callable
-    backward: Callable
-
-
-def _step(x_t, v, leak, rule: Rule):
-    """One step: the potential before the reset, what follows it, and the spike."""
-    h = v + x_t if leak is None else v + (x_t - (v - rule.v_reset)) * leak
-    s = (h - rule.v_th >= 0).to(h.dtype)
-    v = h * (1 - s) + rule.v_reset * s if rule.hard else h - rule.v_th * s
-    return h, s, v
-
-
-def _forward(x, v, leak, outs, rule: Rule, num_steps: int, want_state: bool):
-    # Spikes are written into views of one tensor: `torch.stack` would cost a second pass.
-    dtype = potential_dtype(x)
-    leak = None if leak is None else leak.to(dtype)
-    current = x.to(dtype)
-    v = torch.full_like(current[0], rule.v_reset) if v is None else v.to(dtype)
-    count = torch.zeros_like(current[0])
-    for t in range(num_steps):
-        _, s, v = _step(current[t if x.shape[0] > 1 else 0], v, leak, rule)
-        count = count + s
-        outs[t].copy_(s)
-    return count.sum(dtype=torch.int32), (v if want_state else None)
-
-
-def _backward(grad_s, grad_v, x, v, leak, width, amplitude, outs, rule: Rule, num_steps: int):
-    dtype = potential_dtype(x)
-    leak = None if leak is None else leak.to(dtype)
-    width, amplitude = width.to(dtype), amplitude.to(dtype)
-    current = x.to(dtype)
-    at = [t if x.shape[0] > 1 else 0 for t in range(num_steps)]
-    v = torch.full_like(current[0], rule.v_reset) if v is None else v.to(dtype)
-    befores, potentials, spikes = [], [], []
-    for t in range(num_steps):
-        befores.append(v)
-        h, s, v = _step(current[at[t]], v, leak, rule)
-        potentials.append(h)
-        spikes.append(s)
-    zero = torch.zeros_like(v)
-    grad_v = zero if grad_v is None else grad_v.to(dtype)
-    covered, grad_sq, grad_leak, grad_static = zero, zero, zero, zero
-    for t in reversed(range(num_steps)):
-        h, s = potentials[t], spikes[t]
-        u = h - rule.v_th
-        g = surrogate.derivative(u, width, amplitude, shape=rule.shape, scale=rule.scale)
-        if rule.hard:
-            keep = 1 - s if rule.detach else 1 - s + (rule.v_reset - h) * g
-        else:
-            keep = 1.0 if rule.detach else 1 - rule.v_th * g
-        grad_h = grad_s[t].to(dtype) * g + grad_v * keep
-        grad_sq = grad_sq + g * g
-        if rule.bounded:
-            covered = covered + surrogate.covered(u, width).to(dtype)
-        if leak is None:
-            grad_x, grad_v = grad_h, grad_h
-        else:
-            grad_x, grad_v = grad_h * leak, grad_h * (1 - leak)
-            grad_leak = grad_leak + grad_h * (current[at[t]] - (befores[t] - rule.v_reset))
-        if x.shape[0] > 1 or num_steps == 1:
-            outs[t].copy_(grad_x)
-        else:
-            grad_static = grad_static + grad_x
-    if x.shape[0] == 1 and num_steps > 1:
-        outs[0].copy_(grad_static)
-    return (
-        covered.sum(dtype=torch.int32) if rule.bounded else None,
-        grad_sq.sum(),
-        None if leak is None else grad_leak.sum(),
-        grad_v,
-    )
-
-
-def _entry(function: Callable, *arguments: object) -> Callable:
-    """`function` with its last arguments fixed, compiled, with a code object of its own.
-
-    Dynamo caps the number of recompiles per code object; rules must not use up each other's.
-    """
-
-    def entry(*tensors):
-        return function(*tensors, *arguments)
-
-    entry.__code__ = entry.__code__.replace(co_name=f"spiking_layer{function.__name__}_{next(_serial)}")
-    return torch.compile(entry, dynamic=True)
-
-
-_serial = itertools.count()
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: `chispike` in XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chispike"
 
 
 @functools.cache
-def _compiled(rule: Rule, num_steps: int, dtype: torch.dtype, static: bool, stateful: bool) -> Twins | None:
-    """Both passes, compiled and run once; None where that does not work, which is said once."""
-    forward = _entry(_forward, rule, num_steps, stateful)
-    backward = _entry(_backward, rule, num_steps)
-    twins = Twins(forward, backward)
-    x = torch.zeros((1 if static else num_steps, _WARM_UP), dtype=dtype)
-    spikes = torch.zeros((num_steps, _WARM_UP), dtype=dtype)
-    v = torch.zeros(_WARM_UP, dtype=potential_dtype(x)) if stateful else None
-    leak = torch.tensor(0.5) if rule.leaky else None
-    one = torch.ones(())
+def _machine() -> str:
+    """What -march=native depends on: a home directory may be shared by different machines."""
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            forward(x, v, leak, list(spikes))
-            backward(spikes, v, x, v, leak, one, one, list(torch.empty_like(x)))
-    except (RuntimeError, OSError, ImportError) as error:
-        _unavailable(error)
-        return None
-    return twins
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    except OSError:
+        return platform.machine() + platform.processor()
 
 
 _told: list[str] = []
 
 
-def _unavailable(error: Exception) -> None:
+@functools.cache
+def _library(options: tuple[str, ...]) -> ctypes.CDLL | None:
+    """The kernels for these macros, compiled unless they are in the cache; None, said once, where that fails."""
+    compiler = os.environ.get("CXX") or "g++"
+    key = hashlib.sha256("\n".join((_SOURCE.read_text(), compiler, *_FLAGS, *options, _machine())).encode())
+    path = cache_dir() / f"cpu-{key.hexdigest()[:20]}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                built = Path(folder) / path.name
+                command = [compiler, *_FLAGS, "-shared", "-fPIC", *options, str(_SOURCE), "-o", str(built)]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                # Atomic: another rank may be doing the same.
+                built.replace(path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        _unavailable(error)
+        return None
+    for name, signature in _SIGNATURES.items():
+        getattr(library, name).argtypes, getattr(library, name).restype = signature, None
+    return library
+
+
+def _unavailable(error: OSError | subprocess.CalledProcessError) -> None:
     if not _told:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        _told.append(reason)
+        detail = error.stderr.strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else [error]
+        _told.append(f"{type(error).__name__}: {detail[0] if detail else error}")
         log.warning(
-            "torch.compile does not work here, so spiking layers run the slower reference on the CPU: %s: %s",
-            type(error).__name__,
-            reason,
+            "the CPU kernels could not be compiled, so spiking layers run the slower reference: %s; install g++ (or "
+            "set CXX) and make %s writable",
+            _told[0],
+            cache_dir(),
         )
 
 
 def why_not() -> str:
-    """Why torch.compile did not work; empty where it did, or was not tried yet."""
+    """Why compiling did not work; empty where it did, or was not tried yet."""
     return _told[0] if _told else ""
 
 
-def twins(rule: Rule, x: torch.Tensor, num_steps: int, *, stateful: bool) -> Twins | None:
-    """The compiled passes for these inputs, or None where the reference has to run.
+def library(x: torch.Tensor, rule: Rule | None = None, num_steps: int = 1) -> ctypes.CDLL | None:
+    """The kernels for this tensor and rule; None where the reference has to run.
 
-    The first call for a rule, T and dtype compiles, which takes seconds; the answer is the same on every rank of a
-    machine, and so are the numbers, as the two forms agree bit for bit in spikes and potentials.
+    The choice depends on the device, dtype and T, and on whether the machine can compile: the same for every run and
+    every rank of a machine. The first call for a dtype and rule compiles, for 2 s.
     """
-    if _told or num_steps > MAX_STEPS or x.shape[1] * num_steps > MAX_NEURON_STEPS:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or num_steps > MAX_STEPS or _told:
         return None
-    return _compiled(rule, num_steps, x.dtype, x.shape[0] == 1 and num_steps > 1, stateful)
+    rule = rule or Rule()
+    values = {
+        "BF16": x.dtype == torch.bfloat16,
+        "LEAKY": rule.leaky,
+        "HARD": rule.hard,
+        "DETACH": rule.detach,
+        "SHAPE": surrogate.SHAPES.index(rule.shape),
+        "PEAK": rule.scale == "peak",
+    }
+    return _library(tuple(f"-D{name}={int(value)}" for name, value in values.items()))
+
+
+class _Neuron(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_float) for name in ("v_th", "v_reset", "leak", "width", "amplitude"))
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Call:
+    """One layer's T steps over rows of M elements; element m belongs to channel m % C."""
+
+    rule: Rule
+    num_steps: int
+    num_channels: int
+    """C; anything from 1 where no channels are scaled."""
+    static: bool
+    """x holds one row, the same at every step."""
+    width: torch.Tensor
+    amplitude: torch.Tensor
+    leak: torch.Tensor | None
+    tally: Tally | None
+
+    def _tail(self, x: torch.Tensor) -> tuple:
+        # On the CPU reading a scalar costs nothing: there is no queue to wait for.
+        leak = 0.0 if self.leak is None else self.leak.item()
+        rule = self.rule
+        neuron = _Neuron(rule.v_th, rule.v_reset, leak, self.width.item(), self.amplitude.item())
+        sizes = (self.num_steps, x.numel() // (1 if self.static else self.num_steps), self.num_channels)
+        return (*sizes, int(self.static), ctypes.byref(neuron), torch.get_num_threads())
+
+    def forward(self, x, scale, shift, shortcut, v, want_state: bool):
+        """Spikes (plus shortcut) in x's dtype, T rows, and the last potential or None; counts spikes."""
+        kernels = library(x, self.rule, self.num_steps)
+        assert kernels is not None
+        rows = x.shape[1:]
+        out = x.new_empty((self.num_steps, *rows))
+        state = x.new_empty(rows, dtype=torch.float32) if want_state else None
+        spikes = None if self.tally is None else self.tally.spikes
+        tensors = (x, scale, shift, shortcut, v, out, state, spikes)
+        kernels.spike_forward(*map(address, tensors), *self._tail(x))
+        return out, state
+
+    def backward(self, grad_s, grad_last, x, scale, shift, mean, v):
+        """Gradients for x, the first potential and leak, and two sums by channel; counts coverage and g^2.
+
+        The sums, of grad and of grad (y - mean), are what batch normalisation needs; None without a scale.
+        """
+        kernels = library(x, self.rule, self.num_steps)
+        assert kernels is not None
+        grad_x = torch.empty_like(x)
+        grad_first = None if v is None else torch.empty_like(v)
+        grad_leak = None if self.leak is None else torch.zeros((), dtype=torch.float64)
+        sums = x.new_zeros((2, self.num_channels), dtype=torch.float64) if scale is not None else (None, None)
+        covered, square = (None, None) if self.tally is None else (self.tally.covered, self.tally.grad_sq)
+        tensors = (x, scale, shift, mean, grad_s, grad_last, v, grad_x, grad_first, covered, square, grad_leak, *sums)
+        kernels.spike_backward(*map(address, tensors), *self._tail(x))
+        if grad_leak is not None and self.leak is not None:
+            grad_leak = grad_leak.to(self.leak.dtype)
+        return grad_x, grad_first, grad_leak, sums
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Address of a tensor's first element, for a kernel; the tensor has to be dense and outlive the call."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 class Layer(torch.autograd.Function):
     """T steps of a layer over (T, M), or over (1, M) for a current that is the same at every step."""
 
     @staticmethod
-    def forward(ctx, x, v, leak, width, amplitude, rule: Rule, num_steps: int, tally: Tally | None, twins: Twins):
-        spikes = x.new_empty((num_steps, x.shape[1]))
-        with torch.autocast("cpu", enabled=False):
-            count, state = twins.forward(x, v, leak, list(spikes))
-        if tally is not None:
-            tally.spikes.add_(count)
+    def forward(ctx, x, v, leak, width, amplitude, call: Call, want_state: bool):
         ctx.save_for_backward(x, v, leak, width, amplitude)
-        ctx.tally, ctx.twins = tally, twins
-        return spikes, state
+        ctx.call = call
+        return call.forward(x, None, None, None, v, want_state)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_s, grad_state):
-        x, v, leak, width, amplitude = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            covered, grad_sq, grad_leak, grad_v = ctx.twins.backward(
-                grad_s.contiguous(), grad_state, x, v, leak, width, amplitude, list(grad_x)
-            )
-        if ctx.tally is not None:
-            ctx.tally.grad_sq.add_(grad_sq)
-            if covered is not None:
-                ctx.tally.covered.add_(covered)
-        if grad_leak is not None:
-            grad_leak = grad_leak.to(leak.dtype)
-        return grad_x, (grad_v if v is not None else None), grad_leak, None, None, None, None, None, None
+        # Unpacked for the version check: changing a width between forward and backward is refused.
+        x, v, *_ = ctx.saved_tensors
+        grad_state = None if grad_state is None else grad_state.contiguous()
+        grad_x, grad_v, grad_leak, _ = ctx.call.backward(grad_s.contiguous(), grad_state, x, None, None, None, v)
+        return grad_x, grad_v, grad_leak, None, None, None, None

@@ -5,12 +5,6 @@ import torch
 from pipeline.snn.kernels import compiled, reference
 from pipeline.snn.kernels.reference import Rule, Tally
 
-MIN_NEURON_STEPS = 1 << 14
-"""Below this many neuron-steps in a call the reference runs: compiling takes seconds and there is little to gain.
-A function of the shape alone, so that every run and every rank of a machine chooses the same."""
-
-_NATIVE = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def run(
     x: torch.Tensor,
@@ -37,20 +31,22 @@ def run(
         Spikes (T, ...) in x's dtype and memory format, and the potential (...) or None.
     """
     T = x.shape[0] if num_steps is None else num_steps
-    twins = None
-    if x.device.type == "cpu" and x.dtype in _NATIVE and x[0].numel() * T >= MIN_NEURON_STEPS:
+    if x.numel() and compiled.library(x, rule, T) is not None:
         flat, order = _flatten(x)
-        stateful = want_state or v is not None
-        twins = compiled.twins(rule, flat, T, stateful=stateful)
-        if twins is not None:
-            v_flat = None if v is None else _flatten_like(v.to(torch.float32), order)
-            if stateful and v_flat is None:
-                v_flat = torch.full_like(flat[0], rule.v_reset, dtype=torch.float32)
-            spikes, state = compiled.Layer.apply(flat, v_flat, leak, width, amplitude, rule, T, tally, twins)
-            shape = (T, *x.shape[1:])
-            return _restore(spikes, shape, order), (
-                _restore(state[None], (1, *shape[1:]), order)[0] if want_state else None
-            )
+        call = compiled.Call(
+            rule=rule,
+            num_steps=T,
+            num_channels=1,
+            static=x.shape[0] == 1 and T > 1,
+            width=width,
+            amplitude=amplitude,
+            leak=leak,
+            tally=tally,
+        )
+        v_flat = None if v is None else v.float()[None].permute(order).contiguous().flatten()
+        spikes, state = compiled.Layer.apply(flat, v_flat, leak, width, amplitude, call, want_state)
+        last = _restore(state[None], (1, *x.shape[1:]), order)[0] if want_state else None
+        return _restore(spikes, (T, *x.shape[1:]), order), last
     if x.shape[0] != T:
         x = x.expand(T, *x.shape[1:])
     spikes, state = reference.run(x, rule, width, amplitude, leak=leak, v=v, tally=tally)
@@ -61,10 +57,6 @@ def _flatten(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """x as (T, M) in the order its elements lie in memory, and that order of the dimensions; copies if not dense."""
     order = (0, *sorted(range(1, x.dim()), key=lambda dim: (-x.stride(dim), dim)))
     return x.permute(order).contiguous().flatten(1), order
-
-
-def _flatten_like(v: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    return v[None].permute(order).contiguous().flatten()
 
 
 def _restore(flat: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:

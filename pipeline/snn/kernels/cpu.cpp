@@ -1,0 +1,262 @@
+// T steps of a layer of spiking neurons on the CPU, with batch normalisation, the shortcut's addition and the counts in
+// the same pass. The equations and their derivation are in reference.py, compiled.py and norm.py.
+//
+// Compiled once for each kind of neuron by compiled.py, which sets BF16, LEAKY, HARD, DETACH, SHAPE and PEAK. Operations
+// are the reference's, in its order, and -ffp-contract=off keeps them apart, so spikes and potentials are the same bits.
+// A tensor is `steps` rows of M elements, element m belonging to channel m % C. Work is divided by blocks of BLOCK
+// elements: their potentials over all steps stay in the first-level cache. Floating-point sums are kept one lane for
+// each element of a block, which the compiler turns into vector operations, and folded into doubles in thread order.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if BF16
+typedef uint16_t real;
+static inline float load(real x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+static inline real store(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (real)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);  // NaN stays NaN
+}
+#else
+typedef float real;
+static inline float load(real x) { return x; }
+static inline real store(float value) { return value; }
+#endif
+
+enum { BLOCK = 128, MAX_STEPS = 32 };
+enum { TRIANGLE, RECTANGLE, ATAN, SIGMOID };
+
+struct Neuron { float v_th, v_reset, leak, width, amplitude; };
+
+static inline float surrogate(float u, const Neuron& p, float inverse, float gain) {
+    if (SHAPE == TRIANGLE) {
+        float height = 1 - std::fabs(u) * inverse;
+        return gain * (height < 0 ? 0 : height);
+    }
+    if (SHAPE == RECTANGLE) return gain * (std::fabs(u) < p.width ? 0.5f : 0.0f);
+    float ratio = u * inverse;
+    if (SHAPE == ATAN) return gain / 3.14159265358979323846f / (1 + ratio * ratio);
+    float fired = 1 / (1 + std::exp(-ratio));
+    return gain * fired * (1 - fired);
+}
+
+static inline float step(float v, float x, const Neuron& p, float* s, float* after) {
+    float h = LEAKY ? v + (x - (v - p.v_reset)) * p.leak : v + x;
+    *s = h - p.v_th >= 0 ? 1.0f : 0.0f;
+    *after = HARD ? h * (1 - *s) + p.v_reset * *s : h - p.v_th * *s;
+    return h;
+}
+
+// One value a channel, repeated so that a block may start at any channel.
+static std::vector<float> repeated(const float* channels, long C) {
+    std::vector<float> table(channels ? C + BLOCK : 0);
+    for (size_t i = 0; i < table.size(); i++) table[i] = channels[i % C];
+    return table;
+}
+
+static inline void read(const real* x, const float* scale, const float* shift, long n, float* out) {
+    if (scale)
+        for (long i = 0; i < n; i++) out[i] = load(x[i]) * scale[i] + shift[i];
+    else
+        for (long i = 0; i < n; i++) out[i] = load(x[i]);
+}
+
+extern "C" void spike_forward(const real* x, const float* scale, const float* shift, const real* shortcut,
+                              const float* v_in, real* out, float* v_out, int64_t* spikes, long steps, long M, long C,
+                              long is_static, const Neuron* neuron, long threads) {
+    const Neuron p = *neuron;
+    const std::vector<float> scales = repeated(scale, C), shifts = repeated(shift, C);
+    long blocks = (M + BLOCK - 1) / BLOCK;
+    int64_t total = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
+    for (long b = 0; b < blocks; b++) {
+        long m = b * BLOCK, n = M - m < BLOCK ? M - m : BLOCK;
+        float v[BLOCK], current[BLOCK];
+        int32_t count[BLOCK] = {0};
+        for (long i = 0; i < n; i++) v[i] = v_in ? v_in[m + i] : p.v_reset;
+        for (long t = 0; t < steps; t++) {
+            if (t == 0 || !is_static)
+                read(x + t * M + m, scale ? &scales[m % C] : 0, scale ? &shifts[m % C] : 0, n, current);
+            real* to = out + t * M + m;
+            const real* add = shortcut ? shortcut + t * M + m : 0;
+            float s[BLOCK];
+            for (long i = 0; i < n; i++) step(v[i], current[i], p, &s[i], &v[i]);
+            if (spikes)
+                for (long i = 0; i < n; i++) count[i] += (int32_t)s[i];
+            if (add)
+                for (long i = 0; i < n; i++) to[i] = store(s[i] + load(add[i]));
+            else
+                for (long i = 0; i < n; i++) to[i] = store(s[i]);
+        }
+        if (v_out)
+            for (long i = 0; i < n; i++) v_out[m + i] = v[i];
+        if (spikes)
+            for (long i = 0; i < n; i++) total += count[i];
+    }
+    if (spikes) *spikes += total;
+}
+
+// Sums of one thread: a lane for each element of a block, two for each channel (offset like the tables).
+struct Sums {
+    float square[BLOCK] = {0}, leak[BLOCK] = {0};
+    int64_t covered = 0;
+    std::vector<float> gradient, product;
+};
+
+extern "C" void spike_backward(const real* x, const float* scale, const float* shift, const float* mean,
+                               const real* grad_s, const float* grad_last, const float* v_in, real* grad_x,
+                               float* grad_first, int64_t* covered, double* square, double* grad_leak,
+                               double* gradient, double* product, long steps, long M, long C, long is_static,
+                               const Neuron* neuron, long threads) {
+    const Neuron p = *neuron;
+    const std::vector<float> scales = repeated(scale, C), shifts = repeated(shift, C), means = repeated(mean, C);
+    const float inverse = 1 / p.width;
+    const float peak = SHAPE == TRIANGLE ? 1 : SHAPE == RECTANGLE ? 0.5f : SHAPE == ATAN ? 0.318309886183790672f : 0.25f;
+    const float gain = PEAK ? p.amplitude / peak : p.amplitude * inverse;
+    long blocks = (M + BLOCK - 1) / BLOCK;
+    std::vector<Sums> sums(threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (long thread = 0; thread < threads; thread++) {
+        Sums& sum = sums[thread];
+        sum.gradient.assign(scales.size(), 0);
+        sum.product.assign(scales.size(), 0);
+        std::vector<float> h((steps + 1) * BLOCK), before(LEAKY ? steps * BLOCK : 0), currents(LEAKY ? steps * BLOCK : 0);
+        for (long b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) {
+            long m = b * BLOCK, n = M - m < BLOCK ? M - m : BLOCK;
+            float v[BLOCK], current[BLOCK], grad_v[BLOCK], total[BLOCK] = {0};
+            for (long i = 0; i < n; i++) v[i] = v_in ? v_in[m + i] : p.v_reset;
+            for (long t = 0; t < steps; t++) {
+                if (t == 0 || !is_static)
+                    read(x + t * M + m, scale ? &scales[m % C] : 0, scale ? &shifts[m % C] : 0, n, current);
+                if (LEAKY) memcpy(&before[t * BLOCK], v, n * 4), memcpy(&currents[t * BLOCK], current, n * 4);
+                float s, *potential = &h[t * BLOCK];
+                for (long i = 0; i < n; i++) potential[i] = step(v[i], current[i], p, &s, &v[i]);
+            }
+            for (long i = 0; i < n; i++) grad_v[i] = grad_last ? grad_last[m + i] : 0;
+            for (long t = steps - 1; t >= 0; t--) {
+                const float* potential = &h[t * BLOCK];
+                const real* from = grad_s + t * M + m;
+                real* to = grad_x + t * M + m;
+                float gx[BLOCK];
+                int32_t inside[BLOCK];
+                for (long i = 0; i < n; i++) {
+                    float u = potential[i] - p.v_th, s = u >= 0 ? 1.0f : 0.0f;
+                    float g = surrogate(u, p, inverse, gain);
+                    float keep = HARD ? 1 - s : 1;
+                    if (!DETACH) keep = keep + (HARD ? (p.v_reset - potential[i]) * g : -p.v_th * g);
+                    float grad_h = load(from[i]) * g + grad_v[i] * keep;
+                    sum.square[i] += g * g;
+                    inside[i] = std::fabs(u) < p.width;
+                    if (LEAKY) sum.leak[i] += grad_h * (currents[t * BLOCK + i] - (before[t * BLOCK + i] - p.v_reset));
+                    gx[i] = LEAKY ? grad_h * p.leak : grad_h;
+                    grad_v[i] = LEAKY ? grad_h * (1 - p.leak) : grad_h;
+                }
+                if (SHAPE <= RECTANGLE && covered)
+                    for (long i = 0; i < n; i++) sum.covered += inside[i];
+                if (is_static)
+                    for (long i = 0; i < n; i++) total[i] += gx[i];
+                else
+                    for (long i = 0; i < n; i++) to[i] = store(gx[i]);
+                if (scale) {  // the sums over time and position that batch normalisation's gradient needs
+                    float *sum_g = &sum.gradient[m % C], *sum_p = &sum.product[m % C];
+                    const float* centre = &means[m % C];
+                    const real* y = x + (is_static ? 0 : t * M) + m;
+                    for (long i = 0; i < n; i++) sum_g[i] += gx[i];
+                    for (long i = 0; i < n; i++) sum_p[i] += gx[i] * (load(y[i]) - centre[i]);
+                }
+            }
+            if (is_static)
+                for (long i = 0; i < n; i++) grad_x[m + i] = store(total[i]);
+            if (grad_first)
+                for (long i = 0; i < n; i++) grad_first[m + i] = grad_v[i];
+        }
+    }
+    for (long thread = 0; thread < threads; thread++) {
+        Sums& sum = sums[thread];
+        if (covered) *covered += sum.covered;
+        for (long i = 0; i < BLOCK && square; i++) *square += sum.square[i];
+        for (long i = 0; i < BLOCK && grad_leak; i++) *grad_leak += sum.leak[i];
+        for (size_t i = 0; i < sum.gradient.size(); i++) {
+            gradient[i % C] += sum.gradient[i];
+            product[i % C] += sum.product[i];
+        }
+    }
+}
+
+// Mean and biased variance of each channel over `rows` rows, around the first row so that nothing cancels.
+extern "C" void channel_statistics(const real* y, float* mean, float* variance, long rows, long C, long threads) {
+    std::vector<std::vector<double>> firsts(threads, std::vector<double>(C)), seconds(threads, std::vector<double>(C));
+    std::vector<float> pivot(C);
+    for (long c = 0; c < C; c++) pivot[c] = load(y[c]);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (long thread = 0; thread < threads; thread++) {
+        std::vector<float> first(C), second(C);
+        long end = rows * (thread + 1) / threads;
+        for (long r = rows * thread / threads; r < end;) {
+            long stop = r + 256 < end ? r + 256 : end;  // few terms in fp32, then on in doubles
+            std::memset(first.data(), 0, C * 4), std::memset(second.data(), 0, C * 4);
+            float *a = first.data(), *b = second.data(), *k = pivot.data();
+            for (; r < stop; r++) {
+                const real* row = y + r * C;
+#pragma omp simd
+                for (long c = 0; c < C; c++) {
+                    float d = load(row[c]) - k[c];
+                    a[c] += d;
+                    b[c] += d * d;
+                }
+            }
+            for (long c = 0; c < C; c++) firsts[thread][c] += first[c], seconds[thread][c] += second[c];
+        }
+    }
+    for (long c = 0; c < C; c++) {
+        double first = 0, second = 0;
+        for (long thread = 0; thread < threads; thread++) first += firsts[thread][c], second += seconds[thread][c];
+        first /= rows, second = second / rows - first * first;
+        mean[c] = (float)(pivot[c] + first);
+        variance[c] = (float)(second > 0 ? second : 0);
+    }
+}
+
+// grad <- a grad + b y + d by channel: the last step of batch normalisation's backward pass, in place.
+extern "C" void channel_affine(const real* y, real* grad, const float* a, const float* b, const float* d, long M, long C,
+                               long threads) {
+    const std::vector<float> as = repeated(a, C), bs = repeated(b, C), ds = repeated(d, C);
+    long blocks = (M + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long block = 0; block < blocks; block++) {
+        long m = block * BLOCK, n = M - m < BLOCK ? M - m : BLOCK;
+        const float *pa = &as[m % C], *pb = &bs[m % C], *pd = &ds[m % C];
+#pragma omp simd
+        for (long i = 0; i < n; i++) grad[m + i] = store(load(grad[m + i]) * pa[i] + load(y[m + i]) * pb[i] + pd[i]);
+    }
+}
+
+// Byte j holds elements j, j + n, j + 2n, ... (n bytes in all): planes, so that both directions are vector operations.
+extern "C" void pack(const real* x, uint8_t* out, long n, long bits, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long j0 = 0; j0 < n; j0 += BLOCK) {
+        long end = j0 + BLOCK < n ? BLOCK : n - j0;
+        int32_t word[BLOCK] = {0};
+        for (long k = 0; k < 8 / bits; k++)
+            for (long j = 0; j < end; j++) word[j] |= (int32_t)load(x[k * n + j0 + j]) << (bits * k);
+        for (long j = 0; j < end; j++) out[j0 + j] = (uint8_t)word[j];
+    }
+}
+
+extern "C" void unpack(const uint8_t* packed, real* out, long n, long bits, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long j0 = 0; j0 < n; j0 += BLOCK) {
+        long end = j0 + BLOCK < n ? BLOCK : n - j0;
+        for (long k = 0; k < 8 / bits; k++)
+            for (long j = 0; j < end; j++)
+                out[k * n + j0 + j] = store((float)((packed[j0 + j] >> (bits * k)) & ((1 << bits) - 1)));
+    }
+}

@@ -1,0 +1,159 @@
+"""Batch normalisation, T steps of neurons and the shortcut's addition as one op that keeps only its input.
+
+    mean, var over (T N, H, W)     of y in fp32, or the running statistics in evaluation
+    x = y scale + shift            scale = gamma / sqrt(var + eps), shift = beta - mean scale
+    out = spikes(x) [+ shortcut]
+
+The current x stays in fp32 between the two even where y is bf16. The reference below is the definition. The CPU twin
+keeps y alone, which BN would have kept anyway, and computes x and h again in the backward pass.
+"""
+
+import torch
+from torch import nn
+
+from pipeline.snn.kernels import compiled, reference
+from pipeline.snn.kernels.compiled import Call
+from pipeline.snn.kernels.reference import Rule, Tally
+
+
+def run_reference(
+    y: torch.Tensor,
+    bn: nn.BatchNorm2d,
+    rule: Rule,
+    width: torch.Tensor,
+    amplitude: torch.Tensor,
+    *,
+    num_steps: int,
+    static: bool = False,
+    leak: torch.Tensor | None = None,
+    shortcut: torch.Tensor | None = None,
+    tally: Tally | None = None,
+) -> torch.Tensor:
+    """The definition, in plain torch.
+
+    Args:
+        y: a convolution's output, (T N, C, H, W), any floating dtype; (N, C, H, W) where static.
+        bn: its batch normalisation; in training mode its running statistics are updated.
+        rule, width, amplitude, leak, tally: as in `reference.run`.
+        num_steps: T.
+        static: y is one step's, the same at every step.
+        shortcut: added to the spikes, (T N, C, H, W).
+
+    Returns:
+        (T N, C, H, W) in y's dtype.
+    """
+    with torch.autocast(y.device.type, enabled=False):
+        x = bn(y.to(reference.potential_dtype(y)))
+        steps = x[None].expand(num_steps, *x.shape) if static else x.unflatten(0, (num_steps, -1))
+        spikes, _ = reference.run(steps, rule, width, amplitude, leak=leak, tally=tally)
+        out = spikes.flatten(0, 1).to(y.dtype)
+        return out if shortcut is None else out + shortcut
+
+
+class _Fused(torch.autograd.Function):
+    """The CPU twin, over rows (T N, H, W, C) of channels-last tensors.
+
+    BN's gradient, with gx the gradient for x and n = T N H W: `scale (gx - mean(gx) - (y - mean) rstd^2 mean(gx (y -
+    mean)))`, the means over n; both sums come out of the neurons' backward pass, and one more pass applies them.
+    """
+
+    @staticmethod
+    def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, bn, call: Call):
+        mean, var = _statistics(y, bn)
+        rstd = (var + bn.eps).rsqrt()
+        scale = gamma * rstd
+        shift = beta - mean * scale
+        n, c, h, w = y.shape
+        rows = y.permute(0, 2, 3, 1).view(1 if call.static else call.num_steps, -1)
+        added = None if shortcut is None else shortcut.permute(0, 2, 3, 1)
+        out, _ = call.forward(rows, scale, shift, added, None, False)
+        ctx.save_for_backward(rows, mean, rstd, scale, shift, leak, width, amplitude)
+        ctx.call, ctx.train, ctx.shape, ctx.add = call, bn.training, (n, h, w, c), shortcut is not None
+        return out.view(-1, h, w, c).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        rows, mean, rstd, scale, shift, *_ = ctx.saved_tensors
+        n, h, w, c = ctx.shape
+        grad_out = grad_out.contiguous(memory_format=torch.channels_last)
+        grad, _, grad_leak, sums = ctx.call.backward(grad_out, None, rows, scale, shift, mean, None)
+        grad_beta, grad_product = sums[0], sums[1]
+        grad_gamma = grad_product * rstd
+        a, b, d = scale, torch.zeros_like(scale), torch.zeros_like(scale)
+        if ctx.train:
+            # In doubles by channel: the terms nearly cancel in d where a mean is large.
+            count = n * h * w
+            b64 = -scale.double() * rstd.double().square() * grad_product / count
+            b, d = b64.float(), (-scale.double() * grad_beta / count - b64 * mean.double()).float()
+        kernels = compiled.library(rows)
+        assert kernels is not None
+        tensors = map(compiled.address, (rows, grad, a, b, d))
+        kernels.channel_affine(*tensors, rows.numel(), c, torch.get_num_threads())
+        grad_y = grad.view(n, h, w, c).permute(0, 3, 1, 2)
+        shortcut = grad_out if ctx.add else None
+        return grad_y, grad_gamma.float(), grad_beta.float(), shortcut, grad_leak, None, None, None, None
+
+
+def _statistics(y: torch.Tensor, bn: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance to normalise with, (C,) fp32; in training the running ones are updated."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    if not bn.training:
+        return bn.running_mean, bn.running_var
+    assert bn.num_batches_tracked is not None
+    assert bn.momentum is not None
+    c = y.shape[1]
+    count = y.numel() // c
+    if count == 1:
+        raise ValueError(
+            f"batch normalisation needs more than 1 value per channel when training, got input size {tuple(y.shape)}; "
+            "use a larger batch or image"
+        )
+    mean, var = torch.empty(2, c)
+    kernels = compiled.library(y)
+    assert kernels is not None
+    kernels.channel_statistics(*map(compiled.address, (y, mean, var)), count, c, torch.get_num_threads())
+    bn.num_batches_tracked.add_(1)
+    bn.running_mean.lerp_(mean, bn.momentum)
+    bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+    return mean, var
+
+
+def run(
+    y: torch.Tensor,
+    bn: nn.BatchNorm2d,
+    rule: Rule,
+    width: torch.Tensor,
+    amplitude: torch.Tensor,
+    *,
+    num_steps: int,
+    static: bool = False,
+    leak: torch.Tensor | None = None,
+    shortcut: torch.Tensor | None = None,
+    tally: Tally | None = None,
+) -> torch.Tensor:
+    """As `run_reference`, in the fastest form that works here; the choice depends on the shape alone."""
+    arguments = {"num_steps": num_steps, "static": static, "leak": leak, "shortcut": shortcut, "tally": tally}
+    if y.numel() and _plain(bn) and compiled.library(y, rule, num_steps) is not None:
+        call = Call(
+            rule=rule,
+            num_steps=num_steps,
+            num_channels=y.shape[1],
+            static=static and num_steps > 1,
+            width=width,
+            amplitude=amplitude,
+            leak=leak,
+            tally=tally,
+        )
+        y = y.contiguous(memory_format=torch.channels_last)
+        if shortcut is not None:
+            shortcut = shortcut.to(y.dtype).contiguous(memory_format=torch.channels_last)
+        return _Fused.apply(y, bn.weight, bn.bias, shortcut, leak, width, amplitude, bn, call)
+    return run_reference(y, bn, rule, width, amplitude, **arguments)
+
+
+def _plain(bn: nn.BatchNorm2d) -> bool:
+    """Affine in fp32, with running statistics and a fixed momentum: what the twin covers."""
+    fixed = bn.affine and bn.track_running_stats and bn.momentum is not None
+    return type(bn) is nn.BatchNorm2d and fixed and bn.weight.dtype == torch.float32

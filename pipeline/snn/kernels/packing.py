@@ -1,0 +1,126 @@
+"""What a convolution keeps of its input for the backward pass: 1 bit a spike, 4 bits a sum of spikes. Lossless.
+
+Byte j of the packed form of n elements at b bits holds elements j, j + n b/8, j + 2 n b/8, ...: planes, not
+neighbours, so that packing and unpacking are the same vector operation on whole planes.
+"""
+
+import torch
+from torch.nn import functional
+
+from pipeline.snn.kernels import compiled
+
+
+def bits_for(largest: int) -> int:
+    """Bits that hold the integers 0 to `largest`: 1, 4, 8, or 0 where 8 do not suffice."""
+    return 1 if largest <= 1 else 4 if largest <= 15 else 8 if largest <= 255 else 0
+
+
+def pack(x: torch.Tensor, bits: int) -> torch.Tensor | None:
+    """Integers 0 to 2^bits - 1 in any dtype, dense in memory, as a flat uint8 tensor; None where they do not divide.
+
+    The order is that of x's elements in memory. Values outside the range are not detected: the network's structure
+    bounds them.
+    """
+    per_byte = 8 // bits if bits else 0
+    if not per_byte or not x.numel() or x.numel() % per_byte or not _dense(x):
+        return None
+    n = x.numel() // per_byte
+    kernels = compiled.library(x)
+    if kernels is not None:
+        out = torch.empty(n, dtype=torch.uint8)
+        kernels.pack(x.data_ptr(), out.data_ptr(), n, bits, torch.get_num_threads())
+        return out
+    planes = x.detach().as_strided((per_byte, n), (n, 1)).to(torch.int32)
+    shifts = torch.arange(per_byte, device=x.device, dtype=torch.int32)[:, None] * bits
+    return (planes << shifts).sum(0).to(torch.uint8)
+
+
+def unpack(packed: torch.Tensor, bits: int, like: torch.Tensor) -> torch.Tensor:
+    """The inverse: a new tensor with the shape, strides and dtype of `like` (which may be on the meta device)."""
+    out = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=packed.device)
+    n = packed.numel()
+    kernels = compiled.library(out)
+    if kernels is not None:
+        kernels.unpack(packed.data_ptr(), out.data_ptr(), n, bits, torch.get_num_threads())
+        return out
+    shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.int32)[:, None] * bits
+    out.as_strided((8 // bits, n), (n, 1)).copy_((packed.to(torch.int32) >> shifts) & ((1 << bits) - 1))
+    return out
+
+
+def _dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+class Packed:
+    """A tensor of small integers in packed form, with what it takes to have it back."""
+
+    __slots__ = ("bits", "data", "meta")
+
+    def __init__(self, x: torch.Tensor, bits: int) -> None:
+        self.bits = bits
+        self.data = pack(x, bits)
+        self.meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    def unpack(self) -> torch.Tensor:
+        assert self.data is not None
+        return unpack(self.data, self.bits, self.meta)
+
+
+def conv2d(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d) -> torch.Tensor:
+    """`conv(x)` that keeps x for the backward pass in packed form, where there is one."""
+    if packed is None or packed.data is None or not torch.is_grad_enabled():
+        return conv(x)
+    address = x.data_ptr()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor | Packed:
+        return packed if tensor.data_ptr() == address and tensor.dtype == packed.meta.dtype else tensor
+
+    def restore(kept: torch.Tensor | Packed) -> torch.Tensor:
+        return kept.unpack() if isinstance(kept, Packed) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, restore):
+        return conv(x)
+
+
+class _SpikePool(torch.autograd.Function):
+    """Max-pooling that keeps each maximum's place in 16 bits, and works image by image to hold no more than that."""
+
+    @staticmethod
+    def forward(ctx, x, kernel: int, stride: int, padding: int):
+        ctx.shape, ctx.window = x.shape, (kernel, stride, padding)
+        dtype = torch.int16 if x.shape[2] * x.shape[3] < 2**15 else torch.int32
+        outs, places = [], []
+        for part in x.split(_POOL_IMAGES):
+            out, place = functional.max_pool2d(part, *ctx.window, return_indices=True)
+            outs.append(out)
+            places.append(place.to(dtype))
+        ctx.save_for_backward(*places)
+        return torch.cat(outs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        n, c, h, w = ctx.shape
+        total = grad.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
+        parts = zip(total.split(_POOL_IMAGES), grad.split(_POOL_IMAGES), ctx.saved_tensors, strict=True)
+        for out, part, place in parts:
+            # Of the input only the shape and layout are read.
+            like = torch.empty_like(out)
+            out.copy_(
+                torch.ops.aten.max_pool2d_with_indices_backward(
+                    part, like, *[[size] * 2 for size in ctx.window], [1, 1], False, place.long()
+                )
+            )
+        return total, None, None, None
+
+
+_POOL_IMAGES = 4
+"""Images pooled at a time."""
+
+
+def max_pool2d(x: torch.Tensor, pool: torch.nn.Module) -> torch.Tensor:
+    """`pool(x)`, keeping 2 bytes an output where a plain pooling keeps the spikes and 8 bytes an output."""
+    if not isinstance(pool, torch.nn.MaxPool2d) or not torch.is_grad_enabled() or not x.numel():
+        return pool(x)
+    return _SpikePool.apply(x, pool.kernel_size, pool.stride, pool.padding)
