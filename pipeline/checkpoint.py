@@ -23,15 +23,14 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from torch import nn
 
 log = logging.getLogger(__name__)
 MOMENTUM = "momentum_buffer"
 
 
-def average_buffers(model: nn.Module) -> None:
+def average_buffers(engine) -> None:
     """Averages BatchNorm's running statistics over ranks and writes them back, on every rank alike."""
-    floating = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    floating = [buffer for buffer in engine.module.buffers() if buffer.is_floating_point()]
     if not floating or dist.get_world_size() == 1:
         return
     flat = torch.cat([buffer.reshape(-1) for buffer in floating]).double()
@@ -43,7 +42,7 @@ def average_buffers(model: nn.Module) -> None:
 
 def gather(engine) -> dict[str, dict[str, torch.Tensor]]:
     """Full parameters, momentum and buffers by name, on the CPU. Every rank calls it; it is a collective."""
-    average_buffers(engine.module)
+    average_buffers(engine)
     parameters, momentum = {}, {}
     for name, parameter in engine.module.named_parameters():
         if engine.zero_optimization_stage() == 0:

@@ -104,6 +104,6 @@ def learning_rate(config: Config, step: int, num_samples: int) -> float:
     return 0.5 * config.optim.lr * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
 
 
-def set_learning_rate(engine: DeepSpeedEngine, value: float) -> None:
+def set_learning_rate(engine, value: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = value

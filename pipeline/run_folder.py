@@ -77,7 +77,6 @@ def describe(
     }
     write_json(folder / "config.json", config.to_dict())
     write_json(folder / "run.json", description)
-    return description
 
 
 def write_json(path: Path, document: dict) -> None:

@@ -203,7 +203,7 @@ def evaluation_due(run: Run) -> bool:
 
 
 def validate(run: Run) -> Evaluation:
-    checkpoint.average_buffers(run.engine.module)
+    checkpoint.average_buffers(run.engine)
     batches = evaluation_batches(
         run.config.data, rank=run.place.rank, world_size=run.place.world_size, device=run.place.device
     )
