@@ -61,7 +61,7 @@ def admit(config: Config) -> dict | None:
 
 def describe(
     config: Config, *, data_identity: str, layers: Sequence[str], num_parameters: int, world_size: int
-) -> dict:
+) -> None:
     """Writes config.json and run.json (rank 0) and returns what run.json says."""
     folder = Path(config.run_dir)
     description = {
