@@ -1,0 +1,197 @@
+"""Training step of SEW-ResNet against SpikingJelly 2.0, on the CPU: images/s, peak memory, share of the matrix rate.
+
+    python -m benchmarks.train_step [--quick] [--json FILE] [--peer PYTHON]
+
+Each side is a process of its own (peak memory is a process's), with the same weights, images and optimizer; they step
+in turn, so that a busy moment of the machine hits all of them, and medians are compared. The peer's environment is
+made on first use under build/peer, unless --peer names a Python that has torch and spikingjelly 2.0.0.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PEER = ("torch==2.13.0", "numpy", "spikingjelly==2.0.0")
+SIDES = ("peer", "ours", "ours, not counting")
+GFLOP_PER_IMAGE_STEP = 2 * 3 * 3.66
+"""Forward and backward of SEW-ResNet34 at 224 squared for one image and one time step: 3.66 GMAC forward, and twice
+that backward. The stem counts in full, although it runs once for all T and needs no gradient for its input."""
+
+
+def peer_python(given: str | None) -> str:
+    """A Python with the peer in it, made where there is none."""
+    if given:
+        return given
+    home = Path("build/peer")
+    python = home / "bin" / "python"
+    if not python.exists():
+        print(f"making the peer's environment in {home} …", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *PEER], check=True)
+    return str(python)
+
+
+class Side:
+    """A process that trains one step when asked."""
+
+    def __init__(self, python: str, job: dict) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.peak_bytes = 0
+        script = str(Path(__file__).with_name("train_step_side.py"))
+        root = str(Path(__file__).resolve().parent.parent)
+        self.process = subprocess.Popen(
+            [python, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+        self.torch = self._ask(job)["torch"]
+
+    def _ask(self, question: object) -> dict:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a side of the benchmark ended with code {self.process.wait()}: {self.process.args}")
+        return json.loads(answer)
+
+    def step(self) -> None:
+        answer = self._ask("step")
+        self.seconds.append(answer["seconds"])
+        self.losses.append(answer["loss"])
+        self.peak_bytes = answer["peak_bytes"]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def matrix_rate(threads: int) -> float:
+    """bf16 matrix products of this machine, in FLOP/s: the best of ten 2048-cubed ones."""
+    import torch
+
+    torch.set_num_threads(threads)
+    a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Side]:
+    """Warm every side up twice, then step them in turn."""
+    weights = str(folder / "weights.pt")
+    base = {"arch": "sew_resnet34", "T": 4, "batch": 4, "size": 224, "threads": arguments.threads}
+    peer = peer_python(arguments.peer)
+    sides: dict[str, Side] = {}
+    try:
+        for name in SIDES:
+            first = not sides
+            job = {**base, "side": name, "save": weights if first else "", "weights": "" if first else weights}
+            sides[name] = Side(peer if name == "peer" else sys.executable, job)
+        for _ in range(2 + arguments.rounds):
+            for name in SIDES:
+                sides[name].step()
+        for side in sides.values():
+            side.close()
+    finally:
+        for side in sides.values():
+            side.process.kill()
+    return sides
+
+
+def rows(sides: dict[str, Side], rate: float) -> list[dict]:
+    """The table of the benchmark."""
+    median = {name: statistics.median(side.seconds[2:]) for name, side in sides.items()}
+    # Pairs of neighbouring steps see the same machine: the median of their ratios is steadier than a ratio of medians.
+    pairs = zip(sides["peer"].seconds[2:], sides["ours"].seconds[2:], strict=True)
+    counting = zip(sides["ours"].seconds[2:], sides["ours, not counting"].seconds[2:], strict=True)
+    work = GFLOP_PER_IMAGE_STEP * 1e9 * 4 * 4
+    table = [
+        ("speed, ratio to the peer", statistics.median(a / b for a, b in pairs), "ratio", 1.7, "higher"),
+        ("images/s", 4 / median["ours"], "images/s", None, "higher"),
+        ("images/s, peer", 4 / median["peer"], "images/s", None, "higher"),
+        (
+            "peak resident memory, ratio to the peer",
+            sides["ours"].peak_bytes / sides["peer"].peak_bytes,
+            "ratio",
+            0.6,
+            "lower",
+        ),
+        ("peak resident memory", sides["ours"].peak_bytes, "bytes", None, "lower"),
+        ("peak resident memory, peer", sides["peer"].peak_bytes, "bytes", None, "lower"),
+        ("share of the bf16 matrix rate", work / median["ours"] / rate, "ratio", 0.3, "higher"),
+        ("bf16 matrix rate", rate, "FLOP/s", None, "higher"),
+        ("cost of counting", statistics.median(a / b for a, b in counting) - 1, "ratio", 0.005, "lower"),
+        ("loss of the first step", sides["ours"].losses[0], "nats", None, "lower"),
+        ("loss of the first step, peer", sides["peer"].losses[0], "nats", None, "lower"),
+    ]
+    return [
+        {
+            "name": name,
+            "value": value,
+            "unit": unit,
+            "goal": goal,
+            "better": better,
+            "met": None if goal is None else (value >= goal if better == "higher" else value <= goal),
+        }
+        for name, value, unit, goal, better in table
+    ]
+
+
+def hardware(threads: int) -> str:
+    """The processor's name and the cores used."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {threads} threads of {os.cpu_count()} cores; no GPU was at hand"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 15")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser.add_argument("--peer", metavar="PYTHON", help="a Python that has torch and spikingjelly 2.0.0")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    arguments.rounds = 3 if arguments.quick else 15
+    rate = matrix_rate(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        sides = measure(arguments, Path(folder))
+    table = rows(sides, rate)
+    for row in table:
+        goal = "" if row["goal"] is None else f"   goal {row['goal']:g}: {'met' if row['met'] else 'missed'}"
+        print(f"{row['name']:42} {row['value']:14.4g} {row['unit']:10}{goal}")
+    if arguments.json:
+        report = {
+            "hardware": hardware(arguments.threads),
+            "versions": {"python": platform.python_version(), "torch": sides["ours"].torch, "spikingjelly": "2.0.0"},
+            "date": datetime.date.today().isoformat(),
+            "command": "python -m benchmarks.train_step" + (" --quick" if arguments.quick else ""),
+            "setting": "SEW-ResNet34, T=4, batch 4, 224 x 224, bf16 autocast, forward + backward + SGD with momentum",
+            "rows": table,
+            "seconds": {name: side.seconds for name, side in sides.items()},
+        }
+        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""One side of benchmarks/train_step.py, in a process of its own: trains a step for each line on its standard input.
+
+The first line is a JSON object that says what to build; the answer to every line is one JSON line. Run by the
+environment that has the side's packages: the peer's needs torch and SpikingJelly only.
+"""
+
+import json
+import resource
+import sys
+import time
+import types
+
+import torch
+
+
+def peer_network(arch: str, T: int):
+    """SpikingJelly's SEW-ResNet in multi-step mode, with its ATan surrogate and IF neurons, as its examples set it."""
+    # It imports torchvision for a download helper; a torchvision that does not fit torch fails at that import.
+    names = ("torchvision", "torchvision.models", "torchvision.models.utils")
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules[names[2]].load_state_dict_from_url = None  # pyright: ignore[reportAttributeAccessIssue]
+    from spikingjelly.activation_based import (  # pyright: ignore[reportMissingImports]
+        functional,
+        neuron,
+        surrogate,
+    )
+    from spikingjelly.activation_based.model import sew_resnet  # pyright: ignore[reportMissingImports]
+
+    network = getattr(sew_resnet, arch)(
+        pretrained=False,
+        cnf="ADD",
+        spiking_neuron=neuron.IFNode,
+        detach_reset=True,
+        surrogate_function=surrogate.ATan(),
+    )
+    functional.set_step_mode(network, "m")
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        functional.reset_net(network)
+        return network(images.unsqueeze(0).repeat(T, 1, 1, 1, 1))
+
+    return network, forward
+
+
+def our_network(arch: str, T: int, counted: bool):
+    """This project's network with the same neurons and surrogate."""
+    from pipeline.config import ModelConfig
+    from pipeline.snn import neurons, sew_resnet
+
+    model = ModelConfig(arch=arch, T=T, surrogate="atan", width=1 / torch.pi)
+    network = sew_resnet.build(model, num_classes=1000, image_size=224)
+    if counted:
+        neurons.bind(network)
+    return network, network
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.readline())
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(0)
+    if job["side"] == "peer":
+        network, forward = peer_network(job["arch"], job["T"])
+    else:
+        network, forward = our_network(job["arch"], job["T"], job["side"] == "ours")
+    if job["weights"]:
+        network.load_state_dict(torch.load(job["weights"], mmap=True))
+    elif job["save"]:
+        torch.save(network.state_dict(), job["save"])
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    images = torch.randn(job["batch"], 3, job["size"], job["size"], generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(0, 1000, (job["batch"],), generator=torch.Generator().manual_seed(2))
+    print(json.dumps({"torch": torch.__version__}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = forward(images)
+        loss = torch.nn.functional.cross_entropy(logits.float().mean(0), labels)
+        loss.backward()
+        optimizer.step()
+        seconds = time.perf_counter() - start
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": seconds, "loss": loss.item(), "peak_bytes": peak_bytes}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
