@@ -84,28 +84,33 @@ class ModelConfig:
     connect: str = "add"
     """How a block joins its residual: add, and, iand."""
     neuron: str = "if"
-    """Neuron model: if, lif."""
+    """Neuron model: if, lif, plif (lif whose tau is learned, one for each layer)."""
     tau: float = 2.0
-    """Membrane time constant of lif, in time steps, at least 1."""
+    """Membrane time constant of lif, in time steps, at least 1; plif starts from it and needs more than 1."""
     v_th: float = 1.0
     """Firing threshold, above 0."""
     reset: str = "hard"
     """What a spike does to the potential: hard sets it to 0, soft subtracts v_th."""
+    detach_reset: bool = True
+    """No gradient flows through a spike's reset of the potential."""
+    zero_init_residual: bool = False
+    """Start every block as its shortcut: the last batch normalisation of its branch begins at 0."""
     surrogate: str = "triangle"
     """Shape of the surrogate gradient: triangle, rectangle, atan, sigmoid."""
     scale: str = "area"
-    """Normalisation of the surrogate: area (integral 1), peak (maximum 1)."""
+    """Normalisation of the surrogate: area (integral 1), peak (maximum 1), rms (area with a steered amplitude)."""
     width: float = 1.0
     """Half-width of the surrogate at the start, in units of the potential, above 0."""
 
     def __post_init__(self) -> None:
         _require(self.T >= 1, "model.T", self.T, "an integer of at least 1")
         _one_of("model.connect", self.connect, ("add", "and", "iand"))
-        _one_of("model.neuron", self.neuron, ("if", "lif"))
+        _one_of("model.neuron", self.neuron, ("if", "lif", "plif"))
         _one_of("model.reset", self.reset, ("hard", "soft"))
         _one_of("model.surrogate", self.surrogate, ("triangle", "rectangle", "atan", "sigmoid"))
-        _one_of("model.scale", self.scale, ("area", "peak"))
+        _one_of("model.scale", self.scale, ("area", "peak", "rms"))
         _require(math.isfinite(self.tau) and self.tau >= 1, "model.tau", self.tau, "a number of at least 1")
+        _require(self.neuron != "plif" or self.tau > 1, "model.tau", self.tau, "a number above 1 with model.neuron plif")
         _positive("model.v_th", self.v_th)
         _positive("model.width", self.width)
 
