@@ -128,6 +128,7 @@ def test_the_compiled_twin_gives_the_reference_bits(rule):
         extra = {"want_state": True} if run is select.run else {}
         tally = new_tally()
         s, v = run(x_, rule, width, amplitude, leak=leak, v=v_, tally=tally, **extra)
+        assert v is not None
         ((s * weight_s).sum() + (v * weight_v).sum()).backward()
         results.append((s, v, x_.grad, v_.grad, None if leak is None else leak.grad, tally))
     if compiled.why_not():
@@ -163,6 +164,7 @@ def test_memory_layouts_and_dtypes_do_not_change_a_spike(layout, dtype):
         full = x_.expand(4, *x.shape[1:]) if steps and run is reference.run else x_
         extra = {"num_steps": steps, "want_state": True} if run is select.run else {}
         s, v = run(full, Rule(), torch.tensor(1.0), torch.tensor(1.0), **extra)
+        assert v is not None
         s.float().square().sum().backward()
         assert s.dtype == dtype
         assert v.dtype == torch.float32

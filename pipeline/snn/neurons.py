@@ -4,6 +4,8 @@ A module holds parameters and finds its layer's scalars; the arithmetic is in ke
 neuron uses the width of its configuration and counts nothing.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,21 +19,34 @@ from pipeline.snn.kernels.reference import Rule, Tally, potential_dtype
 
 
 class Neuron(nn.Module):
-    """A layer of IF or LIF neurons, T steps at once: `(T, ...)` currents to `(T, ...)` spikes.
+    """A layer of IF, LIF or PLIF neurons, T steps at once: `(T, ...)` currents to `(T, ...)` spikes.
+
+    PLIF learns one time constant for the layer, `1/tau = sigmoid(w)` with w a parameter. Source: Fang et al.,
+    "Incorporating Learnable Membrane Time Constant to Enhance Learning of Spiking Neural Networks", ICCV 2021.
 
     Args:
         rule: kind of neuron, reset and surrogate.
         width: w of the surrogate until `bind`, in units of the potential, above 0.
         tau: membrane time constant of leaky rules, in time steps, at least 1.
+        learn_tau: learn it, starting from `tau`, which is then above 1.
+
+    Raises:
+        ConfigError: unknown surrogate; a tau that cannot be learned.
     """
 
-    def __init__(self, rule: Rule, *, width: float = 1.0, tau: float = 2.0) -> None:
+    def __init__(self, rule: Rule, *, width: float = 1.0, tau: float = 2.0, learn_tau: bool = False) -> None:
         super().__init__()
         surrogate.check(rule.shape, rule.scale)
+        if learn_tau and not (rule.leaky and tau > 1):
+            raise ConfigError(f"model.tau={tau!r} is not allowed for model.neuron plif; use a number above 1")
+        # Named as in SpikingJelly, so that its state dicts fit.
+        self.w = nn.Parameter(torch.tensor(-math.log(tau - 1))) if learn_tau else None
         self.rule, self.width, self.tau = rule, width, tau
         self.neuron_steps = 0
         """Neuron-steps of the last training forward, T times the neurons in the batch; 0 before the first."""
         self.tally: Tally | None = None
+        self.watch: Callable[[float], None] | None = None
+        """Called with the firing rate of each forward pass; waits for the device, so for measurements only."""
         self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
         self._leak: torch.Tensor | None = None
 
@@ -43,6 +58,8 @@ class Neuron(nn.Module):
         """1/tau as a 0-d tensor beside x; None for IF."""
         if not self.rule.leaky:
             return None
+        if self.w is not None:
+            return self.w.sigmoid()
         if self._leak is None or self._leak.device != x.device:
             self._leak = torch.tensor(1 / self.tau, dtype=torch.float64, device=x.device)
         return self._leak
@@ -78,7 +95,7 @@ class Neuron(nn.Module):
         if self.training:
             self.neuron_steps = x.numel() if num_steps is None else x[0].numel() * num_steps
         width, amplitude = self.scalars(x)
-        return select.run(
+        spikes, state = select.run(
             x,
             self.rule,
             width,
@@ -89,6 +106,9 @@ class Neuron(nn.Module):
             tally=self.tally,
             want_state=want_state,
         )
+        if self.watch is not None:
+            self.watch(spikes.float().mean().item())
+        return spikes, state
 
     def after_norm(
         self,
@@ -114,7 +134,7 @@ class Neuron(nn.Module):
         if self.training:
             self.neuron_steps = y.numel() * (num_steps if static else 1)
         width, amplitude = self.scalars(y)
-        return norm.run(
+        out = norm.run(
             y,
             bn,
             self.rule,
@@ -126,6 +146,9 @@ class Neuron(nn.Module):
             shortcut=shortcut,
             tally=self.tally,
         )
+        if self.watch is not None:
+            self.watch((out if shortcut is None else out - shortcut).float().mean().item())
+        return out
 
     def extra_repr(self) -> str:
         return f"{self.rule}, width={self.width}" + (f", tau={self.tau}" if self.rule.leaky else "")
@@ -137,16 +160,17 @@ def from_config(model: ModelConfig) -> Neuron:
     Raises:
         ConfigError: unknown neuron, reset or surrogate.
     """
-    if model.neuron not in ("if", "lif"):
-        raise ConfigError(f"model.neuron={model.neuron!r} is not allowed; use one of if, lif")
+    if model.neuron not in ("if", "lif", "plif"):
+        raise ConfigError(f"model.neuron={model.neuron!r} is not allowed; use one of if, lif, plif")
     rule = Rule(
-        leaky=model.neuron == "lif",
+        leaky=model.neuron != "if",
         hard=model.reset == "hard",
+        detach=model.detach_reset,
         v_th=model.v_th,
         shape=model.surrogate,
         scale=model.scale,
     )
-    return Neuron(rule, width=model.width, tau=model.tau)
+    return Neuron(rule, width=model.width, tau=model.tau, learn_tau=model.neuron == "plif")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,11 +190,28 @@ class NeuronState:
     """Neuron-steps with |h - v_th| < w since `zero_counts`, (L,) int64; stays 0 where the support is unbounded."""
     grad_sq: torch.Tensor
     """Sum of g(h - v_th)^2 since `zero_counts`, (L,) fp64."""
+    rms_targets: torch.Tensor
+    """E[g^2] that `hold_rms` keeps, (L,) fp64; NaN before its first call. Save it with the amplitudes."""
 
     def zero_counts(self) -> None:
         """Start the three counters again from 0."""
         for counts in (self.spikes, self.covered, self.grad_sq):
             counts.zero_()
+
+    def hold_rms(self, num_forwards: int) -> None:
+        """Set the amplitudes so that E[g^2] stays what it was at the first call; layers with scale rms only.
+
+        Call it where the widths are steered, before `zero_counts`; no value is read by the host.
+
+        Args:
+            num_forwards: forward passes of `neuron_steps` each since `zero_counts`, at least 1.
+        """
+        steps = torch.tensor(self.neuron_steps, dtype=torch.float64, device=self.grad_sq.device) * num_forwards
+        mean_sq = self.grad_sq / steps
+        self.rms_targets.copy_(torch.where(self.rms_targets.isnan(), mean_sq, self.rms_targets))
+        held = torch.tensor([neuron.rule.scale == "rms" for neuron in self.neurons], device=self.grad_sq.device)
+        wanted = surrogate.rms_amplitudes(self.amplitudes, mean_sq, self.rms_targets)
+        self.amplitudes.copy_(torch.where(held, wanted, self.amplitudes))
 
     @property
     def neuron_steps(self) -> tuple[int, ...]:
@@ -206,6 +247,7 @@ def bind(model: nn.Module) -> NeuronState:
         spikes=torch.zeros(L, dtype=torch.int64, device=device),
         covered=torch.zeros(L, dtype=torch.int64, device=device),
         grad_sq=torch.zeros(L, dtype=torch.float64, device=device),
+        rms_targets=torch.full((L,), float("nan"), dtype=torch.float64, device=device),
     )
     for index, neuron in enumerate(state.neurons):
         tally = Tally(state.spikes[index], state.covered[index], state.grad_sq[index])

@@ -129,12 +129,18 @@ class SEWResNet(nn.Module):
             self.add_module(f"layer{stage}", blocks)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(c, num_classes)
-        self._initialise()
+        self._initialise(model)
 
-    def _initialise(self) -> None:
+    def _initialise(self, model: ModelConfig) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if model.zero_init_residual:
+            for _, block in self.blocks():
+                last: nn.BatchNorm2d = block.get_submodule(f"bn{block.depth}")  # pyright: ignore[reportAssignmentType]
+                nn.init.zeros_(last.weight)
+                # Silent for add and iand; firing at every step for and: the block then is its shortcut.
+                nn.init.constant_(last.bias, model.v_th * max(1.0, model.tau) if model.connect == "and" else 0.0)
 
     def blocks(self) -> list[tuple[str, Block]]:
         """Every residual block with its dotted name, in forward order."""

@@ -114,6 +114,9 @@ def library(x: torch.Tensor, rule: Rule | None = None, num_steps: int = 1) -> ct
     The choice depends on the device, dtype and T, and on whether the machine can compile: the same for every run and
     every rank of a machine. The first call for a dtype and rule compiles, for 2 s.
     """
+    if torch.compiler.is_compiling():
+        # torch.export and torch.compile trace the reference: they cannot look into a foreign function.
+        return None
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or num_steps > MAX_STEPS or _told:
         return None
     rule = rule or Rule()

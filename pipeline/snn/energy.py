@@ -1,0 +1,129 @@
+"""Synaptic operations, firing rates and the 45 nm energy estimate of a network, as papers report them.
+
+A convolution or linear layer that sees spikes does an accumulation (AC) for each spike and connection; one that sees
+analog values (the images) does a multiply-accumulate (MAC) for each connection:
+
+    MAC = connections                     once for static images, T times for event frames
+    AC  = sum over t of the mean over the batch of (spikes x connections of that spike)
+    E   = 4.6 pJ MAC + 0.9 pJ AC
+
+Sums of spikes (ADD) count as that many spikes: the hardware would receive them one by one. A spike's connections are
+counted exactly, with those that padding and stride cut off left out. Energies of one 32-bit operation in 45 nm CMOS
+are from Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipeline.snn.neurons import Neuron
+
+PJ_PER_MAC = 4.6
+PJ_PER_AC = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerEnergy:
+    """One layer's operations for one sample, over all T steps."""
+
+    name: str
+    """Dotted name of the convolution or linear layer."""
+    macs: float
+    """Multiply-accumulates."""
+    acs: float
+    """Accumulations."""
+    input_rate: float | None
+    """Mean of the layer's input over samples, steps and positions, where it is spikes; None for analog input."""
+
+    @property
+    def picojoule(self) -> float:
+        """E, in pJ."""
+        return PJ_PER_MAC * self.macs + PJ_PER_AC * self.acs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Energy:
+    """A network's operations for one sample."""
+
+    layers: tuple[LayerEnergy, ...]
+    firing_rates: dict[str, float]
+    """Mean of s by neuron layer."""
+
+    @property
+    def microjoule(self) -> float:
+        """Energy of the whole network for one sample, in µJ."""
+        return sum(layer.picojoule for layer in self.layers) * 1e-6
+
+
+def _connections(module: nn.Conv2d | nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """For each input element, the number of outputs it feeds; shaped to be multiplied with x."""
+    if isinstance(module, nn.Linear):
+        return torch.tensor(float(module.out_features), device=x.device)
+    ones = torch.ones(1, 1, *x.shape[-2:], device=x.device)
+    kernel = torch.ones(1, 1, *module.kernel_size, device=x.device)
+    stride, padding, dilation = module.stride, module.padding, module.dilation
+    reached = torch.ones_like(functional.conv2d(ones, kernel, None, stride, padding, dilation))
+    # The transposed convolution of ones counts, for each input position, the windows that cover it.
+    rest = [
+        x.shape[-2 + d] - ((reached.shape[-2 + d] - 1) * stride[d] - 2 * int(padding[d]) + module.kernel_size[d])
+        for d in (0, 1)
+    ]
+    covering = functional.conv_transpose2d(reached, kernel, None, stride, padding, tuple(rest))  # pyright: ignore
+    return covering * (module.out_channels // module.groups)
+
+
+@torch.no_grad()
+def measure(network: nn.Module, images: torch.Tensor) -> Energy:
+    """Count one evaluation forward pass.
+
+    A layer's input is taken as spikes where it holds whole numbers from 0 on and some neuron fired before it; the
+    mean over positions that comes before the last linear layer counts as the spikes it averages.
+
+    Args:
+        network: a network of this package; its training flag is put back afterwards.
+        images: (N, C, H, W), or (T, N, C, H, W) for event frames.
+
+    Returns:
+        Operations for one sample: means over the N of the batch.
+    """
+    N = images.shape[-4]
+    found: dict[str, LayerEnergy] = {}
+    rates: dict[str, float] = {}
+    pooled: list[torch.Tensor] = []
+
+    def on_layer(name: str):
+        def hook(module, inputs):
+            x = inputs[0].double()
+            if isinstance(module, nn.Linear) and pooled:
+                x = pooled[-1].double()
+            connections = _connections(module, x.float()).double()
+            is_spikes = bool(rates) and bool((x >= 0).all()) and torch.equal(x, x.round())
+            operations = (x * connections if is_spikes else torch.ones_like(x) * connections).sum().item() / N
+            rate = x.mean().item() if is_spikes else None
+            macs, acs = (0.0, operations) if is_spikes else (operations, 0.0)
+            found[name] = LayerEnergy(name=name, macs=macs, acs=acs, input_rate=rate)
+
+        return hook
+
+    handles, watched = [], []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            handles.append(module.register_forward_pre_hook(on_layer(name)))
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            handles.append(module.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0])))
+        elif isinstance(module, Neuron):
+            module.watch = lambda rate, name=name: rates.__setitem__(name, rate)
+            watched.append(module)
+    training = network.training
+    network.eval()
+    try:
+        network(images)
+    finally:
+        network.train(training)
+        for handle in handles:
+            handle.remove()
+        for neuron in watched:
+            neuron.watch = None
+    return Energy(layers=tuple(found.values()), firing_rates=rates)

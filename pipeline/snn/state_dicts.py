@@ -1,0 +1,86 @@
+"""Weights to and from the public SEW-ResNet codes, and safetensors files.
+
+Three layouts hold the same tensors under different names:
+
+    ours, SpikingJelly 2   layer1.0.conv1.weight            layer1.0.bn1.weight            layer2.0.downsample.0.weight
+    original               layer1.0.conv1.module.0.weight   layer1.0.conv1.module.1.weight
+                           layer2.0.downsample.0.module.0.weight
+
+(earlier releases of the original's containers had no `.module`; both are read). The original averages its logits over
+time inside the network, which changes no tensor.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+_BRANCH = re.compile(r"^(layer\d+\.\d+)\.conv(\d)\.(?:module\.)?([01])\.(.+)$")
+_SHORTCUT = re.compile(r"^(layer\d+\.\d+)\.downsample\.0\.(?:module\.)?([01])\.(.+)$")
+_OUR_BRANCH = re.compile(r"^(layer\d+\.\d+)\.(conv|bn)(\d)\.(.+)$")
+_OUR_SHORTCUT = re.compile(r"^(layer\d+\.\d+)\.downsample\.([01])\.(.+)$")
+
+
+def from_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The original SEW-ResNet code's state dict under our names; ours and SpikingJelly's pass unchanged."""
+    renamed = {}
+    for name, tensor in weights.items():
+        branch, shortcut = _BRANCH.match(name), _SHORTCUT.match(name)
+        if branch:
+            block, index, part, rest = branch.groups()
+            name = f"{block}.{('conv', 'bn')[int(part)]}{index}.{rest}"
+        elif shortcut:
+            block, part, rest = shortcut.groups()
+            name = f"{block}.downsample.{part}.{rest}"
+        renamed[name] = tensor
+    return renamed
+
+
+def to_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our state dict under the names of the original SEW-ResNet code."""
+    renamed = {}
+    for name, tensor in weights.items():
+        branch, shortcut = _OUR_BRANCH.match(name), _OUR_SHORTCUT.match(name)
+        if branch:
+            block, kind, index, rest = branch.groups()
+            name = f"{block}.conv{index}.module.{('conv', 'bn').index(kind)}.{rest}"
+        elif shortcut:
+            block, part, rest = shortcut.groups()
+            name = f"{block}.downsample.0.module.{part}.{rest}"
+        renamed[name] = tensor
+    return renamed
+
+
+def load(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load a state dict in any of the three layouts; every tensor has to fit.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape; the message names the first of each.
+    """
+    ours, given = network.state_dict(), from_original(weights)
+    missing = [name for name in ours if name not in given]
+    extra = [name for name in given if name not in ours]
+    shapes = [name for name in ours if name in given and ours[name].shape != given[name].shape]
+    if missing or extra or shapes:
+        said = [f"missing {missing[0]} and {len(missing) - 1} more"] if missing else []
+        said += [f"unknown {extra[0]} and {len(extra) - 1} more"] if extra else []
+        said += [f"{n} is {tuple(given[n].shape)} and not {tuple(ours[n].shape)}" for n in shapes[:1]]
+        raise ValueError(f"these weights do not fit the network: {'; '.join(said)}; check model.arch and num_classes")
+    network.load_state_dict(given)
+
+
+def save_safetensors(network: nn.Module, path: str | os.PathLike) -> None:
+    """Write the network's weights and BN statistics to a safetensors file, under our names."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def load_safetensors(network: nn.Module, path: str | os.PathLike) -> None:
+    """Read a file of `save_safetensors`, or one in another of the three layouts; raises as `load` does."""
+    from safetensors.torch import load_file
+
+    load(network, load_file(path))
