@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.errors import DataError
+
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _STEP = np.uint64(0x9E3779B97F4A7C15)
+_SHARDS, _SAMPLES, _REPLACEMENT = 0, 1, 4  # words that keep these draws apart; augment.py has 2 and 3
 
 
 def mix(*words: int | np.ndarray) -> np.ndarray:
@@ -42,6 +45,8 @@ class Order:
         self._first = np.concatenate(([0], np.cumsum(self._sizes)))[:-1]
         self._seed, self._window_shards = seed, window_shards or len(self._sizes)
         self.num_samples = int(self._sizes.sum())
+        if self.num_samples == 0:
+            raise DataError("the shard set holds no samples; make it again with python -m data_prep")
         self._epoch: int | None = None
         self._shards = self._sizes
         self._starts = self._sizes
@@ -54,30 +59,60 @@ class Order:
         done = 0
         while done < count:
             epoch, place = divmod(start + done, self.num_samples)
-            window, offset, members = self._find(epoch, place)
-            del window
+            offset, members = self._window_at(epoch, place)
             taken = members[offset : offset + count - done]
             epochs[done : done + len(taken)] = epoch
             numbers[done : done + len(taken)] = taken
             done += len(taken)
         return epochs, numbers
 
-    def _find(self, epoch: int, place: int) -> tuple[int, int, np.ndarray]:
-        """The window that holds `place` of `epoch`, the place within it, and its samples in order."""
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._shards = np.argsort(mix(self._seed, epoch, 0, np.arange(len(self._sizes))), kind="stable")
-            sizes = self._sizes[self._shards]
-            ends = np.add.reduceat(sizes, np.arange(0, len(sizes), self._window_shards))
-            self._starts = np.concatenate(([0], np.cumsum(ends)))
-        window = int(np.searchsorted(self._starts, place, side="right")) - 1
-        if (epoch, window) not in self._windows:
-            if len(self._windows) >= 2:
+    def replacement(self, position: int, attempt: int) -> int:
+        """The `attempt`-th sample to put in the place of a bad one: of the same window, so its shard is at hand."""
+        epoch, place = divmod(position, self.num_samples)
+        _, members = self._window_at(epoch, place)
+        return int(members[int(mix(self._seed, epoch, _REPLACEMENT, place, attempt)[0] % np.uint64(len(members)))])
+
+    def shards_at(self, position: int) -> list[np.ndarray]:
+        """The shards of the window that holds a stream position, and of the window after it."""
+        epoch, place = divmod(position, self.num_samples)
+        self._plan(epoch)
+        window, size = self._window_number(place), self._window_shards
+        here = self._shards[window * size : (window + 1) * size]
+        if (window + 1) * size < len(self._shards):
+            return [here, self._shards[(window + 1) * size : (window + 2) * size]]
+        return [here, self._permuted_shards(epoch + 1)[:size]]
+
+    def largest_window(self, shard_bytes: Sequence[int]) -> int:
+        """An upper bound on the bytes of a window's shards, in any epoch."""
+        return int(np.sort(np.asarray(shard_bytes, dtype=np.int64))[-self._window_shards :].sum())
+
+    def _permuted_shards(self, epoch: int) -> np.ndarray:
+        return np.argsort(mix(self._seed, epoch, _SHARDS, np.arange(len(self._sizes))), kind="stable")
+
+    def _plan(self, epoch: int) -> None:
+        """Makes `epoch` the current one: its order of shards and where its windows start."""
+        if epoch == self._epoch:
+            return
+        self._epoch, self._shards = epoch, self._permuted_shards(epoch)
+        sizes = self._sizes[self._shards]
+        window_sizes = np.add.reduceat(sizes, np.arange(0, len(sizes), self._window_shards))
+        self._starts = np.concatenate(([0], np.cumsum(window_sizes)))
+
+    def _window_number(self, place: int) -> int:
+        return int(np.searchsorted(self._starts, place, side="right")) - 1
+
+    def _window_at(self, epoch: int, place: int) -> tuple[int, np.ndarray]:
+        """`place` counted from the start of its window, and the window's samples in order."""
+        self._plan(epoch)
+        window = self._window_number(place)
+        key = (epoch, window)
+        if key not in self._windows:
+            if len(self._windows) >= 2:  # a micro-batch may straddle two; older ones are not met again
                 self._windows.pop(next(iter(self._windows)))
-            self._windows[epoch, window] = self._shuffled(epoch, window)
-        return window, place - int(self._starts[window]), self._windows[epoch, window]
+            self._windows[key] = self._shuffled(epoch, window)
+        return place - int(self._starts[window]), self._windows[key]
 
     def _shuffled(self, epoch: int, window: int) -> np.ndarray:
         shards = self._shards[window * self._window_shards : (window + 1) * self._window_shards]
         numbers = np.concatenate([np.arange(self._sizes[s]) + self._first[s] for s in shards])
-        return numbers[np.argsort(mix(self._seed, epoch, 1, numbers), kind="stable")]
+        return numbers[np.argsort(mix(self._seed, epoch, _SAMPLES, numbers), kind="stable")]
