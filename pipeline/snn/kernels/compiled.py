@@ -188,6 +188,24 @@ class Call:
             grad_leak = grad_leak.to(self.leak.dtype)
         return grad_x, grad_first, grad_leak, sums
 
+    @staticmethod
+    def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and biased variance of the channels of (N, C, H, W) in channels-last, in fp32."""
+        kernels = library(y)
+        assert kernels is not None
+        C = y.shape[1]
+        mean, variance = torch.empty(2, C)
+        tensors = map(address, (y, mean, variance))
+        kernels.channel_statistics(*tensors, y.numel() // C, C, torch.get_num_threads())
+        return mean, variance
+
+    @staticmethod
+    def affine(y: torch.Tensor, grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> None:
+        """grad <- a grad + b y + d by channel, in place."""
+        kernels = library(y)
+        assert kernels is not None
+        kernels.channel_affine(*map(address, (y, grad, a, b, d)), y.numel(), a.numel(), torch.get_num_threads())
+
 
 def address(tensor: torch.Tensor | None) -> int | None:
     """Address of a tensor's first element, for a kernel; the tensor has to be dense and outlive the call."""

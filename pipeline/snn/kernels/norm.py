@@ -4,16 +4,16 @@
     x = y scale + shift            scale = gamma / sqrt(var + eps), shift = beta - mean scale
     out = spikes(x) [+ shortcut]
 
-The current x stays in fp32 between the two even where y is bf16. The reference below is the definition. The CPU twin
-keeps y alone, which BN would have kept anyway, and computes x and h again in the backward pass.
+The current x stays in fp32 between the two even where y is bf16. The reference below is the definition. The twins
+keep y alone, which BN would have kept anyway, and compute x and h again in the backward pass.
 """
 
 import torch
 from torch import nn
 
-from pipeline.snn.kernels import compiled, reference
-from pipeline.snn.kernels.compiled import Call
+from pipeline.snn.kernels import reference, twins
 from pipeline.snn.kernels.reference import Rule, Tally
+from pipeline.snn.kernels.twins import Call
 
 
 def run_reference(
@@ -51,7 +51,7 @@ def run_reference(
 
 
 class _Fused(torch.autograd.Function):
-    """The CPU twin, over rows (T N, H, W, C) of channels-last tensors.
+    """The twins, over rows (T N, H, W, C) of channels-last tensors.
 
     BN's gradient, with gx the gradient for x and n = T N H W: `scale (gx - mean(gx) - (y - mean) rstd^2 mean(gx (y -
     mean)))`, the means over n; both sums come out of the neurons' backward pass, and one more pass applies them.
@@ -59,7 +59,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, bn, call: Call):
-        mean, var = _statistics(y, bn)
+        mean, var = _statistics(y, bn, call)
         rstd = (var + bn.eps).rsqrt()
         scale = gamma * rstd
         shift = beta - mean * scale
@@ -86,16 +86,13 @@ class _Fused(torch.autograd.Function):
             count = n * h * w
             b64 = -scale.double() * rstd.double().square() * grad_product / count
             b, d = b64.float(), (-scale.double() * grad_beta / count - b64 * mean.double()).float()
-        kernels = compiled.library(rows)
-        assert kernels is not None
-        tensors = map(compiled.address, (rows, grad, a, b, d))
-        kernels.channel_affine(*tensors, rows.numel(), c, torch.get_num_threads())
+        ctx.call.affine(rows, grad, a, b, d)
         grad_y = grad.view(n, h, w, c).permute(0, 3, 1, 2)
         shortcut = grad_out if ctx.add else None
         return grad_y, grad_gamma.float(), grad_beta.float(), shortcut, grad_leak, None, None, None, None
 
 
-def _statistics(y: torch.Tensor, bn: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(y: torch.Tensor, bn: nn.BatchNorm2d, call: Call | type[Call]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance to normalise with, (C,) fp32; in training the running ones are updated."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
@@ -103,17 +100,13 @@ def _statistics(y: torch.Tensor, bn: nn.BatchNorm2d) -> tuple[torch.Tensor, torc
         return bn.running_mean, bn.running_var
     assert bn.num_batches_tracked is not None
     assert bn.momentum is not None
-    c = y.shape[1]
-    count = y.numel() // c
+    count = y.numel() // y.shape[1]
     if count == 1:
         raise ValueError(
             f"batch normalisation needs more than 1 value per channel when training, got input size {tuple(y.shape)}; "
             "use a larger batch or image"
         )
-    mean, var = torch.empty(2, c)
-    kernels = compiled.library(y)
-    assert kernels is not None
-    kernels.channel_statistics(*map(compiled.address, (y, mean, var)), count, c, torch.get_num_threads())
+    mean, var = call.statistics(y)
     bn.num_batches_tracked.add_(1)
     bn.running_mean.lerp_(mean, bn.momentum)
     bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
@@ -135,8 +128,9 @@ def run(
 ) -> torch.Tensor:
     """As `run_reference`, in the fastest form that works here; the choice depends on the shape alone."""
     arguments = {"num_steps": num_steps, "static": static, "leak": leak, "shortcut": shortcut, "tally": tally}
-    if y.numel() and _plain(bn) and compiled.library(y, rule, num_steps) is not None:
-        call = Call(
+    call_type = twins.choose(y, rule, num_steps) if _plain(bn) else None
+    if call_type is not None:
+        call = call_type(
             rule=rule,
             num_steps=num_steps,
             num_channels=y.shape[1],
@@ -154,6 +148,6 @@ def run(
 
 
 def _plain(bn: nn.BatchNorm2d) -> bool:
-    """Affine in fp32, with running statistics and a fixed momentum: what the twin covers."""
+    """Affine in fp32, with running statistics and a fixed momentum: what the twins cover."""
     fixed = bn.affine and bn.track_running_stats and bn.momentum is not None
     return type(bn) is nn.BatchNorm2d and fixed and bn.weight.dtype == torch.float32

@@ -7,7 +7,7 @@ neighbours, so that packing and unpacking are the same vector operation on whole
 import torch
 from torch.nn import functional
 
-from pipeline.snn.kernels import compiled
+from pipeline.snn.kernels import compiled, twins
 
 
 def bits_for(largest: int) -> int:
@@ -30,6 +30,11 @@ def pack(x: torch.Tensor, bits: int) -> torch.Tensor | None:
         out = torch.empty(n, dtype=torch.uint8)
         kernels.pack(x.data_ptr(), out.data_ptr(), n, bits, torch.get_num_threads())
         return out
+    gpu = twins.gpu_kernels(x)
+    if gpu is not None:
+        out = torch.empty(n, dtype=torch.uint8, device=x.device)
+        gpu.pack(x, out, bits)
+        return out
     planes = x.detach().as_strided((per_byte, n), (n, 1)).to(torch.int32)
     shifts = torch.arange(per_byte, device=x.device, dtype=torch.int32)[:, None] * bits
     return (planes << shifts).sum(0).to(torch.uint8)
@@ -42,6 +47,10 @@ def unpack(packed: torch.Tensor, bits: int, like: torch.Tensor) -> torch.Tensor:
     kernels = compiled.library(out)
     if kernels is not None:
         kernels.unpack(packed.data_ptr(), out.data_ptr(), n, bits, torch.get_num_threads())
+        return out
+    gpu = twins.gpu_kernels(out)
+    if gpu is not None:
+        gpu.unpack(packed, out, bits)
         return out
     shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.int32)[:, None] * bits
     out.as_strided((8 // bits, n), (n, 1)).copy_((packed.to(torch.int32) >> shifts) & ((1 << bits) - 1))

@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.snn.kernels import compiled, reference
+from pipeline.snn.kernels import compiled, reference, twins
 from pipeline.snn.kernels.reference import Rule, Tally
 
 
@@ -31,9 +31,10 @@ def run(
         Spikes (T, ...) in x's dtype and memory format, and the potential (...) or None.
     """
     T = x.shape[0] if num_steps is None else num_steps
-    if x.numel() and compiled.library(x, rule, T) is not None:
+    call_type = twins.choose(x, rule, T)
+    if call_type is not None:
         flat, order = _flatten(x)
-        call = compiled.Call(
+        call = call_type(
             rule=rule,
             num_steps=T,
             num_channels=1,

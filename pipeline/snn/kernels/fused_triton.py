@@ -1,0 +1,286 @@
+"""The GPU twin in Triton: BN's application, T steps of neurons and the shortcut in one pass, and its backward pass.
+
+A tensor is (T, R, C): R positions of C channels, channels-last. A program holds a tile of positions and channels, with
+the potentials of all T steps in fp32 registers; the backward pass computes them again from the convolution's output.
+Width, amplitude and leak are read from device memory, so that they change without a recompile or a host
+synchronisation and the launches can be captured in a CUDA graph. Equations: reference.py, compiled.py, norm.py.
+
+Counts are integer atomics and floating-point sums go through one partial sum for each program: both are the same on
+every run. Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1, set before this is imported).
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportReturnType=false, reportGeneralTypeIssues=false
+# (Triton's types describe what a kernel sees, not what its caller passes.)
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from pipeline.snn import surrogate
+from pipeline.snn.kernels.reference import Rule, Tally
+
+MAX_STEPS = 16
+"""Longest T of the twin: a tile's potentials of all steps stay in registers."""
+_TILE = 512
+"""Elements of a tile."""
+
+
+@triton.jit
+def _surrogate(u, width, amplitude, SHAPE: tl.constexpr, PEAK: tl.constexpr):
+    inverse = 1.0 / width
+    if SHAPE == 0:
+        gain = amplitude if PEAK else amplitude * inverse
+        g = gain * tl.maximum(1.0 - tl.abs(u) * inverse, 0.0)
+    elif SHAPE == 1:
+        gain = amplitude / 0.5 if PEAK else amplitude * inverse
+        g = gain * tl.where(tl.abs(u) < width, 0.5, 0.0)
+    elif SHAPE == 2:
+        gain = amplitude * 3.141592653589793 if PEAK else amplitude * inverse
+        ratio = u * inverse
+        g = gain / 3.141592653589793 / (1.0 + ratio * ratio)
+    else:
+        gain = amplitude / 0.25 if PEAK else amplitude * inverse
+        fired = tl.sigmoid(u * inverse)
+        g = gain * fired * (1.0 - fired)
+    return g
+
+
+@triton.jit
+def _forward(
+    x_ptr, scale_ptr, shift_ptr, shortcut_ptr, v_ptr, out_ptr, state_ptr, count_ptr, leak_ptr, v_th, v_reset, R, C,
+    T: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, LEAKY: tl.constexpr,
+    HARD: tl.constexpr, FROM_STATE: tl.constexpr, TO_STATE: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (r < R)[:, None] & (c < C)[None, :]
+    # 64 bits: T R C passes 2^31 at batch 670 in the stem of the ImageNet networks.
+    at = r.to(tl.int64)[:, None] * C + c[None, :]
+    step = R.to(tl.int64) * C
+    if NORM:
+        scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
+        shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[None, :]
+    if LEAKY:
+        leak = tl.load(leak_ptr).to(tl.float32)
+    if FROM_STATE:
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    else:
+        v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32) + v_reset
+    count = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
+    for t in tl.static_range(T):
+        x = tl.load(x_ptr + at + (0 if STATIC else t) * step, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            x = x * scale + shift
+        h = v + (x - (v - v_reset)) * leak if LEAKY else v + x
+        fires = (h - v_th >= 0.0) & inside
+        s = fires.to(tl.float32)
+        v = h * (1.0 - s) + v_reset * s if HARD else h - v_th * s
+        count += fires.to(tl.int32)
+        if ADD:
+            s += tl.load(shortcut_ptr + at + t * step, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at + t * step, s.to(out_ptr.dtype.element_ty), mask=inside)
+    if TO_STATE:
+        tl.store(state_ptr + at, v, mask=inside)
+    if COUNT:
+        tl.atomic_add(count_ptr, tl.sum(count).to(tl.int64))
+
+
+@triton.jit
+def _backward(
+    x_ptr, scale_ptr, shift_ptr, mean_ptr, grad_s_ptr, grad_last_ptr, v_ptr, grad_x_ptr, grad_first_ptr, covered_ptr,
+    square_ptr, grad_leak_ptr, sum_ptr, product_ptr, leak_ptr, width_ptr, amplitude_ptr, v_th, v_reset, R, C,
+    T: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, LEAKY: tl.constexpr, HARD: tl.constexpr,
+    DETACH: tl.constexpr, SHAPE: tl.constexpr, PEAK: tl.constexpr, FROM_STATE: tl.constexpr, TO_STATE: tl.constexpr,
+    COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (r < R)[:, None] & (c < C)[None, :]
+    at = r.to(tl.int64)[:, None] * C + c[None, :]
+    step = R.to(tl.int64) * C
+    width, amplitude = tl.load(width_ptr).to(tl.float32), tl.load(amplitude_ptr).to(tl.float32)
+    if NORM:
+        scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
+        shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[None, :]
+        mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
+    if LEAKY:
+        leak = tl.load(leak_ptr).to(tl.float32)
+    zero = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0) if FROM_STATE else zero + v_reset
+    potentials = ()
+    drives = ()
+    for t in tl.static_range(T):
+        x = tl.load(x_ptr + at + (0 if STATIC else t) * step, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            x = x * scale + shift
+        drive = x - (v - v_reset)
+        h = v + drive * leak if LEAKY else v + x
+        s = (h - v_th >= 0.0).to(tl.float32)
+        v = h * (1.0 - s) + v_reset * s if HARD else h - v_th * s
+        potentials = potentials + (h,)  # noqa: RUF005 (Triton has no unpacking)
+        drives = drives + (drive,)  # noqa: RUF005
+    grad_v = tl.load(grad_last_ptr + at, mask=inside, other=0.0) if TO_STATE else zero
+    covered = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
+    square, total, product, grad_leak = zero, zero, zero, zero
+    for back in tl.static_range(T):
+        h = potentials[T - 1 - back]
+        u = h - v_th
+        g = tl.where(inside, _surrogate(u, width, amplitude, SHAPE, PEAK), 0.0)
+        s = (u >= 0.0).to(tl.float32)
+        if HARD:
+            keep = 1.0 - s if DETACH else 1.0 - s + (v_reset - h) * g
+        else:
+            keep = zero + 1.0 if DETACH else 1.0 - v_th * g
+        place = at + (T - 1 - back) * step
+        grad_h = tl.load(grad_s_ptr + place, mask=inside, other=0.0).to(tl.float32) * g + grad_v * keep
+        square += g * g
+        covered += ((tl.abs(u) < width) & inside).to(tl.int32)
+        if LEAKY:
+            grad_leak += tl.where(inside, grad_h * drives[T - 1 - back], 0.0)
+            grad_x = grad_h * leak
+            grad_v = grad_h * (1.0 - leak)
+        else:
+            grad_x = grad_h
+            grad_v = grad_h
+        total += grad_x
+        if NORM:
+            y = tl.load(x_ptr + (at if STATIC else place), mask=inside, other=0.0).to(tl.float32)
+            product += tl.where(inside, grad_x * (y - mean), 0.0)
+        if not STATIC:
+            tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    if STATIC:
+        tl.store(grad_x_ptr + at, total.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    if FROM_STATE:
+        tl.store(grad_first_ptr + at, grad_v, mask=inside)
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    if NORM:
+        row = tl.program_id(0).to(tl.int64) * C
+        tl.store(sum_ptr + row + c, tl.sum(tl.where(inside, total, 0.0), 0), mask=c < C)
+        tl.store(product_ptr + row + c, tl.sum(product, 0), mask=c < C)
+    if LEAKY:
+        tl.store(grad_leak_ptr + program, tl.sum(grad_leak))
+    if COUNT:
+        tl.store(square_ptr + program, tl.sum(square))
+        if SHAPE <= 1:
+            tl.atomic_add(covered_ptr, tl.sum(covered).to(tl.int64))
+
+
+@triton.jit
+def _affine(y_ptr, grad_ptr, a_ptr, b_ptr, d_ptr, M, C, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < M
+    c = at % C
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    result = grad * tl.load(a_ptr + c) + y * tl.load(b_ptr + c) + tl.load(d_ptr + c)
+    tl.store(grad_ptr + at, result.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pack(x_ptr, out_ptr, n, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    word = tl.zeros((BLOCK,), tl.int32)
+    for k in tl.static_range(8 // BITS):
+        value = tl.load(x_ptr + at + k * n.to(tl.int64), mask=inside, other=0.0).to(tl.float32)
+        word = word | (value.to(tl.int32) << (BITS * k))
+    tl.store(out_ptr + at, word.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _unpack(packed_ptr, out_ptr, n, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    word = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
+    for k in tl.static_range(8 // BITS):
+        value = ((word >> (BITS * k)) & ((1 << BITS) - 1)).to(tl.float32)
+        tl.store(out_ptr + at + k * n.to(tl.int64), value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def pack(x: torch.Tensor, out: torch.Tensor, bits: int) -> None:
+    """As `pack` in cpu.cpp: dense x of n 8/bits elements into n bytes."""
+    _pack[(triton.cdiv(out.numel(), _TILE),)](x, out, out.numel(), bits, _TILE)
+
+
+def unpack(packed: torch.Tensor, out: torch.Tensor, bits: int) -> None:
+    """The inverse of `pack`, into the dense `out`."""
+    _unpack[(triton.cdiv(packed.numel(), _TILE),)](packed, out, packed.numel(), bits, _TILE)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Call:
+    """One layer's T steps over rows of M elements, with the interface of `compiled.Call`."""
+
+    rule: Rule
+    num_steps: int
+    num_channels: int
+    """C; 1 where no channels are scaled."""
+    static: bool
+    width: torch.Tensor
+    amplitude: torch.Tensor
+    leak: torch.Tensor | None
+    tally: Tally | None
+
+    def _tiles(self, x: torch.Tensor) -> tuple[int, int, int, int]:
+        """R, C and the tile's two sides; without channels all of x is one row of them."""
+        M = x.numel() // (1 if self.static else self.num_steps)
+        C = self.num_channels if self.num_channels > 1 else M
+        block_c = min(triton.next_power_of_2(C), 64 if self.num_channels > 1 else _TILE)
+        return M // C, C, max(1, _TILE // block_c), block_c
+
+    def forward(self, x, scale, shift, shortcut, v, want_state: bool):
+        """Spikes (plus shortcut) in x's dtype, T rows, and the last potential or None; counts spikes."""
+        R, C, block_r, block_c = self._tiles(x)
+        rule, tally = self.rule, self.tally
+        out = x.new_empty((self.num_steps, *x.shape[1:]))
+        state = x.new_empty(x.shape[1:], dtype=torch.float32) if want_state else None
+        _forward[(triton.cdiv(R, block_r), triton.cdiv(C, block_c))](
+            x, scale, shift, shortcut, v, out, state, None if tally is None else tally.spikes, self.leak,
+            rule.v_th, rule.v_reset, R, C,
+            T=self.num_steps, STATIC=self.static, NORM=scale is not None, ADD=shortcut is not None, LEAKY=rule.leaky,
+            HARD=rule.hard, FROM_STATE=v is not None, TO_STATE=want_state, COUNT=tally is not None,
+            BLOCK_R=block_r, BLOCK_C=block_c,
+        )  # fmt: skip
+        return out, state
+
+    def backward(self, grad_s, grad_last, x, scale, shift, mean, v):
+        """As `compiled.Call.backward`."""
+        R, C, block_r, block_c = self._tiles(x)
+        rule, tally = self.rule, self.tally
+        grid = (triton.cdiv(R, block_r), triton.cdiv(C, block_c))
+        partial = x.new_empty((2, grid[0] * grid[1]), dtype=torch.float32)
+        sums = x.new_empty((2, grid[0], C), dtype=torch.float32) if scale is not None else (None, None)
+        grad_x = torch.empty_like(x)
+        grad_first = None if v is None else torch.empty_like(v)
+        _backward[grid](
+            x, scale, shift, mean, grad_s, grad_last, v, grad_x, grad_first,
+            None if tally is None else tally.covered, partial[0], partial[1], sums[0], sums[1], self.leak, self.width,
+            self.amplitude, rule.v_th, rule.v_reset, R, C,
+            T=self.num_steps, STATIC=self.static, NORM=scale is not None, LEAKY=rule.leaky, HARD=rule.hard,
+            DETACH=rule.detach, SHAPE=surrogate.SHAPES.index(rule.shape), PEAK=rule.scale == "peak",
+            FROM_STATE=v is not None, TO_STATE=grad_last is not None, COUNT=tally is not None,
+            BLOCK_R=block_r, BLOCK_C=block_c,
+        )  # fmt: skip
+        if tally is not None:
+            tally.grad_sq.add_(partial[0].sum(dtype=torch.float64))
+        grad_leak = None if self.leak is None else partial[1].sum(dtype=torch.float64).to(self.leak.dtype)
+        if isinstance(sums, torch.Tensor):
+            sums = sums.sum(1, dtype=torch.float64)
+        return grad_x, grad_first, grad_leak, sums
+
+    @staticmethod
+    def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and biased variance of the channels of (N, C, H, W), in fp32."""
+        if y.is_cuda:
+            mean, rstd = torch.batch_norm_stats(y, 0.0)
+            return mean, rstd.square().reciprocal()
+        var, mean = torch.var_mean(y.float(), (0, 2, 3), correction=0)
+        return mean, var
+
+    @staticmethod
+    def affine(y: torch.Tensor, grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> None:
+        """grad <- a grad + b y + d by channel, in place."""
+        _affine[(triton.cdiv(grad.numel(), _TILE),)](y, grad, a, b, d, grad.numel(), a.numel(), _TILE)
