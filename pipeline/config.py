@@ -48,12 +48,15 @@ class DataConfig:
     """Decoding threads per rank; 0 takes this rank's share of the cores."""
     prefetch: int = 3
     """Micro-batches decoded ahead of the step, at least 1."""
+    max_bad_ratio: float = 0.001
+    """Share of bad samples (unreadable, truncated, undecodable, wrongly labelled) that ends the run, in [0, 1]."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "global_batch", "micro_batch", "prefetch"):
             _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
         for name in ("window_shards", "eval_resize", "threads"):
             _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer of at least 0")
+        _require(0 <= self.max_bad_ratio <= 1, "data.max_bad_ratio", self.max_bad_ratio, "a number in [0, 1]")
         _require(0 < self.crop_area_min <= 1, "data.crop_area_min", self.crop_area_min, "a number in (0, 1]")
         _require(
             math.isfinite(self.crop_aspect) and self.crop_aspect >= 1,
@@ -110,7 +113,9 @@ class ModelConfig:
         _one_of("model.surrogate", self.surrogate, ("triangle", "rectangle", "atan", "sigmoid"))
         _one_of("model.scale", self.scale, ("area", "peak", "rms"))
         _require(math.isfinite(self.tau) and self.tau >= 1, "model.tau", self.tau, "a number of at least 1")
-        _require(self.neuron != "plif" or self.tau > 1, "model.tau", self.tau, "a number above 1 with model.neuron plif")
+        _require(
+            self.neuron != "plif" or self.tau > 1, "model.tau", self.tau, "a number above 1 with model.neuron plif"
+        )
         _positive("model.v_th", self.v_th)
         _positive("model.width", self.width)
 
