@@ -114,5 +114,5 @@ class Order:
 
     def _shuffled(self, epoch: int, window: int) -> np.ndarray:
         shards = self._shards[window * self._window_shards : (window + 1) * self._window_shards]
-        numbers = np.concatenate([np.arange(self._sizes[s]) + self._first[s] for s in shards])
+        numbers = np.concatenate([np.arange(int(self._sizes[s])) + self._first[s] for s in shards])
         return numbers[np.argsort(mix(self._seed, epoch, _SAMPLES, numbers), kind="stable")]

@@ -1,0 +1,98 @@
+"""Samples by number, with a stand-in for each that cannot be used.
+
+A bad sample is never fatal by itself and never silent: it is replaced by the first good one of a list that depends on
+its position alone, so that a resumed run, or one on another number of ranks, sees the same.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.shards import Shards
+from pipeline.errors import DataError
+
+MAX_ATTEMPTS = 1000
+
+UNREADABLE, TRUNCATED, UNDECODABLE, LABEL = "unreadable", "truncated", "undecodable", "label out of range"
+
+
+class Taken(NamedTuple):
+    """`n` samples, the bad ones replaced."""
+
+    numbers: np.ndarray
+    """`(n,)` int64: what was taken."""
+    encoded: list[np.ndarray]
+    """Their files, uint8."""
+    records: np.ndarray
+    """`(n,)` `SAMPLE_DTYPE`."""
+    bad: dict[int, int]
+    """Slot → number of the bad sample that was asked for there."""
+
+
+def truncated(encoded: bytes) -> bool:
+    """Whether a JPEG or PNG lacks its end. Decoders fill the missing part of a JPEG with grey and say nothing."""
+    if encoded[:2] == b"\xff\xd8":
+        # A marker's byte pair cannot occur in coded data, and a thumbnail's end comes before the image's start of scan.
+        return encoded[-2:] != b"\xff\xd9" and encoded.rfind(b"\xff\xd9") <= encoded.rfind(b"\xff\xda")
+    if encoded[:4] == b"\x89PNG":
+        return b"IEND" not in encoded[-64:]
+    return False
+
+
+class Samples:
+    """The samples of a shard set. One thread uses it at a time; `bad` may be read by any."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._num_classes = len(shards.manifest.classes)
+        self.bad: dict[int, str] = {}
+        """Reason by number, for every sample that was found bad so far."""
+
+    def take(self, numbers: np.ndarray, stand_in: Callable[[int, int], int]) -> Taken:
+        """Reads samples; `stand_in(slot, attempt)` numbers the candidates for a bad one's place.
+
+        Raises:
+            DataError: no candidate can be used, or a shard is missing.
+        """
+        owners, records = self._shards.locate(numbers)
+        numbers, encoded, bad = numbers.copy(), [], {}
+        for slot, (number, owner) in enumerate(zip(numbers.tolist(), owners.tolist(), strict=True)):
+            content = self._usable(number, owner, records[slot])
+            if content is None:
+                bad[slot] = number
+                numbers[slot], records[slot], content = self._replace(slot, number, stand_in)
+            encoded.append(np.frombuffer(content, dtype=np.uint8))
+        return Taken(numbers, encoded, records, bad)
+
+    def _replace(self, slot: int, number: int, stand_in: Callable[[int, int], int]) -> tuple[int, np.void, bytes]:
+        for attempt in range(MAX_ATTEMPTS):
+            candidate = stand_in(slot, attempt)
+            (owner,), (record,) = self._shards.locate(np.array([candidate]))
+            content = self._usable(candidate, int(owner), record)
+            if content is not None:
+                return candidate, record, content
+        raise DataError(
+            f"{self.name(number)} is {self.bad[number]}, and so are all that could stand in for it; "
+            "check the set with python -m data_prep verify"
+        )
+
+    def _usable(self, number: int, owner: int, record: np.void) -> bytes | None:
+        """The sample's file, or None with the reason in `bad`."""
+        if number in self.bad:
+            return None
+        if not 0 <= record["label"] < self._num_classes:
+            self.bad[number] = LABEL
+            return None
+        try:
+            content = self._shards.read(owner, int(record["offset"]), int(record["length"]))
+        except (OSError, EOFError):
+            self.bad[number] = UNREADABLE
+            return None
+        if truncated(content):
+            self.bad[number] = TRUNCATED
+            return None
+        return content
+
+    def name(self, number: int) -> str:
+        return self._shards.name(number)

@@ -1,0 +1,200 @@
+"""Micro-batches read and decoded ahead of whoever iterates.
+
+    reader thread: numbers → bytes, windows → decoder thread: DALI (its own threads) → Batch → the training loop
+
+Threads, not processes: reading and decoding release the interpreter's lock, there is nothing to orphan when a rank is
+killed, and a resume costs no start-up.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import DataConfig
+from pipeline.data.augment import Windows
+from pipeline.data.bad import BadSamples
+from pipeline.data.graph import Graph, undecodable
+from pipeline.data.samples import UNDECODABLE, Samples
+
+GRAPH_AHEAD = 2  # batches inside DALI: one in work, one fed
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    """`(m, 3, H, W)` float32, normalised, channels-last, on the device. Event data would be `(T, m, C, H, W)`."""
+    labels: Tensor
+    """`(m,)` int64, on the device."""
+    valid: Tensor
+    """`(m,)` bool; False pads an evaluation's last batch."""
+    position: int
+    """Stream position of the first sample."""
+
+
+class Request(NamedTuple):
+    """A micro-batch before decoding."""
+
+    index: int
+    """What it was prepared from."""
+    numbers: np.ndarray
+    encoded: list[np.ndarray]
+    windows: Windows
+    labels: np.ndarray
+    valid: np.ndarray
+    position: int
+    bad: list[tuple[str, str, str]]
+    """Name, reason and what was done, of each sample that could not be used."""
+
+
+class Stream:
+    """Turns `prepare(index)` into batches for each index that `run` is given.
+
+    Args:
+        data, device: see `Graph`.
+        samples: where a sample that does not decode is entered as bad, so that `prepare` replaces it.
+        prepare: the request of an index; called in the reader thread.
+        bad: the account of bad samples, written as their batches are handed out.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        device: torch.device,
+        samples: Samples,
+        prepare: Callable[[int], Request],
+        bad: BadSamples,
+    ) -> None:
+        self._data, self._device, self._samples, self._prepare, self._bad = data, device, samples, prepare, bad
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shard-reader")
+        self._decoder: _Decoder | None = None
+        self.wait_s = 0.0
+
+    def run(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """The batches of `indices`, in order. One run at a time: a new one ends the one before."""
+        if self._decoder is not None:
+            self._decoder.close()
+        decoder = self._decoder = _Decoder(
+            self._data, self._device, self._samples, self._prepare, self._reader, iter(indices)
+        )
+        for _ in indices:
+            began = time.monotonic()
+            batch, bad = decoder.next()
+            self.wait_s += time.monotonic() - began
+            for name, reason, instead in bad:
+                self._bad.met(name, reason, instead=instead)
+            yield batch
+
+    def close(self) -> None:
+        """Ends the threads. Waits for no more than the read that is under way."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        if self._decoder is not None:
+            self._decoder.close()
+        self._reader.shutdown(wait=True)
+
+
+class _Decoder:
+    """The thread that feeds DALI and collects from it, for one run."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        device: torch.device,
+        samples: Samples,
+        prepare: Callable[[int], Request],
+        reader: ThreadPoolExecutor,
+        indices: Iterator[int],
+    ) -> None:
+        self._data, self._device, self._samples = data, device, samples
+        self._prepare, self._reader, self._indices = prepare, reader, indices
+        self._reading: deque[Future[Request]] = deque()
+        self._again: deque[Request] = deque()
+        self._fed: deque[Request] = deque()
+        self._room = threading.Semaphore(max(1, data.prefetch - GRAPH_AHEAD + 1))
+        self._stopped = False
+        self._done: SimpleQueue[tuple[Batch, list] | BaseException] = SimpleQueue()
+        # A daemon, so that a crash of the program that forgot to close is not kept waiting for data.
+        self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[Batch, list]:
+        item = self._done.get()
+        if isinstance(item, BaseException):
+            raise item
+        self._room.release()
+        return item
+
+    def close(self) -> None:
+        self._stopped = True
+        self._room.release()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            for _ in range(2 * self._data.prefetch):
+                self._read_on()
+            graph = self._graph()
+            while self._fed or self._again or self._reading:
+                self._room.acquire()
+                if self._stopped:
+                    return
+                try:
+                    images = graph.run()
+                except RuntimeError as error:
+                    self._repair(error)
+                    graph = self._graph()
+                    self._room.release()
+                    continue
+                self._done.put(self._finished(images, self._fed.popleft()))
+        except CancelledError:  # closed while it waited for a read
+            pass
+        except BaseException as error:  # the training loop raises it, in its own thread
+            self._done.put(error)
+
+    def _graph(self) -> Graph:
+        return Graph(self._data, self._device, self._feed, batch_size=self._data.micro_batch, ahead=GRAPH_AHEAD)
+
+    def _read_on(self) -> None:
+        index = next(self._indices, None)
+        if index is not None:
+            self._reading.append(self._reader.submit(self._prepare, index))
+
+    def _feed(self) -> tuple[list[np.ndarray], Windows]:
+        if self._again:
+            request = self._again.popleft()
+        elif self._reading and not self._stopped:
+            request = self._reading.popleft().result()
+            self._read_on()
+        else:
+            raise StopIteration
+        self._fed.append(request)
+        return request.encoded, request.windows
+
+    def _repair(self, error: RuntimeError) -> None:
+        """Finds what DALI failed at among the batches it had been fed, and prepares these batches again without it."""
+        for request in self._fed:
+            culprits = undecodable(self._data, self._device, request.encoded, request.windows)
+            if culprits:
+                self._samples.bad.update(dict.fromkeys(request.numbers[culprits].tolist(), UNDECODABLE))
+                break
+        else:
+            raise error
+        # Both queues: what was fed before an earlier failure may wait behind the one that failed now.
+        lost = [*self._fed, *self._again]
+        self._fed.clear()
+        self._again = deque(self._reader.submit(self._prepare, request.index).result() for request in lost)
+
+    def _finished(self, images: Tensor, request: Request) -> tuple[Batch, list]:
+        batch = Batch(
+            images=images,
+            labels=torch.from_numpy(request.labels).to(self._device),
+            valid=torch.from_numpy(request.valid).to(self._device),
+            position=request.position,
+        )
+        return batch, request.bad
