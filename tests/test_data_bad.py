@@ -1,0 +1,163 @@
+"""Bad samples: replaced by position alone, named, counted, and refused when they are too many."""
+
+import io
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.config import DataConfig
+from pipeline.data.loader import Batch, Loader, evaluation_batches
+from pipeline.data.samples import truncated
+from pipeline.errors import DataError
+from tests.data_sets import drawn_jpeg, real_jpegs, write_set
+
+CPU = torch.device("cpu")
+NUM = 30
+TRUNCATED, UNDECODABLE, WRONG_LABEL, UNREADABLE = 4, 9, 17, 29
+
+
+def damaged() -> list[bytes]:
+    images = [drawn_jpeg(n) for n in range(NUM)]
+    images[TRUNCATED] = images[TRUNCATED][: len(images[TRUNCATED]) // 2]
+    images[UNDECODABLE] = b"\xff\xd8\xff\xe0" + b"not an image at all" * 20 + b"\xff\xd9"
+    return images
+
+
+def write_damaged(folder: Path) -> None:
+    write_set(folder, damaged(), per_shard=6, labels={WRONG_LABEL: 4})
+    # The last image of the last shard lies behind the end of its file.
+    last = sorted(folder.glob("*.tar"))[-1]
+    content = last.read_bytes()
+    last.write_bytes(content[: content.index(f"{UNREADABLE:06d}.jpg".encode()) + 600])
+
+
+@pytest.fixture(scope="module")
+def bad_set(tmp_path_factory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("bad")
+    write_damaged(folder / "train")
+    write_damaged(folder / "val")
+    return DataConfig(
+        path=str(folder), image_size=24, global_batch=12, micro_batch=2, window_shards=2, threads=1, max_bad_ratio=1
+    )
+
+
+def change(data: DataConfig, **fields) -> DataConfig:
+    return DataConfig(**{name: getattr(data, name) for name in data.__slots__} | fields)
+
+
+def run(data: DataConfig, start: int, stop: int, *, ranks: int = 1) -> tuple[dict[int, Batch], list[Loader]]:
+    batches, loaders = {}, []
+    for rank in range(ranks):
+        one = Loader(data, seed=5, rank=rank, world_size=ranks, device=CPU)
+        for micro_batches in one.steps(start, stop):
+            batches |= {batch.position: batch for batch in micro_batches}
+        one.close()
+        loaders.append(one)
+    return batches, loaders
+
+
+def test_each_kind_is_replaced_counted_and_named(bad_set, caplog):
+    with caplog.at_level(logging.WARNING):
+        batches, (one,) = run(bad_set, 0, 5)  # two epochs
+    assert len(batches) == 30
+    assert one.bad.reasons == {
+        "train-000000.tar:000004.jpg": "truncated",
+        "train-000001.tar:000009.jpg": "undecodable",
+        "train-000002.tar:000017.jpg": "label out of range",
+        "train-000004.tar:000029.jpg": "unreadable",
+    }
+    assert one.bad.count >= 8  # each in both epochs, and again where one was drawn to stand in
+    named = [record.message for record in caplog.records]
+    assert len(named) == 4
+    assert "bad sample train-000001.tar:000009.jpg: undecodable; train-" in "\n".join(named)
+    assert all("stands in for it at position" in message for message in named)
+
+
+def test_replacements_are_the_same_on_any_ranks_and_after_a_resume(bad_set):
+    whole, _ = run(bad_set, 0, 6)
+    for start, ranks in ((0, 3), (2, 1), (3, 2), (5, 6)):
+        part, _ = run(bad_set, start, 6, ranks=ranks)
+        assert all(torch.equal(batch.images, whole[at].images) for at, batch in part.items())
+        assert all(torch.equal(batch.labels, whole[at].labels) for at, batch in part.items())
+
+
+def test_good_samples_keep_their_place_and_pixels(bad_set, tmp_path):
+    write_set(tmp_path / "train", [drawn_jpeg(n) for n in range(NUM)], per_shard=6)
+    sound, _ = run(change(bad_set, path=str(tmp_path)), 0, 5)
+    replaced, (one,) = run(bad_set, 0, 5)
+    differing = sum(
+        not torch.equal(a, b)
+        for at, batch in sound.items()
+        for a, b in zip(batch.images, replaced[at].images, strict=True)
+    )
+    assert differing == one.bad.count == 8
+
+
+def test_a_batch_full_of_undecodable_images_does_not_stop_the_stream(bad_set, tmp_path):
+    images = [drawn_jpeg(n) for n in range(12)]
+    for n in (1, 2, 3, 5, 8, 9, 10):
+        images[n] = b"\xff\xd8" + bytes([n]) * 100 + b"\xff\xd9"
+    write_set(tmp_path / "train", images, per_shard=12)
+    batches, (one,) = run(change(bad_set, path=str(tmp_path), micro_batch=6, prefetch=4), 0, 10)
+    assert len(batches) == 20
+    assert len(one.bad.reasons) == 7
+
+
+def test_a_set_without_a_single_good_sample_ends_with_a_name(bad_set, tmp_path):
+    write_set(tmp_path / "train", [b"\xff\xd8 nothing"] * 6, per_shard=6)
+    with pytest.raises(DataError, match=r"train-000000\.tar:00000\d\.jpg is truncated, and so are all"):
+        run(change(bad_set, path=str(tmp_path)), 0, 1)
+
+
+def test_an_evaluation_leaves_bad_samples_out_and_names_them(bad_set, caplog):
+    for ranks in (1, 2):
+        batches = [b for r in range(ranks) for b in evaluation_batches(bad_set, rank=r, world_size=ranks, device=CPU)]
+        assert sum(int(batch.valid.sum()) for batch in batches) == NUM - 4
+    assert "val-000000.tar:000004.jpg: truncated; it does not count in the evaluation" in caplog.text
+    with pytest.raises(DataError, match=r"4 of 30 samples were bad, more than data\.max_bad_ratio=0\.1"):
+        list(evaluation_batches(change(bad_set, max_bad_ratio=0.1), rank=0, world_size=1, device=CPU))
+
+
+def test_over_the_limit_the_error_lists_every_bad_sample(bad_set):
+    _, (one,) = run(change(bad_set, max_bad_ratio=0.1), 0, 5)
+    assert not one.too_many_bad(3, step=1)  # a tenth of the 30 samples of the first epoch
+    assert one.too_many_bad(4, step=1)
+    assert not one.too_many_bad(6, step=5)
+    with pytest.raises(DataError) as caught:
+        one.refuse_bad(7, 5, one.bad.reasons)
+    message = str(caught.value)
+    assert message.startswith(
+        "7 of 60 samples were bad, more than data.max_bad_ratio=0.1 allows (1 label out of range, "
+    )
+    assert all(name in message for name in one.bad.reasons)
+
+
+def test_a_truncated_jpeg_is_known_by_its_missing_end():
+    sound = drawn_jpeg(1)
+    assert not truncated(sound)
+    assert not truncated(sound + b"\0" * 100)  # padding behind the end is harmless
+    assert truncated(sound[:-2])
+    thumbnail = sound[:2] + b"\xff\xe1\x10\x00" + drawn_jpeg(2) + sound[2:]
+    assert not truncated(thumbnail)
+    assert truncated(thumbnail[:-100])  # the thumbnail's end is not the image's
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, "PNG")
+    assert not truncated(buffer.getvalue())
+    assert truncated(buffer.getvalue()[:-12])
+
+
+@given(st.integers(0, 5), st.floats(0.3, 0.999))
+def test_every_cut_of_a_jpeg_is_found(number, kept):
+    image = drawn_jpeg(number)
+    assert truncated(image[: int(len(image) * kept)])
+
+
+def test_no_real_photograph_is_taken_for_truncated():
+    images = real_jpegs(100)
+    assert not any(map(truncated, images))
+    assert all(truncated(image[: len(image) * 2 // 3]) for image in images)
