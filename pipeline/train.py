@@ -24,7 +24,7 @@ from pipeline.progress import Progress, summary_table
 from pipeline.snn import readout, sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
 
-STOP = SIGNALS.index("stop")
+STOP, BAD = SIGNALS.index("stop"), SIGNALS.index("bad_samples")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,6 +68,7 @@ def loop(run: Run) -> int:
             logits = engine(batch.images)
             loss = readout.cross_entropy(logits, batch.labels)
             tap.observe(loss, logits, batch.labels)
+            tap.signals[BAD] = run.loader.bad.count
             engine.backward(loss)  # after the last micro-batch it reduces the gradients, and χ rides along
             tap.check()  # no update is made from a gradient that is not finite
             engine.step()
@@ -85,7 +86,9 @@ def loop(run: Run) -> int:
         )
         run.neurons.widths.copy_(run.controller.widths)
         run.step += 1
-        stop = bool(reading.signals[STOP] > 0)
+        stop, bad = reading.signals[STOP].item() > 0, int(reading.signals[BAD].item())
+        if run.loader.too_many_bad(bad, run.step):  # the same on every rank
+            refuse_bad(run, bad)
         if stop or run.step % config.train.checkpoint_every == 0 or run.step == run.num_steps:
             save(run)
         if stop and run.step < run.num_steps:
@@ -179,6 +182,13 @@ def stop_on_signal(tap: Tap) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, request)
+
+
+def refuse_bad(run: Run, count: int) -> None:
+    """Ends every rank with the bad samples of all ranks, by name."""
+    reasons: list = [None] * run.place.world_size
+    torch.distributed.all_gather_object(reasons, run.loader.bad.reasons)
+    run.loader.refuse_bad(count, run.step, {name: reason for part in reasons for name, reason in part.items()})
 
 
 def save(run: Run) -> None:
