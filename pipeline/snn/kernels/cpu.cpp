@@ -76,30 +76,31 @@ extern "C" void spike_forward(const real* x, const float* scale, const float* sh
     const std::vector<float> scales = repeated(scale, C), shifts = repeated(shift, C);
     long blocks = (M + BLOCK - 1) / BLOCK;
     int64_t total = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
-    for (long b = 0; b < blocks; b++) {
-        long m = b * BLOCK, n = M - m < BLOCK ? M - m : BLOCK;
-        float v[BLOCK], current[BLOCK];
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
+    for (long thread = 0; thread < threads; thread++) {
         int32_t count[BLOCK] = {0};
-        for (long i = 0; i < n; i++) v[i] = v_in ? v_in[m + i] : p.v_reset;
-        for (long t = 0; t < steps; t++) {
-            if (t == 0 || !is_static)
-                read(x + t * M + m, scale ? &scales[m % C] : 0, scale ? &shifts[m % C] : 0, n, current);
-            real* to = out + t * M + m;
-            const real* add = shortcut ? shortcut + t * M + m : 0;
-            float s[BLOCK];
-            for (long i = 0; i < n; i++) step(v[i], current[i], p, &s[i], &v[i]);
-            if (spikes)
-                for (long i = 0; i < n; i++) count[i] += (int32_t)s[i];
-            if (add)
-                for (long i = 0; i < n; i++) to[i] = store(s[i] + load(add[i]));
-            else
-                for (long i = 0; i < n; i++) to[i] = store(s[i]);
+        for (long b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) {
+            long m = b * BLOCK, n = M - m < BLOCK ? M - m : BLOCK;
+            float v[BLOCK], current[BLOCK];
+            for (long i = 0; i < n; i++) v[i] = v_in ? v_in[m + i] : p.v_reset;
+            for (long t = 0; t < steps; t++) {
+                if (t == 0 || !is_static)
+                    read(x + t * M + m, scale ? &scales[m % C] : 0, scale ? &shifts[m % C] : 0, n, current);
+                real* to = out + t * M + m;
+                const real* add = shortcut ? shortcut + t * M + m : 0;
+                float s[BLOCK];
+                for (long i = 0; i < n; i++) step(v[i], current[i], p, &s[i], &v[i]);
+                if (spikes)
+                    for (long i = 0; i < n; i++) count[i] += (int32_t)s[i];
+                if (add)
+                    for (long i = 0; i < n; i++) to[i] = store(s[i] + load(add[i]));
+                else
+                    for (long i = 0; i < n; i++) to[i] = store(s[i]);
+            }
+            if (v_out)
+                for (long i = 0; i < n; i++) v_out[m + i] = v[i];
         }
-        if (v_out)
-            for (long i = 0; i < n; i++) v_out[m + i] = v[i];
-        if (spikes)
-            for (long i = 0; i < n; i++) total += count[i];
+        for (long i = 0; i < BLOCK; i++) total += count[i];
     }
     if (spikes) *spikes += total;
 }
@@ -107,7 +108,7 @@ extern "C" void spike_forward(const real* x, const float* scale, const float* sh
 // Sums of one thread: a lane for each element of a block, two for each channel (offset like the tables).
 struct Sums {
     float square[BLOCK] = {0}, leak[BLOCK] = {0};
-    int64_t covered = 0;
+    int32_t covered[BLOCK] = {0};
     std::vector<float> gradient, product;
 };
 
@@ -145,7 +146,7 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
                 const float* potential = &h[t * BLOCK];
                 const real* from = grad_s + t * M + m;
                 real* to = grad_x + t * M + m;
-                float gx[BLOCK];
+                float gx[BLOCK], squares[BLOCK];
                 int32_t inside[BLOCK];
                 for (long i = 0; i < n; i++) {
                     float u = potential[i] - p.v_th, s = u >= 0 ? 1.0f : 0.0f;
@@ -153,14 +154,16 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
                     float keep = HARD ? 1 - s : 1;
                     if (!DETACH) keep = keep + (HARD ? (p.v_reset - potential[i]) * g : -p.v_th * g);
                     float grad_h = load(from[i]) * g + grad_v[i] * keep;
-                    sum.square[i] += g * g;
+                    squares[i] = g * g;
                     inside[i] = std::fabs(u) < p.width;
                     if (LEAKY) sum.leak[i] += grad_h * (currents[t * BLOCK + i] - (before[t * BLOCK + i] - p.v_reset));
                     gx[i] = LEAKY ? grad_h * p.leak : grad_h;
                     grad_v[i] = LEAKY ? grad_h * (1 - p.leak) : grad_h;
                 }
+                if (square)
+                    for (long i = 0; i < n; i++) sum.square[i] += squares[i];
                 if (SHAPE <= RECTANGLE && covered)
-                    for (long i = 0; i < n; i++) sum.covered += inside[i];
+                    for (long i = 0; i < n; i++) sum.covered[i] += inside[i];
                 if (is_static)
                     for (long i = 0; i < n; i++) total[i] += gx[i];
                 else
@@ -181,7 +184,7 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
     }
     for (long thread = 0; thread < threads; thread++) {
         Sums& sum = sums[thread];
-        if (covered) *covered += sum.covered;
+        for (long i = 0; i < BLOCK && covered; i++) *covered += sum.covered[i];
         for (long i = 0; i < BLOCK && square; i++) *square += sum.square[i];
         for (long i = 0; i < BLOCK && grad_leak; i++) *grad_leak += sum.leak[i];
         for (size_t i = 0; i < sum.gradient.size(); i++) {
