@@ -119,6 +119,22 @@ def test_weights_go_to_the_original_names_and_back():
         state_dicts.load(other, early)
 
 
+def test_a_scalar_time_constant_of_the_peer_is_read():
+    net = build(neuron="plif")
+    weights = {name: t.reshape(()) if name.endswith(".w") else t for name, t in net.state_dict().items()}
+    weights["sn1.w"] = torch.tensor(0.75)
+    state_dicts.load(net, weights)
+    assert net.sn1.w is not None
+    assert net.sn1.w.item() == 0.75
+
+
+@pytest.mark.parametrize("neuron", ["if", "plif"])
+def test_every_parameter_can_be_sent_as_bytes(neuron):
+    # DeepSpeed broadcasts parameters through such a view at its start.
+    for name, parameter in build(neuron=neuron).named_parameters():
+        assert parameter.data.view(torch.uint8).numel() == 4 * parameter.numel(), name
+
+
 def test_safetensors_files_round_trip(tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     net, other = build(), build()

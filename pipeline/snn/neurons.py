@@ -39,8 +39,8 @@ class Neuron(nn.Module):
         surrogate.check(rule.shape, rule.scale)
         if learn_tau and not (rule.leaky and tau > 1):
             raise ConfigError(f"model.tau={tau!r} is not allowed for model.neuron plif; use a number above 1")
-        # Named as in SpikingJelly, so that its state dicts fit.
-        self.w = nn.Parameter(torch.tensor(-math.log(tau - 1))) if learn_tau else None
+        # Named as in SpikingJelly, so that its state dicts fit; (1,) and not (), which DeepSpeed cannot broadcast.
+        self.w = nn.Parameter(torch.tensor([-math.log(tau - 1)])) if learn_tau else None
         self.rule, self.width, self.tau = rule, width, tau
         self.neuron_steps = 0
         """Neuron-steps of the last training forward, T times the neurons in the batch; 0 before the first."""
@@ -59,7 +59,7 @@ class Neuron(nn.Module):
         if not self.rule.leaky:
             return None
         if self.w is not None:
-            return self.w.sigmoid()
+            return self.w.sigmoid()[0]
         if self._leak is None or self._leak.device != x.device:
             self._leak = torch.tensor(1 / self.tau, dtype=torch.float64, device=x.device)
         return self._leak

@@ -194,4 +194,5 @@ def build(model: ModelConfig, *, num_classes: int, in_channels: int = 3, image_s
         raise ConfigError(
             f"data.image_size={image_size} is too small for model.arch={model.arch!r}; use {smallest} or more"
         )
-    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    # Activations are channels-last, weights are not: DeepSpeed broadcasts them as bytes and needs a last stride of 1.
+    return network

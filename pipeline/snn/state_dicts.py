@@ -34,6 +34,8 @@ def from_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         elif shortcut:
             block, part, rest = shortcut.groups()
             name = f"{block}.downsample.{part}.{rest}"
+        elif name.endswith(".w") and tensor.dim() == 0:
+            tensor = tensor.reshape(1)  # a learned tau, which the others keep as a scalar
         renamed[name] = tensor
     return renamed
 
