@@ -71,7 +71,8 @@ def main() -> None:
     images = torch.randn(job["batch"], 3, job["size"], job["size"], generator=torch.Generator().manual_seed(1))
     labels = torch.randint(0, 1000, (job["batch"],), generator=torch.Generator().manual_seed(2))
     print(json.dumps({"torch": torch.__version__}), flush=True)
-    for _ in sys.stdin:
+
+    def step() -> dict:
         start = time.perf_counter()
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
@@ -81,7 +82,18 @@ def main() -> None:
         optimizer.step()
         seconds = time.perf_counter() - start
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "loss": loss.item(), "peak_bytes": peak_bytes}), flush=True)
+        return {"seconds": seconds, "loss": loss.item(), "peak_bytes": peak_bytes}
+
+    for line in sys.stdin:
+        print(json.dumps(step() if json.loads(line) == "step" else profile(step)), flush=True)
+
+
+def profile(step) -> dict:
+    """Seconds of one step by operation, the largest first."""
+    with torch.profiler.profile() as profiler:
+        step()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return {event.key: event.self_cpu_time_total * 1e-6 for event in events[:12]}
 
 
 if __name__ == "__main__":
