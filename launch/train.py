@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import traceback
-from pathlib import Path
 
 from launch.options import parse
 from pipeline import run_folder
@@ -54,7 +53,7 @@ def preflight(config: Config, rank: int) -> dict | None:
     if config.model.arch not in ARCHS:
         raise ConfigError(f"model.arch={config.model.arch!r} is not allowed; use one of {', '.join(ARCHS)}")
     for split in ("train", "val"):
-        Manifest.load(Path(config.data.path) / split)
+        Manifest.load(f"{config.data.path}/{split}")  # a URL too
     finished = run_folder.admit(config)
     if finished is None and rank == 0:
         check_port(config)
