@@ -27,7 +27,15 @@ def _positive(name: str, got: float) -> None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     path: str = "data/digits"
-    """Folder that holds the shard sets `train/` and `val/`."""
+    """Folder, or URL (http, https, s3 and others), that holds the shard sets `train/` and `val/`."""
+    cache_dir: str = ""
+    """Local folder for the shards of a URL, shared by the ranks of a node; empty takes ~/.cache/chispike."""
+    cache_bytes: int = 200_000_000_000
+    """The most that cache_dir may hold, in bytes; two windows of shards must fit."""
+    retries: int = 5
+    """Further attempts at a remote file after one that failed, with growing pauses; at least 0."""
+    timeout_s: float = 30.0
+    """Seconds without a byte after which an attempt at a remote file has failed, above 0."""
     image_size: int = 16
     """Side of the square that the network sees, in pixels."""
     global_batch: int = 128
@@ -54,8 +62,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "global_batch", "micro_batch", "prefetch"):
             _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
-        for name in ("window_shards", "eval_resize", "threads"):
+        for name in ("window_shards", "eval_resize", "threads", "cache_bytes", "retries"):
             _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer of at least 0")
+        _positive("data.timeout_s", self.timeout_s)
         _require(0 <= self.max_bad_ratio <= 1, "data.max_bad_ratio", self.max_bad_ratio, "a number in [0, 1]")
         _require(0 < self.crop_area_min <= 1, "data.crop_area_min", self.crop_area_min, "a number in (0, 1]")
         _require(

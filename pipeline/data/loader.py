@@ -3,7 +3,6 @@
 Order → numbers → Samples → files and windows → Stream → Batch
 """
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +11,9 @@ import torch
 from pipeline.config import DataConfig
 from pipeline.data.augment import central_windows, random_windows
 from pipeline.data.bad import BadSamples, refuse, too_many
+from pipeline.data.cache import cached_bytes
 from pipeline.data.order import Order
+from pipeline.data.remote import join
 from pipeline.data.samples import Samples, Taken
 from pipeline.data.shards import Shards
 from pipeline.data.stream import Batch, Request, Stream
@@ -54,12 +55,13 @@ class Loader:
                 f"data.global_batch={data.global_batch} does not divide over {world_size} ranks in micro-batches of "
                 f"{data.micro_batch}; use a multiple of {data.micro_batch * world_size}"
             )
-        self._shards = Shards(os.path.join(data.path, split))
+        self._shards = open_shards(data, split)
         self._samples = Samples(self._shards)
         self.manifest = self._shards.manifest
         self._order = Order(
             [shard.num_samples for shard in self.manifest.shards], seed=seed, window_shards=data.window_shards
         )
+        self._check_cache()
         self.bad = BadSamples()
         """What this rank replaced."""
         self._stream = Stream(data, device, self._samples, self._request, self.bad)
@@ -94,6 +96,7 @@ class Loader:
         m = self._data.micro_batch
         step, within = divmod(micro_batch, self._accumulation)
         position = step * self._data.global_batch + self._rank * self._share + within * m
+        self._shards.expect(self._shards_between(position, position + m - 1))
         epochs, numbers = self._order.samples(position, m)
         taken = self._samples.take(numbers, lambda slot, attempt: self._order.replacement(position + slot, attempt))
         windows = random_windows(
@@ -123,6 +126,20 @@ class Loader:
             position=position,
             bad=bad,
         )
+
+    def _shards_between(self, first: int, last: int) -> list[int]:
+        """The shards of the windows of these positions and of the window after."""
+        windows = [*self._order.shards_at(first), *self._order.shards_at(last)] if self._shards.is_cached else []
+        return list(dict.fromkeys(int(shard) for window in windows for shard in window))
+
+    def _check_cache(self) -> None:
+        shard_bytes = [cached_bytes(shard) for shard in self.manifest.shards]
+        needed = min(2 * self._order.largest_window(shard_bytes), sum(shard_bytes))
+        if self._shards.is_cached and needed > self._data.cache_bytes:
+            raise ConfigError(
+                f"data.cache_bytes={self._data.cache_bytes} does not hold two windows of shards; use at least "
+                f"{needed}, or a smaller data.window_shards"
+            )
 
     def too_many_bad(self, count: int, step: int) -> bool:
         """Whether `count` stand-ins on all ranks, up to the end of `step`, are over `data.max_bad_ratio`."""
@@ -174,8 +191,20 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads and closes the shards."""
+        self._shards.interrupt()
         self._stream.close()
         self._shards.close()
+
+
+def open_shards(data: DataConfig, split: str) -> Shards:
+    """The set of a split, local or remote."""
+    return Shards(
+        join(data.path, split),
+        cache_dir=data.cache_dir,
+        cache_bytes=data.cache_bytes,
+        retries=data.retries,
+        timeout_s=data.timeout_s,
+    )
 
 
 def sizes(taken: Taken) -> np.ndarray:
@@ -193,7 +222,7 @@ def evaluation_batches(
     Raises:
         ConfigError, DataError: as `Loader`; also when this rank's bad samples alone are over `data.max_bad_ratio`.
     """
-    shards, m = Shards(os.path.join(data.path, split)), data.micro_batch
+    shards, m = open_shards(data, split), data.micro_batch
     samples, bad = Samples(shards), BadSamples()
     total = shards.manifest.num_samples
     per_rank = -(-total // (m * world_size))
@@ -202,6 +231,8 @@ def evaluation_batches(
         position = (rank * per_rank + index) * m
         places = position + np.arange(m)
         valid = places < total
+        owners = shards.owners(np.minimum(places[[0, -1]], total - 1))
+        shards.expect(range(owners[0], min(owners[1] + 3, len(shards.manifest.shards))))
         taken = samples.take(np.where(valid, places, 0), lambda slot, attempt: attempt % total)
         valid[list(taken.bad)] = False
         reported = [
@@ -227,5 +258,6 @@ def evaluation_batches(
         yield from stream.run(range(per_rank))
         refuse(bad.reasons, count=bad.count, seen=total, num_samples=total, max_ratio=data.max_bad_ratio)
     finally:
+        shards.interrupt()
         stream.close()
         shards.close()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.remote import Remote, is_remote, join
 from pipeline.errors import ConfigError, DataError
 
 FORMAT = "chispike-shards"
@@ -105,16 +106,22 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
-        """Reads the manifest of the set in `folder`; `ConfigError` where there is none, `DataError` if damaged."""
-        path = Path(folder) / MANIFEST_NAME
+        """Reads the manifest of the set in `folder`, a path or a URL.
+
+        Raises:
+            ConfigError: there is none, or its protocol cannot be used.
+            DataError: it is damaged, or a remote one could not be read.
+        """
+        path = join(folder, MANIFEST_NAME)
         try:
-            text = path.read_text(encoding="utf-8")
+            content = Remote(os.fspath(folder)).read(MANIFEST_NAME) if is_remote(folder) else Path(path).read_bytes()
+            text = content.decode("utf-8")
         except (FileNotFoundError, NotADirectoryError):
             message = f"no shard set in {folder} (no {MANIFEST_NAME}); make one with python -m data_prep"
             raise ConfigError(message) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text ({error.reason}); make the shards again") from None
-        return cls.from_json(text, str(path))
+        return cls.from_json(text, path)
 
 
 def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:

@@ -2,11 +2,14 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.data.cache import Cache, Held
 from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, read_samples
+from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote
 from pipeline.errors import DataError
 
 MAX_OPEN = 128
@@ -20,26 +23,60 @@ class _Open(NamedTuple):
     """Of the tar."""
     samples: np.ndarray
     """Memory-mapped records."""
+    held: Held | None
+    """Of a cached shard."""
 
 
 class Shards:
-    """A shard set in a folder. One thread uses it at a time.
+    """A shard set. One thread uses it at a time.
+
+    Args:
+        folder: a path, or a URL whose shards then come through `cache_dir`.
+        cache_dir, cache_bytes, retries, timeout_s: see `DataConfig`; for a URL.
 
     Raises:
         ConfigError: there is no set in the folder.
         DataError: its manifest is damaged; later, a shard is missing or its records are not the manifest's.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder, self.manifest = os.fspath(folder), Manifest.load(folder)
+    def __init__(
+        self,
+        folder: str,
+        *,
+        cache_dir: str = "",
+        cache_bytes: int = 0,
+        retries: int = RETRIES,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self.folder, self.manifest = folder, Manifest.load(folder)
+        self._cache = None
+        if is_remote(folder):
+            remote = Remote(folder, retries=retries, timeout_s=timeout_s)
+            self._cache = Cache(cache_dir or default_cache(), remote, capacity_bytes=cache_bytes)
         sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._starts = self._ends - np.asarray(sizes, dtype=np.int64)
         self._open: OrderedDict[int, _Open] = OrderedDict()
 
+    def expect(self, soon: Sequence[int]) -> None:
+        """Says which shards come next, in order: a cache reads ahead, and may evict the others."""
+        if self._cache is None:
+            return
+        for shard in [shard for shard in self._open if shard not in soon]:
+            self._shut(self._open.pop(shard))
+        self._cache.read_ahead([self.manifest.shards[shard] for shard in soon])
+
+    @property
+    def is_cached(self) -> bool:
+        return self._cache is not None
+
+    def owners(self, numbers: np.ndarray) -> np.ndarray:
+        """Shard index of each sample number."""
+        return np.searchsorted(self._ends, numbers, side="right")
+
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard index and `SAMPLE_DTYPE` record of each sample number."""
-        shards = np.searchsorted(self._ends, numbers, side="right")
+        shards = self.owners(numbers)
         rows = numbers - self._starts[shards]
         records = np.empty(len(numbers), dtype=SAMPLE_DTYPE)
         for shard in np.unique(shards):
@@ -72,21 +109,43 @@ class Shards:
         if len(self._open) >= MAX_OPEN:
             self._shut(self._open.popitem(last=False)[1])
         entry = self.manifest.shards[shard]
-        path = os.path.join(self.folder, entry.tar)
-        samples = read_samples(self.folder, entry)
+        held = self._cache.hold(entry) if self._cache is not None else None
+        folder = held.folder if held is not None else self.folder
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be opened ({error.strerror}); check the set with python -m data_prep verify"
-            ) from None
-        self._open[shard] = _Open(descriptor, samples)
+            samples = read_samples(folder, entry)
+            descriptor = _descriptor(os.path.join(folder, entry.tar))
+        except BaseException:
+            if held is not None:
+                held.release()
+            raise
+        self._open[shard] = _Open(descriptor, samples, held)
         return self._open[shard]
 
     def _shut(self, shard: _Open) -> None:
         os.close(shard.descriptor)
+        if shard.held is not None:
+            shard.held.release()
+
+    def interrupt(self) -> None:
+        """Ends downloads under way; from any thread, before `close`."""
+        if self._cache is not None:
+            self._cache.close()
 
     def close(self) -> None:
-        """Closes every file; a later call opens what it needs again."""
+        """Closes every file."""
+        self.interrupt()
         while self._open:
             self._shut(self._open.popitem()[1])
+
+
+def default_cache() -> str:
+    """`$XDG_CACHE_HOME/chispike`, which is `~/.cache/chispike` where nothing else is set."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "chispike")
+
+
+def _descriptor(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        message = f"{path} cannot be opened ({error.strerror}); check the set with python -m data_prep verify"
+        raise DataError(message) from None

@@ -22,6 +22,7 @@ from pipeline.config import DataConfig
 from pipeline.data.augment import Windows
 from pipeline.data.bad import BadSamples
 from pipeline.data.graph import Graph, undecodable
+from pipeline.data.remote import ClosedError
 from pipeline.data.samples import UNDECODABLE, Samples
 
 GRAPH_AHEAD = 2  # batches inside DALI: one in work, one fed
@@ -156,6 +157,8 @@ class _Decoder:
             pass
         except BaseException as error:  # the training loop raises it, in its own thread
             self._done.put(error)
+        finally:
+            self._done.put(ClosedError("the loader was closed"))  # whoever still waits must not wait for ever
 
     def _graph(self) -> Graph:
         return Graph(self._data, self._device, self._feed, batch_size=self._data.micro_batch, ahead=GRAPH_AHEAD)

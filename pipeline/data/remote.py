@@ -1,0 +1,138 @@
+"""Files behind URLs: http(s)://, s3:// and whatever else fsspec opens, with retries and errors that say which and why.
+
+Credentials and endpoints come from where each protocol's client looks for them (for s3 the AWS environment variables,
+`AWS_ENDPOINT_URL` among them); nothing of them is configured here.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from pipeline.errors import ConfigError, DataError
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+RETRIES, TIMEOUT_S = 5, 30.0
+
+_Result = TypeVar("_Result")
+
+
+class ClosedError(Exception):
+    """The loader was closed while a file came in."""
+
+
+class MismatchError(Exception):
+    """A file arrived, but it is not the one that the manifest describes."""
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    return "://" in os.fspath(path)
+
+
+def join(folder: str | os.PathLike[str], *names: str) -> str:
+    """A path below a folder or a URL."""
+    return "/".join([os.fspath(folder).rstrip("/"), *names]) if is_remote(folder) else os.path.join(folder, *names)
+
+
+class Remote:
+    """A place that files come from.
+
+    Args:
+        url: of the folder.
+        retries: further attempts after one that failed, each after twice the delay of the one before.
+        timeout_s: seconds without a byte after which an attempt has failed, where the protocol's client can tell.
+
+    Raises:
+        ConfigError: the protocol is unknown, or its package is not installed.
+    """
+
+    def __init__(self, url: str, *, retries: int = RETRIES, timeout_s: float = TIMEOUT_S) -> None:
+        self.url, self._retries = url, retries
+        self.stopped = threading.Event()
+        self._files = _file_system(url, timeout_s)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DataError: it could not be read.
+        """
+        url = join(self.url, name)
+        return self._persist(url, lambda: self._files.cat_file(url))
+
+    def fetch(self, name: str, path: str, check: Callable[[], None]) -> None:
+        """Copies a file to `path`, until `check` accepts what came.
+
+        Raises:
+            DataError: it could not be had in `retries` + 1 attempts; names the URL and the last cause.
+            OSError: of the local disk, such as ENOSPC.
+            ClosedError: `stopped` was set.
+        """
+        url = join(self.url, name)
+
+        def once() -> None:
+            self._files.get_file(url, path, callback=_stopper(self.stopped))
+            check()
+
+        try:
+            self._persist(url, once)
+        except FileNotFoundError:
+            raise DataError(f"{url} does not exist, though the manifest names it; upload the set again") from None
+
+    def _persist(self, url: str, once: Callable[[], _Result]) -> _Result:
+        delay = FIRST_DELAY_S
+        for left in reversed(range(self._retries + 1)):
+            try:
+                return once()
+            except (FileNotFoundError, ClosedError):
+                raise
+            except PermissionError as error:
+                raise DataError(f"{url} may not be read ({error}); check the credentials") from None
+            except Exception as error:  # each protocol's client has its own kinds; none passes silently
+                if isinstance(error, OSError) and error.errno in _LOCAL:
+                    raise
+                if left == 0:
+                    raise DataError(
+                        f"{url} could not be read in {self._retries + 1} attempts; the last failed with "
+                        f"{type(error).__name__}: {error or 'no further word'}"
+                    ) from None
+            if self.stopped.wait(delay):
+                raise ClosedError
+            delay = min(2 * delay, LONGEST_DELAY_S)
+        raise AssertionError("the last attempt returns or raises")
+
+
+_LOCAL = frozenset([28, 122])  # ENOSPC, EDQUOT: the local disk's, which trying again does not mend
+
+
+def _stopper(stopped: threading.Event):
+    from fsspec.callbacks import Callback
+
+    class Stopper(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            if stopped.is_set():
+                raise ClosedError
+
+    return Stopper()
+
+
+def _file_system(url: str, timeout_s: float):
+    import fsspec  # not at the top: who has local shards does not wait for it
+
+    protocol = url.split("://", 1)[0]
+    options: dict[str, object] = {}
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        options["client_kwargs"] = {
+            "timeout": ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s),
+        }
+    elif protocol == "s3":
+        options["config_kwargs"] = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
+    try:
+        return fsspec.filesystem(protocol, **options)
+    except ImportError as error:
+        raise ConfigError(f"data.path={url!r} needs a package that is not installed: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"data.path={url!r} cannot be opened: {error}") from None
