@@ -62,7 +62,7 @@ def admit(config: Config) -> dict | None:
 def describe(
     config: Config, *, data_identity: str, layers: Sequence[str], num_parameters: int, world_size: int
 ) -> None:
-    """Writes config.json and run.json (rank 0) and returns what run.json says."""
+    """Writes config.json and run.json."""
     folder = Path(config.run_dir)
     description = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
