@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from webdataset.writer import TarWriter
 
 from pipeline.data.manifest import MANIFEST_NAME, SAMPLE_DTYPE, Manifest, Shard
@@ -83,9 +83,11 @@ def _write_shard(
 
 
 def _size(image: bytes) -> tuple[int, int]:
-    """Height and width, of a damaged file too: its header said them when the set was made."""
+    """Height and width after EXIF rotation; of a damaged file what its header said when the set was made."""
     try:
-        width, height = Image.open(io.BytesIO(image)).size
+        opened = Image.open(io.BytesIO(image))
     except OSError:
         return 48, 64
-    return height, width
+    width, height = opened.size
+    on_its_side = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (width, height) if on_its_side else (height, width)
