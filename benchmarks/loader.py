@@ -32,6 +32,7 @@ SIDES = {
     "ours": "this loader, local shards",
     "bare_dali": "bare DALI from memory",
     "native_dali": "DALI's webdataset reader",
+    "native_default": "the same, plain chroma upsampling",
     "http": "this loader, HTTP, warm cache",
     "webdataset_pillow": "webdataset + Pillow, DataLoader",
     "folder_pillow": "image folder + Pillow, DataLoader",
@@ -165,7 +166,7 @@ def compare(folder: Path, threads: int, rounds: int) -> tuple[list[dict], dict]:
         for number in range(rounds):
             for name in SIDES if number % 2 == 0 else reversed(SIDES):
                 path = server.url if name == "http" else str(folder)
-                batches = 4 if name.endswith("pillow") else 12
+                batches = 8 if name.endswith("pillow") else 16
                 got = alone("side", name, path, str(folder / "cache"), threads, batches)
                 speeds[name].append(got["images_per_s"])
                 profiles[name].append(got["cpu_s_per_image"])

@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-FAULTS = ("cut", "truncated", "corrupted", "busy", "stalled", "slow")
-
 
 class FaultyServer(ThreadingHTTPServer):
     """Serves a folder. `faults[name]` lists what goes wrong with the next requests for a file, one each:
 
     cut: the connection is reset in mid-file; truncated: half the body, announced as whole; corrupted: one byte is
-    wrong; busy: 503; stalled: half the body, then nothing; slow: whole, in many small pieces.
+    wrong; busy: 503; forbidden: 403; stalled: half the body, then nothing; slow: whole, in many small pieces.
     """
 
     daemon_threads = True
@@ -46,8 +44,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_error(404)
         planned = self.server.faults.get(path.name, [])
         fault = planned.pop(0) if planned else ""
-        if fault == "busy":
-            return self.send_error(503)
+        if fault in ("busy", "forbidden"):
+            return self.send_error(503 if fault == "busy" else 403)
         body = bytearray(path.read_bytes())
         self.send_response(200)
         if fault == "truncated":

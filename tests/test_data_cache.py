@@ -134,6 +134,12 @@ def test_missing_things_are_named(origin, server, tmp_path):
         pixels(config(lacking.url, tmp_path / "cache"))
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/train/manifest\.json could not be read in"):
         Remote("http://127.0.0.1:9/train", retries=0).read("manifest.json")
+    server.faults["train-000000.tar"] = ["forbidden"] * 9
+    with pytest.raises(DataError, match=r"train-000000\.tar may not be read \(403.*check the credentials"):
+        pixels(config(server.url, tmp_path / "cache"))
+    assert server.requests["train-000000.tar"] <= 2  # by the read-ahead and by the reader, neither of them twice
+    with pytest.raises(ConfigError, match=r"data\.path='gs://x' needs a package that is not installed: .*gcsfs"):
+        Manifest.load("gs://x")
     with pytest.raises(ConfigError, match=r"data\.path='gopher://x' cannot be opened"):
         Manifest.load("gopher://x")
 
@@ -156,6 +162,20 @@ def test_the_cap_holds_and_the_least_recently_used_goes_first(server, tmp_path):
     for held in others:
         held.release()
     cache.close()
+
+
+def test_a_cache_folder_that_cannot_be_made_is_refused(server, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir='.*file/cache' cannot be made \(Not a directory\); choose"):
+        pixels(config(server.url, tmp_path / "file" / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_bad_ratio", 1.5), ("timeout_s", 0), ("retries", -1), ("cache_bytes", -1)]
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ConfigError, match=rf"data\.{name}={value} is not allowed; use "):
+        DataConfig(**{name: value})
 
 
 def test_a_cap_below_two_windows_is_refused(server, tmp_path):

@@ -221,3 +221,14 @@ def test_sigkill_leaves_no_process_and_no_shared_memory(drawn):
     process.kill()
     process.wait()
     assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_crash_that_forgets_to_close_ends_at_once(drawn):
+    crashing = ENDLESS.replace('next(step), print("running", flush=True)', "next(step); raise SystemExit(7)")
+    process = subprocess.run(
+        [sys.executable, "-c", crashing, drawn.path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=30,
+    )
+    assert process.returncode == 7, process.stderr.decode()

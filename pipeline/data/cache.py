@@ -86,7 +86,9 @@ class Cache:
             return
         for shard in shards:
             if (self._folder / _key(shard)).is_dir():
-                _touch(self._folder / "locks" / _key(shard))  # not the next to be evicted
+                lock = self._open_lock(_key(shard))
+                _touch(lock)  # not the next to be evicted
+                os.close(lock)
             if _key(shard) not in before:
                 self._ahead.submit(self._read_ahead, shard)
 
@@ -130,7 +132,8 @@ class Cache:
                     self._make_room(part, needed, patience_s)
                     for name, sha256 in ((shard.samples, shard.samples_sha256), (shard.tar, shard.sha256)):
                         self._fetch(name, part / name, sha256)
-                    os.rename(part, self._folder / key)
+                    with self._space():  # nobody who counts meets it between the two names
+                        os.rename(part, self._folder / key)
                     return
                 except OSError as error:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -205,10 +208,16 @@ class Cache:
     def _evict_one(self) -> bool:
         """Removes the shard that was used least recently, of those that no process holds."""
         keys = [e.name for e in os.scandir(self._folder) if e.name != "locks" and not e.name.endswith(".part")]
-        for key in sorted(keys, key=lambda key: (self._folder / "locks" / key).stat().st_mtime_ns):
+        for key in sorted(keys, key=self._last_use):
             if self._evict(key, os.fspath(self._folder / key)):
                 return True
         return False
+
+    def _last_use(self, key: str) -> int:
+        try:
+            return (self._folder / "locks" / key).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def _evict(self, key: str, folder: str) -> bool:
         lock = self._open_lock(key)
@@ -235,7 +244,7 @@ def cached_bytes(shard: Shard) -> int:
     return shard.num_bytes + shard.num_samples * SAMPLE_DTYPE.itemsize + _HEADER_BYTES
 
 
-def _touch(lock: int | Path) -> None:
+def _touch(lock: int) -> None:
     now = time.time_ns()  # left to itself the file system takes a clock that ticks in milliseconds
     os.utime(lock, ns=(now, now))
 

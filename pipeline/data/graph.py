@@ -71,6 +71,7 @@ def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list]
             source=source,
             num_outputs=4,
             batch=True,
+            no_copy=not on_gpu,  # whoever feeds keeps a batch until it came out; a GPU may still be copying then
             dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
             ndim=[1, 1, 1, 0],
         )

@@ -4,6 +4,7 @@ Credentials and endpoints come from where each protocol's client looks for them 
 `AWS_ENDPOINT_URL` among them); nothing of them is configured here.
 """
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -87,9 +88,9 @@ class Remote:
                 return once()
             except (FileNotFoundError, ClosedError):
                 raise
-            except PermissionError as error:
-                raise DataError(f"{url} may not be read ({error}); check the credentials") from None
             except Exception as error:  # each protocol's client has its own kinds; none passes silently
+                if isinstance(error, PermissionError) or getattr(error, "status", 0) in _FORBIDDEN:
+                    raise DataError(f"{url} may not be read ({error}); check the credentials") from None
                 if isinstance(error, OSError) and error.errno in _LOCAL:
                     raise
                 if left == 0:
@@ -103,7 +104,8 @@ class Remote:
         raise AssertionError("the last attempt returns or raises")
 
 
-_LOCAL = frozenset([28, 122])  # ENOSPC, EDQUOT: the local disk's, which trying again does not mend
+_LOCAL = frozenset([errno.ENOSPC, errno.EDQUOT])  # the local disk's, which trying again does not mend
+_FORBIDDEN = frozenset([401, 403])
 
 
 def _stopper(stopped: threading.Event):

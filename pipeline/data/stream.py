@@ -25,7 +25,7 @@ from pipeline.data.graph import Graph, undecodable
 from pipeline.data.remote import ClosedError
 from pipeline.data.samples import UNDECODABLE, Samples
 
-GRAPH_AHEAD = 2  # batches inside DALI: one in work, one fed
+GRAPH_AHEAD = 3  # batches inside DALI; with fewer its threads run dry between two
 
 
 class Batch(NamedTuple):
@@ -114,10 +114,11 @@ class _Decoder:
     ) -> None:
         self._data, self._device, self._samples = data, device, samples
         self._prepare, self._reader, self._indices = prepare, reader, indices
+        self._ahead = min(data.prefetch, GRAPH_AHEAD)
         self._reading: deque[Future[Request]] = deque()
         self._again: deque[Request] = deque()
         self._fed: deque[Request] = deque()
-        self._room = threading.Semaphore(max(1, data.prefetch - GRAPH_AHEAD + 1))
+        self._room = threading.Semaphore(max(1, data.prefetch - self._ahead + 1))
         self._stopped = False
         self._done: SimpleQueue[tuple[Batch, list] | BaseException] = SimpleQueue()
         # A daemon, so that a crash of the program that forgot to close is not kept waiting for data.
@@ -161,7 +162,7 @@ class _Decoder:
             self._done.put(ClosedError("the loader was closed"))  # whoever still waits must not wait for ever
 
     def _graph(self) -> Graph:
-        return Graph(self._data, self._device, self._feed, batch_size=self._data.micro_batch, ahead=GRAPH_AHEAD)
+        return Graph(self._data, self._device, self._feed, batch_size=self._data.micro_batch, ahead=self._ahead)
 
     def _read_on(self) -> None:
         index = next(self._indices, None)
