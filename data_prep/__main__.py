@@ -1,0 +1,144 @@
+"""`python -m data_prep SOURCE … DIR`: any image collection becomes verified WebDataset shards."""
+
+import argparse
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from data_prep.plan import Options
+from data_prep.pool import StopRequestedError
+from data_prep.prepare import AllowedBad, Source, prepare
+from data_prep.sources.digits import SHARD_BYTES, Digits
+from data_prep.stores import make_store
+from pipeline.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _num_bytes(text: str) -> int:
+    """A size such as 256Mi, 1G, 500000."""
+    lowered = text.lower().removesuffix("b")
+    digits = lowered.rstrip("kmgi")
+    unit = _UNITS.get(lowered[len(digits) :])
+    if unit is None or not digits.isdigit() or int(digits) * unit < 1 << 16:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size of at least 64Ki; write 256Mi, 1G or a number of bytes"
+        )
+    return int(digits) * unit
+
+
+def _allowed_bad(text: str) -> AllowedBad:
+    """A count, or a share with a percent sign."""
+    try:
+        if text.endswith("%"):
+            ratio = float(text[:-1]) / 100
+            if 0 <= ratio <= 1:
+                return AllowedBad(ratio=ratio)
+        elif int(text) >= 0:
+            return AllowedBad(count=int(text))
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of samples nor a share; write 20 or 0.1%")
+
+
+def _integer(low: int, high: int):
+    def parse(text: str) -> int:
+        if not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; use an integer from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m data_prep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "directory", metavar="DIR", help="folder or URL to write to; new, empty, or begun by the same command"
+    )
+    common.add_argument("--shard-bytes", type=_num_bytes, default=None, help="size of a shard (default 256Mi)")
+    common.add_argument(
+        "--workers", type=_integer(1, 1024), default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
+    )
+    common.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="of the shuffle (default 0)")
+    common.add_argument(
+        "--resize",
+        type=_integer(1, 65536),
+        default=0,
+        metavar="SHORT_SIDE",
+        help="shrink the shorter side to this many pixels",
+    )
+    common.add_argument(
+        "--quality", type=_integer(1, 100), default=90, help="JPEG quality of resized images (default 90)"
+    )
+    common.add_argument(
+        "--limit",
+        type=_integer(1, 2**40),
+        default=0,
+        metavar="N",
+        help="take at most N samples of each split, a fair draw",
+    )
+    common.add_argument(
+        "--allow-bad",
+        type=_allowed_bad,
+        default=AllowedBad(),
+        metavar="N",
+        help="refused samples of a split that are tolerated, a number or a share (default 0.1%%)",
+    )
+    common.add_argument(
+        "--no-decode", action="store_true", help="check headers and ends of files only, at the speed of a copy"
+    )
+    common.add_argument("--scratch", metavar="FOLDER", help="local folder for what is on its way to a URL")
+    commands.add_parser("digits", parents=[common], help="scikit-learn's 1,797 digits, the built-in default")
+    return parser
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    return Digits(arguments.seed)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    options = Options(
+        shard_bytes=arguments.shard_bytes or (SHARD_BYTES if arguments.command == "digits" else Options.shard_bytes),
+        seed=arguments.seed,
+        resize=arguments.resize,
+        quality=arguments.quality,
+        limit=arguments.limit,
+        decode=not arguments.no_decode,
+    )
+    store = make_store(arguments.directory, arguments.scratch)
+    prepare(_source(arguments), store, options, num_workers=arguments.workers, allowed_bad=arguments.allow_bad)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise StopRequestedError(signal.Signals(number).name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        _run(_parser().parse_args(argv))
+    except (ConfigError, DataError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except StopRequestedError as stop:
+        sys.stderr.write(f"stopped by {stop}; finished shards are kept: run the same command again to continue\n")
+        return EXIT_STOPPED
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or 'input or output'}: {error.strerror or error}\n")
+        return EXIT_USAGE
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

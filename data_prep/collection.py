@@ -1,0 +1,132 @@
+"""What is to be packed: the samples of each split, in one canonical order, and how their bytes are read.
+
+The index of a split is a few flat arrays, so that a million samples take some 60 MB and forked workers share them.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+
+class Reader(Protocol):
+    """One place that samples lie in: an archive, a folder. Used by forked workers; opens what it needs lazily."""
+
+    def read_into(self, view: memoryview, offset: int, name: str) -> None:
+        """Fills `view` with the bytes of the sample at `offset`; raises `OSError` where that fails."""
+        ...
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Tells the system that these bytes are wanted soon; does nothing where that has no meaning."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """A file that did not become a sample: its name in the source and why."""
+
+    name: str
+    reason: str
+
+
+class NameTable:
+    """Many names in one block of bytes: forked workers read it without copying it."""
+
+    def __init__(self, names: list[bytes]) -> None:
+        self.blob = b"".join(names)
+        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> str:
+        start = int(self.ends[number - 1]) if number else 0
+        return self.blob[start : int(self.ends[number])].decode("utf-8")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """The samples of one split, sorted by name."""
+
+    name: str
+    """Folder and file prefix of the shard set: train, val, test."""
+    classes: tuple[str, ...]
+    """Class names in label order."""
+    names: NameTable
+    """Names inside the source, unique, sorted as bytes."""
+    labels: np.ndarray
+    """int32, indices into `classes`."""
+    places: np.ndarray
+    """int32, indices into `readers`."""
+    offsets: np.ndarray
+    """int64, what the reader finds the sample by."""
+    lengths: np.ndarray
+    """int64, in bytes."""
+    readers: tuple[Reader, ...]
+    refusals: tuple[Refusal, ...] = ()
+    """Files refused while indexing: links, devices, duplicates, names that are not UTF-8."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(slots=True)
+class SplitBuilder:
+    """Collects samples in any order; `build` sorts them and refuses duplicate names."""
+
+    name: str
+    readers: list[Reader] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    _names: list[bytes] = field(default_factory=list)
+    _classes: list[str] = field(default_factory=list)
+    _places: array = field(default_factory=lambda: array("i"))
+    _offsets: array = field(default_factory=lambda: array("q"))
+    _lengths: array = field(default_factory=lambda: array("q"))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, *, name: str, label: str, place: int, offset: int, length: int) -> None:
+        """Adds the sample `name` of the class named `label`, found at `offset` of `readers[place]`."""
+        self._names.append(name.encode("utf-8"))
+        self._classes.append(label)
+        self._places.append(place)
+        self._offsets.append(offset)
+        self._lengths.append(length)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Notes a file that cannot become a sample."""
+        self.refusals.append(Refusal(name=name, reason=reason))
+
+    def class_names(self) -> set[str]:
+        """Names of the classes that have a sample so far."""
+        return set(self._classes)
+
+    def build(self, classes: tuple[str, ...], display: dict[str, str] | None = None) -> Split:
+        """The finished split; `classes` gives the label order, `display` other names to show for them."""
+        if not self._names:
+            raise DataError(f"the split {self.name} holds no image; check the source's layout in docs/data_prep.md")
+        order = sorted(range(len(self._names)), key=self._names.__getitem__)
+        kept, refusals = [], list(self.refusals)
+        for number in order:
+            if kept and self._names[kept[-1]] == self._names[number]:
+                name = self._names[number].decode()
+                refusals.append(Refusal(name=name, reason="duplicate name: the first one is kept"))
+            else:
+                kept.append(number)
+        label_of = {name: label for label, name in enumerate(classes)}
+        rows = np.array(kept, dtype=np.int64)
+        return Split(
+            name=self.name,
+            classes=tuple((display or {}).get(name, name) for name in classes),
+            names=NameTable([self._names[number] for number in kept]),
+            labels=np.array([label_of[self._classes[number]] for number in kept], dtype=np.int32),
+            places=np.array(self._places, dtype=np.int32)[rows],
+            offsets=np.array(self._offsets, dtype=np.int64)[rows],
+            lengths=np.array(self._lengths, dtype=np.int64)[rows],
+            readers=tuple(self.readers),
+            refusals=tuple(refusals),
+        )

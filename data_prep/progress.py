@@ -1,0 +1,69 @@
+"""One line that says how far the work is: images, images/s, MB/s, time left."""
+
+import sys
+import time
+from typing import TextIO
+
+_EVERY_S_TERMINAL = 0.25
+_EVERY_S_LOG = 10.0
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as 42 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(num_bytes: float) -> str:
+    """`num_bytes` in the decimal unit that fits."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB" if num_bytes < 9999.5 else f"{num_bytes:,.0f} GB"
+
+
+class Progress:
+    """Counts images and bytes and writes a line to stderr: rewritten in place on a terminal, every 10 s in a log."""
+
+    def __init__(self, num_images: int, verb: str, stream: TextIO = sys.stderr) -> None:
+        self._total, self._verb, self._stream = num_images, verb, stream
+        self._terminal = stream.isatty()
+        self._start = self._shown = time.monotonic()
+        self.images = 0
+        self.bytes = 0
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._start
+
+    def add(self, images: int, num_bytes: int) -> None:
+        self.images += images
+        self.bytes += num_bytes
+        self.show()
+
+    def line(self) -> str:
+        """The present state in words."""
+        seconds = max(self.elapsed_s, 1e-9)
+        rate = self.images / seconds
+        left = f", {duration((self._total - self.images) / rate)} left" if 0 < self.images < self._total else ""
+        speed = f"{rate:,.0f} images/s, {self.bytes / seconds / 1e6:,.0f} MB/s"
+        return f"{self._verb} {self.images:,} of {self._total:,} images, {speed}{left}"
+
+    def show(self, *, force: bool = False) -> None:
+        every = _EVERY_S_TERMINAL if self._terminal else _EVERY_S_LOG
+        if not force and time.monotonic() - self._shown < every:
+            return
+        self._shown = time.monotonic()
+        self._stream.write(f"\r\033[K{self.line()}" if self._terminal else f"{self.line()}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the line that a terminal shows."""
+        if self._terminal:
+            self._stream.write("\r\033[K")
+            self._stream.flush()

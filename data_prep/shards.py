@@ -1,0 +1,246 @@
+"""Writes one shard, start to end, in one process: tar, DALI index, sample table, and the record that says it is done.
+
+Every file is written under a temporary name, flushed to disk and renamed; the record comes last. So a shard with a
+record is whole, whatever killed the process that wrote it.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.collection import Refusal, Split
+from data_prep.images import MAX_IMAGE_BYTES, RefusedError, inspect
+from data_prep.plan import Options, Plan
+from data_prep.tar_format import BLOCK, IMAGE_AT, INDEX_VERSION, HeaderMaker, end_of_tar, index_line, padded, sample_key
+from pipeline.data.manifest import SAMPLE_DTYPE, Shard
+from pipeline.errors import DataError
+
+TEMPORARY = ".tmp-"
+RECORDS = ".done"
+_BUFFER = 4 << 20
+_READ_AHEAD = 16  # samples announced to the system before they are read
+_REPORT_EVERY_S = 0.2
+
+ReportProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """A finished shard: what the manifest needs of it, and what happened on the way."""
+
+    shard: Shard
+    refusals: tuple[Refusal, ...]
+    kinds: dict[str, int]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        document = json.loads(text)
+        return cls(
+            shard=Shard(**document["shard"]),
+            refusals=tuple(Refusal(**refusal) for refusal in document["refusals"]),
+            kinds=document["kinds"],
+        )
+
+
+def shard_name(split: str, number: int) -> str:
+    """The name that a shard's files share."""
+    return f"{split}-{number:06d}"
+
+
+def durable_write(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` so that a reader finds the old file or the whole new one, even after a power cut."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes the folder itself, so that a rename in it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _TarStream:
+    """Appends samples to a tar through one buffer, which source bytes are read into directly."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._digest = hashlib.sha256()
+        self._buffer = memoryview(bytearray(_BUFFER))
+        self._used = 0
+        self._flushed = 0
+        self._header = HeaderMaker()
+
+    @property
+    def position(self) -> int:
+        """Bytes of the tar so far."""
+        return self._flushed + self._used
+
+    def reserve(self, length: int) -> memoryview:
+        """Room for the next sample's image; what is put there counts once `commit` is called."""
+        need = IMAGE_AT + padded(length)
+        if self._used + need > len(self._buffer):
+            self.flush()
+        if need > len(self._buffer):
+            self._buffer = memoryview(bytearray(need))
+        start = self._used + IMAGE_AT
+        return self._buffer[start : start + length]
+
+    def commit(self, key: str, label: bytes, extension: str, length: int) -> None:
+        """Appends the sample whose image lies in the reserved room."""
+        start, buffer = self._used, self._buffer
+        buffer[start : start + BLOCK] = self._header(f"{key}.cls".encode(), len(label))
+        buffer[start + BLOCK : start + 2 * BLOCK] = label.ljust(BLOCK, b"\0")
+        buffer[start + 2 * BLOCK : start + IMAGE_AT] = self._header(f"{key}.{extension}".encode(), length)
+        end = start + IMAGE_AT + length
+        self._used = start + IMAGE_AT + padded(length)
+        buffer[end : self._used] = bytes(self._used - end)
+
+    def flush(self) -> None:
+        block = self._buffer[: self._used]
+        self._digest.update(block)
+        while block:
+            block = block[os.write(self._file, block) :]
+        self._flushed += self._used
+        self._used = 0
+
+    def finish(self) -> str:
+        """Closes the tar, waits until the disk has it, and returns its SHA-256."""
+        closing = end_of_tar(self.position)
+        self.flush()
+        self._buffer[: len(closing)] = closing
+        self._used = len(closing)
+        self.flush()
+        os.fsync(self._file)
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Content:
+    rows: np.ndarray
+    index: bytes
+    refusals: tuple[Refusal, ...]
+    kinds: Counter
+
+
+def _write_samples(
+    stream: _TarStream, split: Split, plan: Plan, number: int, options: Options, report: ReportProgress
+) -> _Content:
+    """Streams the samples of shard `number` into `stream`."""
+    first, last = int(plan.bounds[number]), int(plan.bounds[number + 1])
+    rows, lines, refusals, kinds = [], [], [], Counter()
+    num_images = num_bytes = 0
+    reported = time.monotonic()
+    for position in range(first, last):
+        ahead = position + _READ_AHEAD
+        if ahead < last:
+            later = int(plan.order[ahead])
+            split.readers[split.places[later]].prefetch(int(split.offsets[later]), int(split.lengths[later]))
+        source = int(plan.order[position])
+        name, label = split.names[source], int(split.labels[source])
+        key = sample_key(position, name)
+        start = stream.position
+        length = int(split.lengths[source])
+        try:
+            if length > MAX_IMAGE_BYTES:
+                raise RefusedError(f"{length} bytes, more than the {MAX_IMAGE_BYTES} that an image may have")
+            room = stream.reserve(length)
+            start = stream.position
+            split.readers[split.places[source]].read_into(room, int(split.offsets[source]), name)
+            found = inspect(room, decode=options.decode, resize=options.resize, quality=options.quality)
+        except RefusedError as error:
+            refusals.append(Refusal(name=name, reason=str(error)))
+            kinds["refused"] += 1
+        else:
+            if found.converted is not None:
+                length = len(found.converted)
+                stream.reserve(length)[:] = found.converted
+                start = stream.position
+            text = b"%d" % label
+            stream.commit(key, text, found.extension, length)
+            lines.append(index_line(start, key, len(text), found.extension, length))
+            rows.append((start + IMAGE_AT, length, label, found.height, found.width))
+            kinds.update(found.kinds)
+        num_images, num_bytes = num_images + 1, num_bytes + length
+        if time.monotonic() - reported > _REPORT_EVERY_S:
+            report(num_images, num_bytes)
+            num_images, num_bytes, reported = 0, 0, time.monotonic()
+    report(num_images, num_bytes)
+    index = f"{INDEX_VERSION} {len(lines)}\n" + "".join(lines)
+    return _Content(
+        rows=np.array(rows, dtype=SAMPLE_DTYPE), index=index.encode(), refusals=tuple(refusals), kinds=kinds
+    )
+
+
+def write_shard(
+    split: Split, plan: Plan, number: int, options: Options, folder: Path, report: ReportProgress
+) -> Record:
+    """Writes shard `number` of `plan` into `folder` and returns its record, which lies in `folder/.done` then.
+
+    Args:
+        report: called now and then with the images and bytes passed since the last call.
+
+    Raises:
+        DataError: a source cannot be read, or the disk is full. Nothing is left under a final name.
+    """
+    name = shard_name(split.name, number)
+    temporary = folder / f"{TEMPORARY}{name}.tar"
+    stream = _TarStream(temporary)
+    try:
+        content = _write_samples(stream, split, plan, number, options, report)
+        tar_sha256 = stream.finish()
+        num_bytes = stream.position
+    finally:
+        stream.close()
+    table = io.BytesIO()
+    np.save(table, content.rows, allow_pickle=False)
+    shard = Shard(
+        name=name,
+        num_samples=len(content.rows),
+        num_bytes=num_bytes,
+        sha256=tar_sha256,
+        index_sha256=hashlib.sha256(content.index).hexdigest(),
+        samples_sha256=hashlib.sha256(table.getvalue()).hexdigest(),
+    )
+    if shard.num_samples:
+        durable_write(folder / shard.index, content.index)
+        durable_write(folder / shard.samples, table.getvalue())
+        os.replace(temporary, folder / shard.tar)
+        sync_folder(folder)
+    else:  # all refused: an empty tar would only trouble its readers
+        temporary.unlink()
+    record = Record(shard=shard, refusals=content.refusals, kinds=dict(sorted(content.kinds.items())))
+    durable_write(folder / RECORDS / f"{name}.json", record.to_json().encode())
+    return record
+
+
+def describe_os_error(error: OSError, folder: Path | str) -> DataError:
+    """The one line that a failed read or write becomes."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DataError(
+            f"no space left for {folder} ({error.strerror}); finished shards are kept: free some space and run the "
+            "same command again"
+        )
+    return DataError(f"{error.filename or folder}: {error.strerror or error}; mend that and run the same command again")
