@@ -238,6 +238,11 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
+        if self.model.scale == "rms":
+            raise ConfigError(
+                "model.scale='rms' is for the network alone: the training loop does not hold E[g²] over ranks; "
+                "use area or peak"
+            )
         steered_by_coverage = self.chi.policy == "chi" and self.chi.indicator == "coverage"
         if steered_by_coverage and self.model.surrogate in ("atan", "sigmoid"):
             raise ConfigError(
