@@ -161,7 +161,7 @@ def compare(folder: Path, threads: int, rounds: int) -> tuple[list[dict], dict]:
     """Speed of every side, and the loader's CPU time by thread."""
     write_images(folder)
     speeds: dict[str, list[float]] = {name: [] for name in SIDES}
-    profiles: dict[str, list[dict]] = {name: [] for name in SIDES}
+    profiles: dict[str, list[dict]] = {name: [] for name in [*SIDES, "decode_only"]}
     with serve(folder) as server:
         for number in range(rounds):
             for name in SIDES if number % 2 == 0 else reversed(SIDES):
@@ -177,9 +177,11 @@ def compare(folder: Path, threads: int, rounds: int) -> tuple[list[dict], dict]:
         rows.append(row(f"speed against {SIDES[name]}", ratio, "ratio", goal))
     ratio = statistics.median(a / b for a, b in zip(speeds["http"], speeds["ours"], strict=True))
     rows.append(row("speed over HTTP with a warm cache, against local", ratio, "ratio", 0.97))
+    for _ in range(rounds):
+        profiles["decode_only"].append(alone("side", "decode_only", str(folder), "", threads, 16)["cpu_s_per_image"])
     profile = {
         name: {part: statistics.median(p.get(part, 0.0) for p in profiles[name]) for part in profiles[name][0]}
-        for name in ("ours", "bare_dali", "native_dali")
+        for name in ("ours", "bare_dali", "decode_only", "native_dali")
     }
     return rows, profile
 
@@ -251,7 +253,7 @@ def main() -> None:
         print(f"{line['name']:62} {line['value']:12.4g} {line['unit']:9}{goal}")
     for name, parts in profile.items():
         spent = ", ".join(f"{part} {1e6 * seconds:.0f}" for part, seconds in sorted(parts.items()))
-        print(f"CPU µs an image, {SIDES[name]}: {spent}")
+        print(f"CPU µs an image, {SIDES.get(name, 'its decoding alone')}: {spent}")
     if arguments.json:
         report = {
             "hardware": hardware(threads),

@@ -3,7 +3,7 @@
 import io
 import math
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from itertools import count
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def ours(path: str, threads: int, cache: str = "") -> Generator[torch.Tensor, No
         loader.close()
 
 
-def bare_dali(path: str, threads: int) -> Generator[torch.Tensor, None, None]:
-    """The same graph fed with the same images from memory, windows drawn beforehand: what DALI can do at most."""
+def from_memory(path: str) -> Callable[[], tuple[list[np.ndarray], Windows]]:
+    """Batches of the set's images, read and their windows drawn beforehand."""
     folder = Path(path) / "train"
     encoded, sizes = [], []
     for shard in Manifest.load(folder).shards:
@@ -63,9 +63,41 @@ def bare_dali(path: str, threads: int) -> Generator[torch.Tensor, None, None]:
         chosen = slice(at := next(starts), at + BATCH)
         return [encoded[n] for n in numbers[chosen]], Windows(*(part[chosen] for part in windows))
 
-    graph = Graph(config(path, threads), CPU, feed, batch_size=BATCH, ahead=3)
+    return feed
+
+
+def bare_dali(path: str, threads: int) -> Generator[torch.Tensor, None, None]:
+    """The same graph fed with the same images from memory: what DALI can do at most."""
+    graph = Graph(config(path, threads), CPU, from_memory(path), batch_size=BATCH, ahead=3)
     while True:
         yield graph.run()
+
+
+def decode_only(path: str, threads: int) -> Generator[object, None, None]:
+    """The first of the graph's three steps alone, for the profile."""
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import pipeline_def
+
+    feed = from_memory(path)
+
+    def source() -> list:
+        encoded, windows = feed()
+        return [encoded, windows.anchors, windows.shapes]
+
+    @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=3)  # pyright: ignore
+    def graph():
+        inputs = fn.external_source(source=source, num_outputs=3, batch=True, no_copy=True)
+        return fn.decoders.image_slice(
+            *inputs,  # pyright: ignore
+            axes=[0, 1],
+            output_type=types.RGB,  # pyright: ignore
+            jpeg_fancy_upsampling=True,
+        )
+
+    pipeline = graph()
+    pipeline.build()
+    while True:
+        yield pipeline.run()
 
 
 def native_dali(path: str, threads: int, *, fancy: bool = True) -> Generator[torch.Tensor, None, None]:

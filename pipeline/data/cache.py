@@ -208,10 +208,7 @@ class Cache:
     def _evict_one(self) -> bool:
         """Removes the shard that was used least recently, of those that no process holds."""
         keys = [e.name for e in os.scandir(self._folder) if e.name != "locks" and not e.name.endswith(".part")]
-        for key in sorted(keys, key=self._last_use):
-            if self._evict(key, os.fspath(self._folder / key)):
-                return True
-        return False
+        return any(self._evict(key, os.fspath(self._folder / key)) for key in sorted(keys, key=self._last_use))
 
     def _last_use(self, key: str) -> int:
         try:
