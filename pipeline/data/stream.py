@@ -118,6 +118,7 @@ class _Decoder:
         self._reading: deque[Future[Request]] = deque()
         self._again: deque[Request] = deque()
         self._fed: deque[Request] = deque()
+        self._lost: list[Request] = []
         self._room = threading.Semaphore(max(1, data.prefetch - self._ahead + 1))
         self._stopped = False
         self._done: SimpleQueue[tuple[Batch, list] | BaseException] = SimpleQueue()
@@ -190,9 +191,10 @@ class _Decoder:
         else:
             raise error
         # Both queues: what was fed before an earlier failure may wait behind the one that failed now.
-        lost = [*self._fed, *self._again]
+        # Kept until the next failure: the broken pipeline is not gone yet, and its threads may still read their bytes.
+        self._lost = [*self._fed, *self._again]
         self._fed.clear()
-        self._again = deque(self._reader.submit(self._prepare, request.index).result() for request in lost)
+        self._again = deque(self._reader.submit(self._prepare, request.index).result() for request in self._lost)
 
     def _finished(self, images: Tensor, request: Request) -> tuple[Batch, list]:
         batch = Batch(
