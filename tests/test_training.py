@@ -15,6 +15,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.checkpoint import load_newest
+from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.metrics import read_journal
 from tests.conftest import kill, launch, start
@@ -23,12 +24,13 @@ STEPS = 14
 
 
 def arguments(digits: Path, run_dir: Path) -> list[str]:
-    epochs = STEPS * 128 / 1437
+    # Half a batch short of STEPS, since the number of steps is rounded up.
+    epochs = (STEPS - 0.5) * 128 / Manifest.load(digits / "train").num_samples
     settings = {
         "--recipe": "digits",
         "--data.path": digits,
         "--run_dir": run_dir,
-        "--train.epochs": f"{epochs - 1e-9}",
+        "--train.epochs": epochs,
         "--train.log_every": 1,
         "--train.checkpoint_every": 5,
         "--chi.interval": 2,
@@ -103,11 +105,12 @@ def test_the_metrics_port_serves_what_prometheus_reads(straight):
     assert families["snn_train_loss"].samples[0].value in [record.get("train_loss") for record in journal]
 
 
-def test_the_console_shows_progress_and_the_layers(straight):
+def test_the_console_shows_progress_and_the_layers(digits, straight):
     line = next(line for line in straight.output.splitlines() if line.startswith("step 10/"))
     for part in ("loss", "acc", "χ", "coverage", "width", "img/s", "data wait", "ETA"):
         assert part in line
-    assert re.search(r"validation after step 14: [\d.]+ % of 360 samples", straight.output)
+    num_samples = Manifest.load(digits / "val").num_samples
+    assert re.search(rf"validation after step 14: [\d.]+ % of {num_samples} samples", straight.output)
     assert re.search(r"^00-\S+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", straight.output, re.MULTILINE)
 
 
