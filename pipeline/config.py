@@ -55,7 +55,7 @@ class DataConfig:
     threads: int = 0
     """Decoding threads per rank; 0 takes this rank's share of the cores."""
     prefetch: int = 3
-    """Micro-batches decoded ahead of the step, at least 1."""
+    """Decoded micro-batches that wait for their step, at least 1; up to three more are in work."""
     max_bad_ratio: float = 0.001
     """Share of bad samples (unreadable, truncated, undecodable, wrongly labelled) that ends the run, in [0, 1]."""
 

@@ -119,7 +119,7 @@ class _Decoder:
         self._again: deque[Request] = deque()
         self._fed: deque[Request] = deque()
         self._lost: list[Request] = []
-        self._room = threading.Semaphore(max(1, data.prefetch - self._ahead + 1))
+        self._room = threading.Semaphore(data.prefetch)
         self._stopped = False
         self._done: SimpleQueue[tuple[Batch, list] | BaseException] = SimpleQueue()
         # A daemon, so that a crash of the program that forgot to close is not kept waiting for data.
