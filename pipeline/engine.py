@@ -18,7 +18,7 @@ from pipeline.cores import cores_per_rank
 
 # DeepSpeed would compile a C++ operator that only its inference uses, and crash where there is no compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# Its note on every start that SGD is "untested with ZeRO" is answered by tests/test_checkpoint.py.
+# Its note on every start that SGD is "untested with ZeRO" is answered by tests/test_training.py.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")

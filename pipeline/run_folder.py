@@ -21,7 +21,21 @@ from pipeline.errors import ConfigError
 
 # What may differ when a run is started again: none of it changes what is computed.
 FREE = frozenset(
-    ["run_dir", "train.log_every", "data.threads", "data.prefetch", "metrics.port", "metrics.host", "chi.self_check"]
+    [
+        "run_dir",
+        "chi.self_check",
+        "data.path",  # the data themselves are compared, by their manifest's hash
+        "data.cache_dir",
+        "data.cache_bytes",
+        "data.max_bad_ratio",
+        "data.prefetch",
+        "data.retries",
+        "data.threads",
+        "data.timeout_s",
+        "metrics.host",
+        "metrics.port",
+        "train.log_every",
+    ]
 )
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "numpy", "prometheus-client")
 

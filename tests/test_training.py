@@ -169,6 +169,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(digits, straig
     assert_same_result(run_dir, straight)
 
 
+def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight.run_dir, run_dir)
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS:08d}")
+    again = launch("launch/train.py", *arguments(digits, run_dir), ranks=1)
+    assert again.returncode == EXIT_DONE, again.output
+    assert "resumed from the checkpoint after step 10" in again.output
+    ours, theirs = losses(run_dir), losses(straight.run_dir)
+    assert list(ours) == list(theirs)
+    # From the same weights, the same micro-batches give the same losses; only their sum is taken in another order.
+    assert ours[11] == pytest.approx(theirs[11], rel=1e-6)
+
+
 def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_repeated(digits, straight, tmp_path):
     run_dir = tmp_path / "run"
     process = start("launch/train.py", *arguments(digits, run_dir))
