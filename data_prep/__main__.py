@@ -4,15 +4,21 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from data_prep.info import SHEET_NAME, info
 from data_prep.plan import Options
 from data_prep.pool import StopRequestedError
 from data_prep.prepare import AllowedBad, Source, prepare
 from data_prep.sources.digits import SHARD_BYTES, Digits
-from data_prep.stores import make_store
-from pipeline.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
+from data_prep.sources.imagefolder import ImageFolder
+from data_prep.sources.imagenet import ImageNet
+from data_prep.sources.parquet import Parquet
+from data_prep.stores import Store, make_store
+from data_prep.verify import verify
+from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
@@ -48,6 +54,15 @@ def _allowed_bad(text: str) -> AllowedBad:
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number of samples nor a share; write 20 or 0.1%")
 
 
+def _ratio(text: str) -> float:
+    try:
+        if 0 <= float(text) < 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not allowed; use a number from 0 to below 1, such as 0.1")
+
+
 def _integer(low: int, high: int):
     def parse(text: str) -> int:
         if not text.isdigit() or not low <= int(text) <= high:
@@ -57,57 +72,104 @@ def _integer(low: int, high: int):
     return parse
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m data_prep", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = _Parser(add_help=False)
-    common.add_argument(
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "directory", metavar="DIR", help="folder or URL to write to; new, empty, or begun by the same command"
     )
-    common.add_argument("--shard-bytes", type=_num_bytes, default=None, help="size of a shard (default 256Mi)")
-    common.add_argument(
+    command.add_argument("--shard-bytes", type=_num_bytes, default=None, help="size of a shard (default 256Mi)")
+    command.add_argument(
         "--workers", type=_integer(1, 1024), default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
     )
-    common.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="of the shuffle (default 0)")
-    common.add_argument(
+    command.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="of the shuffle (default 0)")
+    command.add_argument(
         "--resize",
         type=_integer(1, 65536),
         default=0,
         metavar="SHORT_SIDE",
         help="shrink the shorter side to this many pixels",
     )
-    common.add_argument(
+    command.add_argument(
         "--quality", type=_integer(1, 100), default=90, help="JPEG quality of resized images (default 90)"
     )
-    common.add_argument(
+    command.add_argument(
         "--limit",
         type=_integer(1, 2**40),
         default=0,
         metavar="N",
         help="take at most N samples of each split, a fair draw",
     )
-    common.add_argument(
+    command.add_argument(
         "--allow-bad",
         type=_allowed_bad,
         default=AllowedBad(),
         metavar="N",
         help="refused samples of a split that are tolerated, a number or a share (default 0.1%%)",
     )
-    common.add_argument(
+    command.add_argument(
         "--no-decode", action="store_true", help="check headers and ends of files only, at the speed of a copy"
     )
-    common.add_argument("--scratch", metavar="FOLDER", help="local folder for what is on its way to a URL")
-    commands.add_parser("digits", parents=[common], help="scikit-learn's 1,797 digits, the built-in default")
+    command.add_argument("--scratch", metavar="FOLDER", help="local folder for what is on its way to a URL")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m data_prep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    digits = commands.add_parser("digits", help="scikit-learn's 1,797 digits, the built-in default")
+    imagenet = commands.add_parser("imagenet", help="ILSVRC2012, from its archives or unpacked")
+    imagenet.add_argument("--train", required=True, help="ILSVRC2012_img_train.tar, or a folder of synset folders")
+    imagenet.add_argument("--val", help="ILSVRC2012_img_val.tar, or a folder of its images")
+    imagenet.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, or its folder")
+    imagefolder = commands.add_parser("imagefolder", help="class folders, loose or in a tar, tar.gz or zip")
+    imagefolder.add_argument("source", metavar="PATH", help="folder or archive of CLASS/IMAGE or SPLIT/CLASS/IMAGE")
+    imagefolder.add_argument(
+        "--val-ratio",
+        type=_ratio,
+        default=0.0,
+        help="share of each class to hold out as val where there is one split (default 0)",
+    )
+    parquet = commands.add_parser("parquet", help="Hugging Face's layout: image {bytes, path} and label")
+    parquet.add_argument(
+        "source", metavar="PATH", nargs="+", help="files such as train-00000-of-00294.parquet, or folders of them"
+    )
+    for command in (digits, imagenet, imagefolder, parquet):
+        _add_common(command)
+    _add_checks(commands)
     return parser
 
 
+def _add_checks(commands) -> None:
+    verify = commands.add_parser("verify", help="check a data set against its manifests, one line a fault")
+    verify.add_argument("directory", metavar="DIR", help="folder or URL of a data set, or of one split")
+    verify.add_argument("--decode", action="store_true", help="decode every image, too")
+    verify.add_argument("--workers", type=_integer(1, 1024), default=len(os.sched_getaffinity(0)), help="processes")
+    info = commands.add_parser("info", help="a table of what a data set holds, and a contact sheet")
+    info.add_argument("directory", metavar="DIR", help="folder or URL of a data set, or of one split")
+    info.add_argument("--sheet", metavar="FILE", help=f"where to write the contact sheet (default DIR/{SHEET_NAME})")
+    info.add_argument(
+        "--seed", type=_integer(0, 2**63 - 1), default=0, help="draws the samples of the sheet (default 0)"
+    )
+
+
 def _source(arguments: argparse.Namespace) -> Source:
+    if arguments.command == "imagenet":
+        return ImageNet(arguments.train, arguments.val, arguments.devkit)
+    if arguments.command == "imagefolder":
+        return ImageFolder(arguments.source, arguments.val_ratio, arguments.seed)
+    if arguments.command == "parquet":
+        return Parquet(arguments.source)
     return Digits(arguments.seed)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "verify":
+        store = make_store(arguments.directory)
+        return EXIT_DATA if verify(store, decode=arguments.decode, num_workers=arguments.workers) else EXIT_DONE
+    if arguments.command == "info":
+        store = make_store(arguments.directory)
+        info(store, Path(arguments.sheet) if arguments.sheet else _sheet_path(store), arguments.seed)
+        return EXIT_DONE
     options = Options(
-        shard_bytes=arguments.shard_bytes or (SHARD_BYTES if arguments.command == "digits" else Options.shard_bytes),
+        shard_bytes=arguments.shard_bytes or (SHARD_BYTES if arguments.command == "digits" else 0),
         seed=arguments.seed,
         resize=arguments.resize,
         quality=arguments.quality,
@@ -116,6 +178,11 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     store = make_store(arguments.directory, arguments.scratch)
     prepare(_source(arguments), store, options, num_workers=arguments.workers, allowed_bad=arguments.allow_bad)
+    return EXIT_DONE
+
+
+def _sheet_path(store: Store) -> Path:
+    return Path(SHEET_NAME) if store.upload else store.work / SHEET_NAME
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -127,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        _run(_parser().parse_args(argv))
+        return _run(_parser().parse_args(argv))
     except (ConfigError, DataError) as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -137,7 +204,6 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         sys.stderr.write(f"error: {error.filename or 'input or output'}: {error.strerror or error}\n")
         return EXIT_USAGE
-    return EXIT_DONE
 
 
 if __name__ == "__main__":

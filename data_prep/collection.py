@@ -101,6 +101,24 @@ class SplitBuilder:
         """Notes a file that cannot become a sample."""
         self.refusals.append(Refusal(name=name, reason=reason))
 
+    def name_of(self, number: int) -> bytes:
+        """Name of the sample that was added as `number`-th."""
+        return self._names[number]
+
+    def class_of(self, number: int) -> str:
+        """Its class."""
+        return self._classes[number]
+
+    def copy(self, number: int, other: "SplitBuilder") -> None:
+        """Adds the sample to `other`, which has the same readers."""
+        other.add(
+            name=self._names[number].decode("utf-8"),
+            label=self._classes[number],
+            place=self._places[number],
+            offset=self._offsets[number],
+            length=self._lengths[number],
+        )
+
     def class_names(self) -> set[str]:
         """Names of the classes that have a sample so far."""
         return set(self._classes)

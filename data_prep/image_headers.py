@@ -74,8 +74,7 @@ def read_jpeg(data: memoryview) -> Header:
     coding, depth, height, width, components = frame
     if not height or not width:
         raise HeaderError(f"broken JPEG header: {width}x{height} pixels")
-    # Only the tail is searched for the end marker: in image data FF D9 cannot occur, behind them it can.
-    end = bytes(data[at:]).find(b"\xff\xd9")
+    end = _end_marker(data, at)
     one_scan = coding in (0xC0, 0xC1) and len(body) > 0 and body[0] == components
     return Header(
         kind="jpeg",
@@ -86,8 +85,16 @@ def read_jpeg(data: memoryview) -> Header:
         orientation=orientation,
         unusual=coding not in _COMMON_SOF,
         truncated=end < 0,
-        scan_end=(size if end < 0 else at + end) if one_scan else 0,
+        scan_end=(size if end < 0 else end) if one_scan else 0,
     )
+
+
+def _end_marker(data: memoryview, start: int) -> int:
+    """Offset of the last end marker behind `start`, or -1. It nearly always is the end of the file: look there first."""
+    if data[-2:] == b"\xff\xd9":
+        return len(data) - 2
+    found = bytes(data[start:]).rfind(b"\xff\xd9")
+    return found if found < 0 else start + found
 
 
 def exif_orientation(tiff: memoryview) -> int:

@@ -49,7 +49,7 @@ def inspect(data: memoryview, *, decode: bool = True, resize: int = 0, quality: 
 
     Args:
         data: the whole file.
-        decode: decode every pixel; False reads headers only and still finds a missing end of file.
+        decode: decode every pixel; False reads headers only, unless the file's end is missing.
         resize: shrink the shorter side to this many pixels, as JPEG; 0 does not. Smaller images stay as they are.
         quality: JPEG quality of resized images, 1 to 100.
 
@@ -71,10 +71,8 @@ def inspect(data: memoryview, *, decode: bool = True, resize: int = 0, quality: 
     if must_convert:
         image = _decoded(data, header)
         return _as_png(image, (*kinds, "converted to png"))
-    if decode:
+    if decode or header.truncated:  # without its end marker a file is suspect enough to look at all of it
         _decoded(data, header)
-    elif header.truncated:
-        raise RefusedError("truncated: the file has no end marker")
     return Inspected(extension, height, width, kinds, None)
 
 
@@ -101,6 +99,8 @@ def _kinds(header: Header) -> tuple[str, ...]:
         kinds.append(f"{header.depth}-bit")
     if header.orientation > 1:
         kinds.append("exif-rotated")
+    if header.truncated:
+        kinds.append("no end marker")
     if header.unusual:
         kinds.append("unusual coding")
     return tuple(kinds)

@@ -13,14 +13,16 @@ from data_prep.collection import Split
 from data_prep.tar_format import sample_bytes
 
 PLAN_VERSION = 1
+DEFAULT_SHARD_BYTES = 256 << 20
+MIN_SHARDS, SMALL_SHARD_BYTES = 8, 1 << 20  # so that all cores have work, and the order of shards matters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """What decides the bytes of the output, beside the source."""
 
-    shard_bytes: int = 256 << 20
-    """Size that a shard is filled to, in bytes of source images and tar headers."""
+    shard_bytes: int = 0
+    """Size of a shard; 0 takes DEFAULT_SHARD_BYTES, or less where that would make few shards of a small split."""
     seed: int = 0
     resize: int = 0
     """Shorter side to shrink images to, in pixels; 0 copies images as they are."""
@@ -78,7 +80,9 @@ def make_plan(split: Split, options: Options, *, size_ratio: float = 1.0) -> Pla
     sizes = sample_bytes((split.lengths[order] * size_ratio).astype(np.int64))
     ends = np.cumsum(sizes)
     total = int(ends[-1])
-    num_shards = min(len(order), -(-total // options.shard_bytes))
+    num_shards = min(len(order), -(-total // (options.shard_bytes or DEFAULT_SHARD_BYTES)))
+    if not options.shard_bytes:
+        num_shards = max(num_shards, min(MIN_SHARDS, total // SMALL_SHARD_BYTES))
     # Equal shares instead of full shards and a remainder: readers that take whole shards stay balanced.
     targets = (np.arange(1, num_shards, dtype=np.float64) * (total / num_shards)).astype(np.int64)
     cuts = np.searchsorted(ends, targets, side="left") + 1

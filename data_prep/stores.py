@@ -51,6 +51,10 @@ class Store(Protocol):
         """Deletes the file if it is there."""
         ...
 
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Some of the file's bytes; `DataError` where they are not there."""
+        ...
+
     def fetch(self, name: str, folder: Path) -> Path:
         """A local path with the file's bytes, below `folder` where they had to be copied."""
         ...
@@ -91,6 +95,13 @@ class LocalStore:
 
     def remove(self, name: str) -> None:
         (self.work / name).unlink(missing_ok=True)
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        try:
+            with open(self.work / name, "rb") as file:
+                return os.pread(file.fileno(), length, offset)
+        except FileNotFoundError:
+            raise DataError(f"{self.where}/{name} is missing") from None
 
     def fetch(self, name: str, folder: Path) -> Path:
         return self.work / name
@@ -166,6 +177,13 @@ class RemoteStore:
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), self._errors(name):
             self._files.rm_file(f"{self._root}/{name}")
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        try:
+            with self._errors(name):
+                return self._files.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
+        except FileNotFoundError:
+            raise DataError(f"{self.where}/{name} is missing") from None
 
     def fetch(self, name: str, folder: Path) -> Path:
         path = folder / name.replace("/", "-")

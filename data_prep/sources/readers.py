@@ -47,7 +47,7 @@ class FolderReader:
 
     def read_into(self, view: memoryview, offset: int, name: str) -> None:
         path = self._root / name[self._skip :]
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if os.fstat(handle).st_size != len(view):
                 raise OSError(0, "changed its size since it was indexed", str(path))

@@ -1,0 +1,127 @@
+"""A look at a data set: a table of what it holds, and a contact sheet of random samples with their class names."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from data_prep.plan import shuffled
+from data_prep.progress import size
+from data_prep.state import STATE_NAME, load_state
+from data_prep.stores import Store
+from data_prep.verify import find_splits
+from pipeline.data.manifest import Manifest
+from pipeline.errors import DataError
+
+SHEET_NAME = "contact-sheet.png"
+_COLUMNS, _ROWS = 10, 6
+_TILE, _CAPTION, _GAP = 128, 18, 6
+_FONT_PIXELS = 12
+_SMOOTH_FROM = 32  # smaller images are enlarged pixel by pixel, so that their pixels show
+
+
+def info(store: Store, sheet: Path | None, seed: int, say: Callable[[str], None] = print) -> None:
+    """Tells what the data set in `store` holds and draws a contact sheet of it into the PNG file `sheet`.
+
+    Args:
+        seed: draws the samples of the sheet; half the rows from each split, or all from the only one.
+    """
+    splits = find_splits(store)
+    tables = {split: _samples(store, split, manifest) for split, manifest in splits.items()}
+    rows = [("split", "classes", "samples", "per class", "shards", "bytes", "height", "width")]
+    for split, manifest in splits.items():
+        table = tables[split]
+        counts = np.bincount(table["label"], minlength=len(manifest.classes))
+        sizes = (_range(table["height"]), _range(table["width"]))
+        totals = (f"{len(manifest.shards):,}", size(manifest.num_bytes))
+        num_classes, num_samples = f"{len(manifest.classes):,}", f"{manifest.num_samples:,}"
+        rows.append((manifest.split, num_classes, num_samples, _range(counts), *totals, *sizes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    say("per class, height and width: smallest / median / largest")
+    _say_kinds(store, say)
+    if sheet is not None:
+        _draw(store, splits, tables, seed).save(sheet, "PNG")
+        say(f"contact sheet: {sheet}")
+
+
+def _say_kinds(store: Store, say: Callable) -> None:
+    state = load_state(store) if store.read(STATE_NAME) is not None else None
+    for split, counts in (state.counts if state else {}).items():
+        kinds = ", ".join(f"{kind} {num:,}" for kind, num in counts["kinds"].items())
+        say(f"{split}: {counts['in']:,} in, {counts['refused']:,} refused; {kinds}")
+
+
+def _range(values: np.ndarray) -> str:
+    if not len(values):
+        return "-"
+    low, middle, high = (int(value) for value in (values.min(), np.median(values), values.max()))
+    return f"{low:,}" if low == high else f"{low:,} / {middle:,} / {high:,}"
+
+
+def _samples(store: Store, split: str, manifest: Manifest) -> np.ndarray:
+    """The sample tables of all shards, one after another."""
+    tables = []
+    for shard in manifest.shards:
+        name = f"{split}/{shard.samples}".lstrip("/")
+        data = store.read(name)
+        if data is None:
+            raise DataError(f"{store.where}/{name} is missing; check the set with python -m data_prep verify")
+        try:
+            tables.append(np.load(io.BytesIO(data), allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise DataError(
+                f"{store.where}/{name} cannot be read ({error}); check with python -m data_prep verify"
+            ) from None
+    return np.concatenate(tables)
+
+
+def _draw(store: Store, splits: dict[str, Manifest], tables: dict[str, np.ndarray], seed: int) -> Image.Image:
+    """Tiles with captions, a band of rows for each split."""
+    font = ImageFont.load_default(_FONT_PIXELS)
+    rows_each = max(1, _ROWS // len(splits))
+    step_x, step_y, band = _TILE + _GAP, _TILE + _CAPTION + _GAP, _CAPTION + _GAP
+    canvas = Image.new("RGB", (_COLUMNS * step_x + _GAP, len(splits) * (band + rows_each * step_y) + _GAP), "white")
+    pen, top = ImageDraw.Draw(canvas), _GAP
+    for split, manifest in splits.items():
+        pen.text((_GAP, top), f"{manifest.split}: {manifest.num_samples:,} samples", "black", font)
+        top += band
+        drawn = shuffled(manifest.num_samples, seed)[: rows_each * _COLUMNS]
+        for place, number in enumerate(drawn):
+            left, upper = _GAP + place % _COLUMNS * step_x, top + place // _COLUMNS * step_y
+            tile = _tile(_image_bytes(store, split, manifest, tables[split], int(number)))
+            canvas.paste(tile, (left + (_TILE - tile.width) // 2, upper + (_TILE - tile.height) // 2))
+            label = int(tables[split]["label"][number])
+            pen.text((left, upper + _TILE + 2), _fitting(manifest.classes[label], font), "black", font)
+        top += rows_each * step_y
+    return canvas
+
+
+def _image_bytes(store: Store, split: str, manifest: Manifest, table: np.ndarray, number: int) -> bytes:
+    ends = np.cumsum([shard.num_samples for shard in manifest.shards])
+    shard = manifest.shards[int(np.searchsorted(ends, number, side="right"))]
+    return store.read_range(
+        f"{split}/{shard.tar}".lstrip("/"), int(table["offset"][number]), int(table["length"][number])
+    )
+
+
+def _tile(data: bytes) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(
+            f"a sample cannot be decoded ({error}); check the set with python -m data_prep verify --decode"
+        ) from None
+    smooth = max(image.size) >= _SMOOTH_FROM
+    return ImageOps.contain(image, (_TILE, _TILE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= _TILE:
+        return text
+    while text and font.getlength(text + "…") > _TILE:
+        text = text[:-1]
+    return text + "…"
