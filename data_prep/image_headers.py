@@ -90,7 +90,7 @@ def read_jpeg(data: memoryview) -> Header:
 
 
 def _end_marker(data: memoryview, start: int) -> int:
-    """Offset of the last end marker behind `start`, or -1. It nearly always is the end of the file: look there first."""
+    """Offset of the last end marker behind `start`, or -1. It nearly always ends the file: look there first."""
     if data[-2:] == b"\xff\xd9":
         return len(data) - 2
     found = bytes(data[start:]).rfind(b"\xff\xd9")
