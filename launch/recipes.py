@@ -10,7 +10,7 @@ def digits() -> Config:
 
     deepspeed --num_accelerators 2 launch/train.py --recipe digits
 
-    About 90 s on two cores of an AMD EPYC (45 s of it compiling, once); 98 % of the validation split.
+    About 40 s on two cores of an AMD EPYC; 97.5 to 98.9 % of the validation split over three seeds.
     """
     return Config(
         recipe="digits",
@@ -27,7 +27,7 @@ def digits() -> Config:
         model=ModelConfig(arch="sew_tiny", T=4),
         chi=ChiConfig(target=0.5, target_end=0.3),
         optim=OptimConfig(lr=0.4),
-        train=TrainConfig(epochs=20, checkpoint_every=50),
+        train=TrainConfig(epochs=30, checkpoint_every=50),
     )
 
 
