@@ -103,7 +103,12 @@ def prepare(config: Config) -> Run:
     """Builds every part and puts the newest checkpoint into it."""
     place = join(config)
     loader = Loader(
-        config.data, seed=config.train.seed, rank=place.rank, world_size=place.world_size, device=place.device
+        config.data,
+        seed=config.train.seed,
+        rank=place.rank,
+        world_size=place.world_size,
+        device=place.device,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
     )
     classes = len(loader.manifest.classes)
     model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.image_size).to(place.device)

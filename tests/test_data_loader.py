@@ -67,6 +67,14 @@ def test_a_batch_is_what_the_loop_expects(drawn):
     assert 0.05 < batch.images.std() < 3
 
 
+def test_images_come_in_the_dtype_that_was_asked_for(drawn):
+    halved = Loader(drawn, seed=5, rank=0, world_size=1, device=CPU, dtype=torch.bfloat16)
+    batch = next(next(halved.steps(0, 1)))
+    halved.close()
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.images, collect(drawn, 0, 1)[0].images.bfloat16())
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 6])
 def test_pixels_do_not_depend_on_the_world_size(drawn, ranks):
     assert same(collect(drawn, 0, 6), collect(drawn, 0, 6, ranks=ranks))

@@ -31,6 +31,7 @@ class Loader:
         rank, world_size: this rank's place.
         device: where batches go; a CUDA device decodes on the GPU.
         split: folder of the shard set below `data.path`.
+        dtype: of the images; bfloat16 halves what they take where the network computes in it.
 
     Raises:
         ConfigError: there is no such set, or the batch does not divide over the ranks.
@@ -46,6 +47,7 @@ class Loader:
         world_size: int,
         device: torch.device,
         split: str = "train",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._data, self._seed, self._rank = data, seed, rank
         self._share = data.global_batch // world_size
@@ -64,7 +66,7 @@ class Loader:
         self._check_cache()
         self.bad = BadSamples()
         """What this rank replaced."""
-        self._stream = Stream(data, device, self._samples, self._request, self.bad)
+        self._stream = Stream(data, device, self._samples, self._request, self.bad, dtype)
         self._step = self._first_step = 0
 
     @property

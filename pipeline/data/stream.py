@@ -30,7 +30,7 @@ GRAPH_AHEAD = 3  # batches inside DALI; with fewer its threads run dry between t
 
 class Batch(NamedTuple):
     images: Tensor
-    """`(m, 3, H, W)` float32, normalised, channels-last, on the device. Event data would be `(T, m, C, H, W)`."""
+    """`(m, 3, H, W)`, normalised, channels-last, on the device. Event data would be `(T, m, C, H, W)`."""
     labels: Tensor
     """`(m,)` int64, on the device."""
     valid: Tensor
@@ -62,6 +62,7 @@ class Stream:
         samples: where a sample that does not decode is entered as bad, so that `prepare` replaces it.
         prepare: the request of an index; called in the reader thread.
         bad: the account of bad samples, written as their batches are handed out.
+        dtype: of the images.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Stream:
         samples: Samples,
         prepare: Callable[[int], Request],
         bad: BadSamples,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._data, self._device, self._samples, self._prepare, self._bad = data, device, samples, prepare, bad
+        self._dtype = dtype
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="shard-reader")
         self._decoder: _Decoder | None = None
         self.wait_s = 0.0
@@ -90,7 +93,7 @@ class Stream:
             self.wait_s += time.monotonic() - began
             for name, reason, instead in bad:
                 self._bad.met(name, reason, instead=instead)
-            yield batch
+            yield batch._replace(images=batch.images.to(self._dtype))
 
     def close(self) -> None:
         """Ends the threads. Waits for no more than the read that is under way."""
