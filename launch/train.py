@@ -25,6 +25,8 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if rank != 0:  # what it says is of the machine (no compiler, say), and rank 0 has said it
+        logging.getLogger("pipeline.snn").setLevel(logging.ERROR)
     try:
         config = parse(arguments)
         finished = preflight(config, rank)
