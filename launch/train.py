@@ -78,6 +78,7 @@ def refuse(error: ConfigError | DataError | NonFiniteError, rank: int) -> int:
     """Rank 0 speaks; another rank gives it time, since the launcher ends all ranks when the first one leaves."""
     if rank != 0:
         # The launcher's SIGTERM ends this wait when rank 0 has spoken; else the mistake is this rank's alone.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.sigtimedwait([signal.SIGUSR2], PATIENCE_S)
     print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     return error.exit_code

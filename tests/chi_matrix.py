@@ -15,10 +15,11 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
-from pipeline.chi.allreduce import SIGNALS, Tap
+from pipeline.chi.allreduce import SIGNALS, Tap, TapError
 from pipeline.chi.indicator import PER_LAYER
 from pipeline.config import Config, DataConfig, TrainConfig
 from pipeline.engine import build
+from pipeline.errors import NonFiniteError
 from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.neurons import Neuron, bind
 from pipeline.snn.readout import cross_entropy
@@ -184,6 +185,31 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
     return result
 
 
+def guards(stage: int) -> dict:
+    """What `check` says of a gradient that is NaN from rank 1 alone, and of one that was counted wrongly."""
+    said = {"stage": stage}
+    for kind in ("nan", "miscounted"):
+        engine, module, tap = make(stage, "fp32", 1, tapped=True)
+        assert tap is not None
+        before = [parameter.detach().clone() for parameter in module.parameters()]
+        ((images, labels),) = batches(dist.get_rank(), 1, 0)
+        if kind == "nan" and dist.get_rank() == 1:
+            images[0] = float("nan")
+        logits = engine(images)
+        loss = cross_entropy(logits, labels)
+        tap.observe(loss, logits, labels)
+        engine.backward(loss)
+        if kind == "miscounted":
+            tap._sums["conv1.weight"][0] += 1
+        try:
+            tap.check()
+        except (NonFiniteError, TapError) as error:
+            said[kind] = f"{type(error).__name__}: {error}"
+        unchanged = all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+        said[f"{kind} left the weights alone"] = unchanged
+    return said
+
+
 def main() -> int:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
@@ -192,6 +218,12 @@ def main() -> int:
         result = case(stage, precision, accumulation)
         if dist.get_rank() == 0:
             print("CASE " + json.dumps(result), flush=True)
+    for stage in (0, 1):
+        result = guards(stage)
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, result)
+        if dist.get_rank() == 0:
+            print("GUARD " + json.dumps(everyone), flush=True)
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -15,10 +15,15 @@ CASES = list(itertools.product((0, 1), ("fp32", "bf16"), (1, 2)))
 
 
 @pytest.fixture(scope="module")
-def matrix() -> dict:
+def output() -> str:
     done = launch("tests/chi_matrix.py", ranks=2)
     assert done.returncode == 0, done.output
-    lines = [json.loads(line.split("CASE ", 1)[1]) for line in done.output.splitlines() if "CASE " in line]
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def matrix(output) -> dict:
+    lines = [json.loads(line.split("CASE ", 1)[1]) for line in output.splitlines() if "CASE " in line]
     return {(r["stage"], r["precision"], r["accumulation"]): r for r in lines}
 
 
@@ -66,6 +71,16 @@ def test_zero_stages_agree(matrix):
         assert zero["chi"] == one["chi"]
         assert zero["coverage"] == one["coverage"]
         assert zero["firing_rate"] == one["firing_rate"]
+
+
+def test_no_rank_updates_from_a_gradient_that_is_nan_or_was_miscounted(output):
+    lines = [json.loads(line.split("GUARD ", 1)[1]) for line in output.splitlines() if "GUARD " in line]
+    assert [rank["stage"] for line in lines for rank in line] == [0, 0, 1, 1]
+    for rank in itertools.chain.from_iterable(lines):
+        assert rank["nan"].startswith("NonFiniteError: the gradient of ")
+        assert "conv1.weight has" in rank["miscounted"]
+        assert rank["nan left the weights alone"]
+        assert rank["miscounted left the weights alone"]
 
 
 @given(st.lists(st.integers(0, 2**36 - 1), min_size=1, max_size=8), st.integers(1, MAX_RANKS))
