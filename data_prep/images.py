@@ -1,7 +1,8 @@
 """One image: is it whole, what kind is it, how large is it upright, and does DALI need it converted.
 
-JPEG and PNG are stored as they came. What DALI's decoders do not take alike on CPU and GPU (CMYK, 16 bits, other
-formats) is converted to an 8-bit PNG, which loses nothing that they would have kept.
+JPEG and PNG are stored as they came; a JPEG that only lacks its end marker gets one. What DALI's decoders do not take
+alike on CPU and GPU (CMYK, 16 bits, other formats) is converted to an 8-bit PNG, which loses nothing that they would
+have kept.
 """
 
 import io
@@ -19,7 +20,9 @@ MAX_PIXELS = 89_478_485
 """Most pixels of an image: Pillow's own limit against decompression bombs, 268 MB as RGB."""
 # Zeros in place of the end marker let the decoder finish its look-ahead, and starve it where image data are missing.
 _LOOK_AHEAD = bytes(16)
+_OTHER_LOOK_AHEAD = b"\x5a" * 16
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_END_OF_JPEG = b"\xff\xd9"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below, against MAX_PIXELS
@@ -66,12 +69,20 @@ def inspect(data: memoryview, *, decode: bool = True, resize: int = 0, quality: 
     kinds = _kinds(header)
     must_convert = (header.components == 4 and header.kind == "jpeg") or header.depth > 8 or header.unusual
     must_convert |= header.kind == "png" and header.orientation > 1
+    if header.truncated and header.scan_end:
+        _require_all_data(data, header)
     if resize and min(height, width) > resize:
         return _resized(data, kinds, resize, quality)
     if must_convert:
         image = _decoded(data, header)
         return _as_png(image, (*kinds, "converted to png"))
-    if decode or header.truncated:  # without its end marker a file is suspect enough to look at all of it
+    if header.truncated:  # a file without its end marker is suspect enough to look at all of it
+        image = _decoded(data, header)
+        if header.kind == "png":
+            return _as_png(image, (*kinds, "converted to png"))
+        # Pillow reads it, DALI does not.
+        return Inspected(extension, height, width, (*kinds, "end marker added"), bytes(data) + _END_OF_JPEG)
+    if decode:
         _decoded(data, header)
     return Inspected(extension, height, width, kinds, None)
 
@@ -106,10 +117,21 @@ def _kinds(header: Header) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _decoded(data: memoryview, header: Header | None = None, draft: tuple[int, int] | None = None) -> Image.Image:
+def _require_all_data(data: memoryview, header: Header) -> None:
+    """Refuses a JPEG without end marker that lost image data, too: what follows its last byte shows in the pixels."""
+    if _decoded(data, header).tobytes() != _decoded(data, header, look_ahead=_OTHER_LOOK_AHEAD).tobytes():
+        raise RefusedError("truncated: image data are missing")
+
+
+def _decoded(
+    data: memoryview,
+    header: Header | None = None,
+    draft: tuple[int, int] | None = None,
+    look_ahead: bytes = _LOOK_AHEAD,
+) -> Image.Image:
     """Every pixel of the image, or the reason why not."""
     if header is not None and header.scan_end:
-        stream = io.BytesIO(b"".join((data[: header.scan_end], _LOOK_AHEAD)))
+        stream = io.BytesIO(b"".join((data[: header.scan_end], look_ahead)))
     else:
         stream = io.BytesIO(data)
     try:

@@ -1,0 +1,231 @@
+"""Unusual images are kept or converted as DALI needs them, broken ones refused by name; hostile tars harm nothing."""
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data_sets import drawn_jpeg
+from tests.prep_runs import contents, drawn_folder, prepare, read_by_dali, samples_of, write_folder, write_tar
+
+ORIENTATION = 0x0112
+
+
+def drawn(number: int, mode: str = "RGB") -> Image.Image:
+    """48 pixels high, 64 wide."""
+    return Image.open(io.BytesIO(drawn_jpeg(number))).convert(mode)
+
+
+def saved(image: Image.Image, kind: str, **settings) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **settings)
+    return stream.getvalue()
+
+
+def turned(kind: str) -> bytes:
+    """An image whose EXIF block says that it lies on its side."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    return saved(drawn(4), kind, exif=exif)
+
+
+def deep_values() -> np.ndarray:
+    return np.linspace(0, 65535, 48 * 64).astype(np.uint16).reshape(48, 64)
+
+
+def deep_colour_png() -> bytes:
+    """16 bits for each of three colours, which Pillow cannot write."""
+    rows = np.repeat(deep_values()[:, :, None], 3, axis=2).astype(">u2")
+    body = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 64, 48, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(body)), (b"IEND", b""))
+    packed = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def palette() -> Image.Image:
+    return drawn(6).quantize(16)
+
+
+ODD = {
+    "a/cmyk.jpg": saved(drawn(1, "CMYK"), "JPEG"),
+    "a/really_png.JPEG": saved(drawn(2), "PNG"),
+    "a/grey.jpg": saved(drawn(3, "L"), "JPEG"),
+    "a/turned.jpg": turned("JPEG"),
+    "a/turned_png.png": turned("PNG"),
+    "a/deep.png": saved(Image.fromarray(deep_values()), "PNG"),
+    "a/deep_colour.png": deep_colour_png(),
+    "b/alpha.png": saved(drawn(5, "RGBA"), "PNG"),
+    "b/palette.png": saved(palette(), "PNG"),
+    "b/progressive.jpg": saved(drawn(7), "JPEG", progressive=True),
+    "b/picture.webp": saved(drawn(8), "WEBP", lossless=True),
+    "b/picture.bmp": saved(drawn(9), "BMP"),
+    "b/animated.gif": saved(palette(), "GIF", save_all=True, append_images=[palette().rotate(90)]),
+    "b/no_end.jpg": drawn_jpeg(10)[:-2],
+    "b/behind_the_end.jpg": drawn_jpeg(11) + b"appended by a camera",
+}
+KEPT = {"really_png", "grey", "turned", "alpha", "palette", "progressive", "behind_the_end"}
+KINDS = {
+    "16-bit": 2, "alpha": 1, "bmp": 1, "cmyk": 1, "converted to png": 7, "end marker added": 1, "exif-rotated": 2,
+    "gif": 1, "greyscale": 2, "jpeg": 6, "no end marker": 1, "png": 6, "webp": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("odd")
+    run = prepare("imagefolder", write_folder(root / "images", ODD), root / "set", "--allow-bad", 0)
+    assert run.returncode == 0, run.stderr
+    return root / "set"
+
+
+def test_unusual_images_are_kept_or_converted_and_counted(odd):
+    counts = json.loads((odd / "prep.json").read_text())["counts"]["train"]
+    found = {sample.stem: sample for sample in samples_of(odd / "train")}
+    assert (counts["in"], counts["out"], counts["refused"]) == (len(ODD), len(ODD), 0)
+    for name, data in ODD.items():
+        sample = found[name.split("/")[1].split(".")[0]]
+        assert (sample.image == data) == (sample.stem in KEPT), name
+        upright = (64, 48) if "turned" in name else (48, 64)
+        assert (sample.height, sample.width) == upright, name
+    assert found["no_end"].image == ODD["b/no_end.jpg"] + b"\xff\xd9"
+    cmyk = np.asarray(Image.open(io.BytesIO(ODD["a/cmyk.jpg"])).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found["cmyk"].image))), cmyk)
+    deep = np.asarray(Image.open(io.BytesIO(found["deep"].image)))
+    np.testing.assert_array_equal(deep, (deep_values() >> 8).astype(np.uint8))
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(found["deep_colour"].image)))[:, :, 0].astype(int), deep_values() >> 8
+    )
+    turned_upright = np.asarray(drawn(4).transpose(Image.Transpose.ROTATE_270))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found["turned_png"].image))), turned_upright)
+    assert counts["kinds"] == KINDS
+
+
+def test_dali_decodes_all_of_them_to_the_size_in_the_table(odd):
+    expected = [(s.label, s.image, (s.height, s.width)) for s in samples_of(odd / "train")]
+    assert read_by_dali(odd / "train") == expected
+
+
+def test_broken_files_are_refused_by_name_and_the_run_ends_with_65(tmp_path):
+    whole, png = drawn_jpeg(20), saved(drawn(21), "PNG")
+    bad = {f"ant/cut{k}.jpg": whole[: len(whole) * k // 8] for k in range(1, 8)}
+    # Only the end marker, or bits that fill the last byte, may be missing.
+    bad |= {f"ant/last{k}.jpg": whole[:-k] for k in (6, 8, 12, 16, 20, 40)}
+    bad |= {
+        "ant/cut.png": png[: len(png) // 2],
+        "ant/flipped.png": png[:100] + bytes([png[100] ^ 255]) + png[101:],
+        "bee/empty.jpg": b"",
+        "bee/page.jpg": b"<html>404 not found</html>",
+        "bee/start.jpg": b"\xff\xd8\xff",
+    }
+    source = write_folder(tmp_path / "images", {**drawn_folder(), **bad})
+    out = tmp_path / "set"
+    strict = prepare("imagefolder", source, out)
+    assert strict.returncode == 65
+    *listed, last = strict.stderr.splitlines()
+    assert f"refused {len(bad)} of {12 + len(bad)} samples of train, more than --allow-bad=0.001 of a split" in last
+    assert {line.split(": ")[1] for line in listed} == set(bad)
+    lines = [json.loads(line) for line in (out / "train/quarantine.jsonl").read_text().splitlines()]
+    reasons = {line["name"]: line["reason"] for line in lines}
+    assert set(reasons) == set(bad)
+    assert reasons["bee/empty.jpg"] == "empty file"
+    assert "no known format" in reasons["bee/page.jpg"]
+    assert all("truncated" in reasons[name] or "decoded" in reasons[name] for name in bad if "ant" in name)
+    assert not (out / "train/manifest.json").exists()  # not to be trained on by mistake
+    tars = {name: digest for name, digest in contents(out).items() if name.endswith(".tar")}
+    assert prepare("imagefolder", source, out, "--allow-bad", len(bad) - 1).returncode == 65
+    lenient = prepare("imagefolder", source, out, "--allow-bad", len(bad))
+    assert lenient.returncode == 0, lenient.stderr
+    assert "finished already" in lenient.stdout
+    assert {name: digest for name, digest in contents(out).items() if name.endswith(".tar")} == tars
+    assert {sample.image for sample in samples_of(out / "train")} == set(drawn_folder().values())
+    assert prepare("verify", out, "--decode").returncode == 0
+    share = prepare("imagefolder", source, tmp_path / "share", "--allow-bad", "60%")
+    assert share.returncode == 0, share.stderr
+
+
+def test_resize_shrinks_the_shorter_side_and_quality_counts(tmp_path):
+    files = {f"a/{i}.jpg": drawn_jpeg(i, 60 + 10 * i, 200) for i in range(6)}
+    files |= {"a/turned.jpg": turned("JPEG"), "a/small.png": saved(drawn(3).resize((30, 20)), "PNG")}
+    files |= {"b/cmyk.jpg": ODD["a/cmyk.jpg"], "b/deep.png": ODD["a/deep.png"], "b/x.webp": ODD["b/picture.webp"]}
+    source = write_folder(tmp_path / "images", files)
+    sizes = {}
+    for quality in (50, 95):
+        out = tmp_path / f"set{quality}"
+        run = prepare("imagefolder", source, out, "--resize", 32, "--quality", quality)
+        assert run.returncode == 0, run.stderr
+        for sample in samples_of(out / "train"):
+            image = Image.open(io.BytesIO(sample.image))
+            assert (image.height, image.width) == (sample.height, sample.width)
+            if sample.stem == "small":
+                assert sample.image == files["a/small.png"]
+            else:
+                assert (image.format, min(image.size)) == ("JPEG", 32)
+            if sample.stem == "turned":
+                assert (sample.height, sample.width) == (43, 32)
+        sizes[quality] = sum(len(sample.image) for sample in samples_of(out / "train"))
+    assert sizes[50] < sizes[95]
+
+
+def test_limit_takes_a_fair_draw(tmp_path):
+    source = write_folder(tmp_path / "images", drawn_folder(60))
+    run = prepare("imagefolder", source, tmp_path / "set", "--limit", 20)
+    assert run.returncode == 0, run.stderr
+    found = samples_of(tmp_path / "set/train")
+    assert len({sample.image for sample in found}) == 20
+    assert {sample.label for sample in found} == {0, 1, 2}
+    again = prepare("imagefolder", source, tmp_path / "set", "--limit", 20)
+    assert "complete already" in again.stdout
+
+
+def test_a_hostile_tar_harms_nothing(tmp_path):
+    good = drawn_folder()
+    archive = write_tar(tmp_path / "in.tar", good)
+    with tarfile.open(archive, "a", encoding="utf-8", errors="surrogateescape") as tar:
+
+        def add(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", link: str = "") -> None:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname, entry.size = kind, link, len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+        add("../../escaped.jpg", data=drawn_jpeg(50))
+        add("ant/../../escaped.jpg", data=drawn_jpeg(51))
+        add("/escaped.jpg", data=drawn_jpeg(52))
+        add("ant/link.jpg", tarfile.SYMTYPE, link="/etc/passwd")
+        add("ant/hard.jpg", tarfile.LNKTYPE, link="ant/000.jpg")
+        add("ant/device.jpg", tarfile.CHRTYPE)
+        add("ant/pipe.jpg", tarfile.FIFOTYPE)
+        add("bee/001.jpg", data=drawn_jpeg(53))
+        add("bee/\udcff\udcfe.jpg", data=drawn_jpeg(54))
+        add("cat/\x1b[2Jclear.jpg", data=b"not an image")
+    before = sorted(tmp_path.rglob("*")), sorted(tmp_path.parent.iterdir())
+    out = tmp_path / "set"
+    strict = prepare("imagefolder", archive, out, "--allow-bad", 0)
+    assert strict.returncode == 65
+    assert "\x1b" not in strict.stderr
+    assert "Traceback" not in strict.stderr
+    outside = sorted(path for path in tmp_path.rglob("*") if path != out and out not in path.parents)
+    assert (outside, sorted(tmp_path.parent.iterdir())) == before
+    lenient = prepare("imagefolder", archive, out, "--allow-bad", 10)
+    assert lenient.returncode == 0, lenient.stderr
+    assert {sample.image for sample in samples_of(out / "train")} == set(good.values())
+    lines = [json.loads(line) for line in (out / "train/quarantine.jsonl").read_text().splitlines()]
+    reasons = sorted(line["reason"] for line in lines)
+    assert reasons == sorted(
+        [
+            *["its path leaves the archive"] * 3,
+            "a symbolic link",
+            "a hard link",
+            "a character device",
+            "a named pipe",
+            "duplicate name: the first one is kept",
+            "its name is not UTF-8",
+            "not an image: no known format",
+        ]
+    )
