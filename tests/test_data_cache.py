@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pipeline.config import DataConfig
 from pipeline.data.cache import Cache, cached_bytes
 from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.data.manifest import Manifest
+from pipeline.data.order import Order
 from pipeline.data.remote import ClosedError, Remote
 from pipeline.errors import ConfigError, DataError
 from tests.data_servers import FaultyServer, serve, serve_s3
@@ -181,17 +183,21 @@ def test_settings_out_of_range_are_refused(name, value):
 
 def test_a_cap_below_two_windows_is_refused(server, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"data\.cache_bytes=1000 does not hold two windows of shards; use at least \d+"
+        ConfigError, match=r"data\.cache_bytes=1000 does not hold two windows of shards, and two .*; use at least \d+"
     ):
         pixels(config(server.url, tmp_path, cache_bytes=1000))
 
 
-def test_a_run_in_the_smallest_cache_that_is_allowed(origin, server, tmp_path):
+def least_cache(server: FaultyServer, folder: Path) -> int:
     with pytest.raises(ConfigError) as caught:
-        pixels(config(server.url, tmp_path, cache_bytes=1000))
+        pixels(config(server.url, folder, cache_bytes=1000))
     least = re.search(r"use at least (\d+)", str(caught.value))
     assert least
-    small = config(server.url, tmp_path, cache_bytes=int(least[1]))
+    return int(least[1])
+
+
+def test_a_run_in_the_smallest_cache_that_is_allowed(origin, server, tmp_path):
+    small = config(server.url, tmp_path, cache_bytes=least_cache(server, tmp_path))
     assert equal(pixels(small, 9), pixels(config(str(origin), tmp_path), 9))
 
 
@@ -199,15 +205,68 @@ def test_shards_are_read_ahead_of_use(server, tmp_path):
     one = Loader(config(server.url, tmp_path, prefetch=1), seed=5, rank=0, world_size=1, device=CPU)
     next(next(one.steps(0, 100)))
     first, second = one._order.shards_at(0)
-    one._shards._cache._ahead.shutdown(wait=True)  # pyright: ignore[reportOptionalMemberAccess]
+    expected = {f"{int(shard):06d}" for shard in (*first, *second)}
+    deadline = time.monotonic() + 30
+    while not expected <= set(cached(tmp_path)):
+        assert time.monotonic() < deadline
     one.close()
-    assert {f"{int(shard):06d}" for shard in (*first, *second)} <= set(cached(tmp_path))
+
+
+def test_what_else_lies_in_the_cache_folder_is_left_alone(origin, server, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine too")
+    (tmp_path / "lost+found").mkdir(mode=0)
+    small = config(server.url, tmp_path, cache_bytes=least_cache(server, tmp_path))
+    assert equal(pixels(small, 9), pixels(config(str(origin), tmp_path), 9))
+    assert (tmp_path / "results" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "notes.txt").read_text() == "mine too"
+    assert (tmp_path / "lost+found").is_dir()
+
+
+def test_an_evaluation_between_steps_fits_in_the_smallest_cache(server, tmp_path):
+    data = config(
+        server.url, tmp_path, cache_bytes=least_cache(server, tmp_path), global_batch=10, micro_batch=5, prefetch=1
+    )  # 5: astride shards, and padded
+    training = Loader(data, seed=5, rank=0, world_size=1, device=CPU)
+    for micro_batches in training.steps(0, 6):
+        for _ in micro_batches:
+            pass
+        evaluation = evaluation_batches(data, rank=0, world_size=1, device=CPU)
+        assert sum(int(batch.valid.sum()) for batch in evaluation) == 12
+    training.close()
+
+
+CRASHING = """
+import sys, torch
+from pipeline.config import DataConfig
+from pipeline.data.loader import Loader
+url, folder = sys.argv[1:]
+data = DataConfig(path=url, cache_dir=folder, image_size=24, global_batch=12, micro_batch=6, window_shards=2, threads=1,
+                  prefetch=1)
+loader = Loader(data, seed=5, rank=0, world_size=1, device=torch.device("cpu"))
+next(next(loader.steps(0, 100)))
+raise SystemExit(7)
+"""
+
+
+def test_a_crash_that_forgets_to_close_waits_for_no_download(server, tmp_path):
+    order = Order([s.num_samples for s in Manifest.load(f"{server.url}/train").shards], seed=5, window_shards=2)
+    server.faults = {f"train-{int(shard):06d}.tar": ["stalled"] * 9 for shard in order.shards_at(0)[1]}
+    process = subprocess.run(
+        [sys.executable, "-c", CRASHING, server.url, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=25,  # of the 30 s after which an attempt would fail
+    )
+    assert process.returncode == 7, process.stderr.decode()
 
 
 RANK = """
 import sys
 from pipeline.data.cache import Cache
 from pipeline.data.manifest import Manifest
+from pipeline.data.order import Order
 from pipeline.data.remote import Remote
 url, folder = sys.argv[1:]
 cache = Cache(folder, Remote(url), capacity_bytes=10**9)

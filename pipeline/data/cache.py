@@ -13,14 +13,15 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.data.background import Background
 from pipeline.data.manifest import SAMPLE_DTYPE, Shard
 from pipeline.data.remote import ClosedError, MismatchError, Remote
 from pipeline.errors import ConfigError, DataError
@@ -28,6 +29,7 @@ from pipeline.errors import ConfigError, DataError
 POLL_S = 0.02
 READ_AHEAD_THREADS = 2
 _HEADER_BYTES = 256  # of a .npy file, at most
+_OURS = re.compile(r"(?P<key>.+-[0-9a-f]{24})(\.(?P<bytes>\d+)\.part)?")  # the folders that the cache makes
 
 
 class Held(NamedTuple):
@@ -56,7 +58,7 @@ class Cache:
             (self._folder / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"data.cache_dir={folder!r} cannot be made ({error.strerror}); choose another") from None
-        self._ahead = ThreadPoolExecutor(READ_AHEAD_THREADS, thread_name_prefix="read-ahead")
+        self._ahead = Background(READ_AHEAD_THREADS, name="read-ahead")
         self._wanted: frozenset[str] = frozenset()
 
     def hold(self, shard: Shard) -> Held:
@@ -190,24 +192,26 @@ class Cache:
         finally:
             os.close(lock)
 
+    def _entries(self) -> Iterator[tuple[os.DirEntry[str], re.Match[str]]]:
+        """The cache's own folders, and nothing else that lies in a folder which the user may have put to other use."""
+        for entry in os.scandir(self._folder):
+            ours = _OURS.fullmatch(entry.name)
+            if ours and entry.is_dir(follow_symlinks=False):
+                yield entry, ours
+
     def _used_bytes(self) -> int:
         """Bytes of complete shards, and of those to come; what a killed process left half done is removed."""
         used = 0
-        for entry in os.scandir(self._folder):
-            if entry.name == "locks":
-                continue
-            name, *size_and_part = entry.name.rsplit(".", 2)
-            if size_and_part[1:] == ["part"]:
-                if self._evict(name, entry.path):
-                    continue
-                used += int(size_and_part[0])
-            else:
+        for entry, ours in self._entries():
+            if ours["bytes"] is None:
                 used += sum(file.stat().st_size for file in os.scandir(entry.path))
+            elif not self._evict(ours["key"], entry.path):
+                used += int(ours["bytes"])
         return used
 
     def _evict_one(self) -> bool:
         """Removes the shard that was used least recently, of those that no process holds."""
-        keys = [e.name for e in os.scandir(self._folder) if e.name != "locks" and not e.name.endswith(".part")]
+        keys = [ours["key"] for _, ours in self._entries() if ours["bytes"] is None]
         return any(self._evict(key, os.fspath(self._folder / key)) for key in sorted(keys, key=self._last_use))
 
     def _last_use(self, key: str) -> int:
@@ -231,9 +235,9 @@ class Cache:
             os.close(lock)
 
     def close(self) -> None:
-        """Ends downloads under way and their threads."""
+        """Ends downloads under way. Waits for none: one that stalls ends at its timeout, or with the process."""
         self._remote.stopped.set()
-        self._ahead.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close(wait=False)
 
 
 def cached_bytes(shard: Shard) -> int:

@@ -3,7 +3,9 @@
 Order → numbers → Samples → files and windows → Stream → Batch
 """
 
+import atexit
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,6 +70,7 @@ class Loader:
         """What this rank replaced."""
         self._stream = Stream(data, device, self._samples, self._request, self.bad, dtype)
         self._step = self._first_step = 0
+        atexit.register(self.close)  # runs before DALI's own, which aborts while a thread is in a pipeline
 
     @property
     def wait_s(self) -> float:
@@ -136,11 +139,11 @@ class Loader:
 
     def _check_cache(self) -> None:
         shard_bytes = [cached_bytes(shard) for shard in self.manifest.shards]
-        needed = min(2 * self._order.largest_window(shard_bytes), sum(shard_bytes))
+        needed = min(2 * self._order.largest_window(shard_bytes), sum(shard_bytes)) + 2 * max(shard_bytes)
         if self._shards.is_cached and needed > self._data.cache_bytes:
             raise ConfigError(
-                f"data.cache_bytes={self._data.cache_bytes} does not hold two windows of shards; use at least "
-                f"{needed}, or a smaller data.window_shards"
+                f"data.cache_bytes={self._data.cache_bytes} does not hold two windows of shards, and two shards for an "
+                f"evaluation between steps; use at least {needed}, or a smaller data.window_shards"
             )
 
     def too_many_bad(self, count: int, step: int) -> bool:
@@ -180,7 +183,10 @@ class Loader:
                     f"the checkpoint was made with {name}={state.get(name)!r}, this run has {value!r}; "
                     "go on with the old value, or start a new run with another --run_dir"
                 )
-        self._step = int(state["step"])  # pyright: ignore[reportArgumentType]
+        step = state.get("step")
+        if not isinstance(step, int) or step < 0:
+            raise ConfigError(f"the checkpoint's loader state has step={step!r}, not a count; go on from another one")
+        self._step = step
 
     def _identity(self) -> dict[str, object]:
         return {
@@ -193,9 +199,14 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads and closes the shards."""
-        self._shards.interrupt()
-        self._stream.close()
-        self._shards.close()
+        atexit.unregister(self.close)
+        _end(self._stream, self._shards)
+
+
+def _end(stream: Stream, shards: Shards) -> None:
+    shards.interrupt()
+    stream.close()
+    shards.close()
 
 
 def open_shards(data: DataConfig, split: str) -> Shards:
@@ -233,9 +244,10 @@ def evaluation_batches(
         position = (rank * per_rank + index) * m
         places = position + np.arange(m)
         valid = places < total
-        owners = shards.owners(np.minimum(places[[0, -1]], total - 1))
+        filled = np.minimum(places, total - 1)  # padding and stand-ins are of shards at hand: none is fetched for them
+        owners = shards.owners(filled[[0, -1]])
         shards.expect(range(owners[0], min(owners[1] + 3, len(shards.manifest.shards))))
-        taken = samples.take(np.where(valid, places, 0), lambda slot, attempt: attempt % total)
+        taken = samples.take(filled, lambda slot, attempt: (int(filled[slot]) - 1 - attempt) % total)
         valid[list(taken.bad)] = False
         reported = [
             (samples.name(number), samples.bad[number], "it does not count in the evaluation")
@@ -256,10 +268,11 @@ def evaluation_batches(
         )
 
     stream = Stream(data, device, samples, request, bad)
+    end = partial(_end, stream, shards)
+    atexit.register(end)  # of an evaluation that nobody finished
     try:
         yield from stream.run(range(per_rank))
         refuse(bad.reasons, count=bad.count, seen=total, num_samples=total, max_ratio=data.max_bad_ratio)
     finally:
-        shards.interrupt()
-        stream.close()
-        shards.close()
+        atexit.unregister(end)
+        end()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.data.augment import Windows
+from pipeline.data.background import Background
 from pipeline.data.bad import BadSamples
 from pipeline.data.graph import Graph, undecodable
 from pipeline.data.remote import ClosedError
@@ -77,7 +78,7 @@ class Stream:
     ) -> None:
         self._data, self._device, self._samples, self._prepare, self._bad = data, device, samples, prepare, bad
         self._dtype = dtype
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shard-reader")
+        self._reader = Background(1, name="shard-reader")
         self._decoder: _Decoder | None = None
         self.wait_s = 0.0
 
@@ -98,10 +99,10 @@ class Stream:
 
     def close(self) -> None:
         """Ends the threads. Waits for no more than the read that is under way."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._reader.close(wait=False)
         if self._decoder is not None:
             self._decoder.close()
-        self._reader.shutdown(wait=True)
+        self._reader.close(wait=True)
 
 
 class _Decoder:
@@ -113,7 +114,7 @@ class _Decoder:
         device: torch.device,
         samples: Samples,
         prepare: Callable[[int], Request],
-        reader: ThreadPoolExecutor,
+        reader: Background,
         indices: Iterator[int],
     ) -> None:
         self._data, self._device, self._samples = data, device, samples
