@@ -113,12 +113,10 @@ class RemoteStore:
     upload = True
 
     def __init__(self, url: str, scratch: Path) -> None:
-        import fsspec
-
         self.where, self.work = url.rstrip("/"), scratch
-        protocol = url.split("://", 1)[0]
+        self._protocol = protocol = url.split("://", 1)[0]
         try:
-            self._files: Any = fsspec.filesystem(protocol)
+            self._root = self._files._strip_protocol(self.where)
         except ImportError as error:
             extra = ": pip install chispike[s3]" if protocol in ("s3", "s3a") else ""
             raise ConfigError(f"{url}: the package for {protocol}:// is not installed ({error}){extra}") from None
@@ -126,7 +124,13 @@ class RemoteStore:
             raise ConfigError(
                 f"{url}: fsspec knows no protocol {protocol}://; use a folder, or s3:// and its like"
             ) from None
-        self._root = self._files._strip_protocol(self.where)
+
+    @property
+    def _files(self) -> Any:
+        """fsspec's client; fsspec keeps one a process, since a client that came along in a fork refuses to work."""
+        import fsspec  # not at the top: a folder needs none of it
+
+        return fsspec.filesystem(self._protocol)
 
     @contextlib.contextmanager
     def _errors(self, name: str) -> Iterator[None]:

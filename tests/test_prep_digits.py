@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +13,7 @@ from PIL import Image
 
 from pipeline.data.manifest import Manifest, read_samples
 from tests.conftest import ROOT
-
-
-def prepare(*arguments: object, timeout: float = 60) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+from tests.prep_runs import contents, prepare
 
 
 def test_every_digit_is_in_one_split_with_its_label_and_pixels(digits):
@@ -72,6 +62,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers_and_a_second_run_rewrites_
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*")} == before
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("finished", [0, 1, 4, 7])
 def test_killed_and_run_again_it_ends_with_the_same_bytes(digits, tmp_path, finished):
     folder = tmp_path / "set"
