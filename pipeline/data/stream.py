@@ -6,7 +6,6 @@ Threads, not processes: reading and decoding release the interpreter's lock, the
 killed, and a resume costs no start-up.
 """
 
-import atexit
 import threading
 import time
 from collections import deque
@@ -130,8 +129,6 @@ class _Decoder:
         # A daemon, so that a crash of the program that forgot to close is not kept waiting for data.
         self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
         self._thread.start()
-        # Python stops a daemon wherever it is at exit, and inside DALI that aborts the process; so it ends before.
-        atexit.register(self.close)
 
     def next(self) -> tuple[Batch, list]:
         item = self._done.get()
@@ -141,7 +138,6 @@ class _Decoder:
         return item
 
     def close(self) -> None:
-        atexit.unregister(self.close)
         self._stopped = True
         self._room.release()
         self._thread.join()
