@@ -18,6 +18,7 @@ MAX_IMAGE_BYTES = 64 << 20
 """Largest file that is taken as an image: bounds the memory of a worker."""
 MAX_PIXELS = 89_478_485
 """Most pixels of an image: Pillow's own limit against decompression bombs, 268 MB as RGB."""
+_MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 # Zeros in place of the end marker let the decoder finish its look-ahead, and starve it where image data are missing.
 _LOOK_AHEAD = bytes(16)
 _OTHER_LOOK_AHEAD = b"\x5a" * 16
@@ -194,8 +195,11 @@ def _resized(data: memoryview, kinds: tuple[str, ...], side: int, quality: int) 
     image = _upright(_eight_bit(image))
     ratio = side / min(image.size)
     size = tuple(side if edge == min(image.size) else max(1, round(edge * ratio)) for edge in image.size)
+    if max(size) > _MAX_JPEG_SIDE:
+        raise RefusedError(f"{size[0]}x{size[1]} pixels once resized; a side of a JPEG has at most {_MAX_JPEG_SIDE}")
     image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
+    image.info = {}  # a comment would be written along, and a long one stops the encoder
     image.save(stream, "JPEG", quality=quality, exif=b"", icc_profile=None)
     return Inspected("jpg", image.height, image.width, (*kinds, "resized"), stream.getvalue())
 

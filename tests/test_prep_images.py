@@ -173,6 +173,20 @@ def test_resize_shrinks_the_shorter_side_and_quality_counts(tmp_path):
     assert sizes[50] < sizes[95]
 
 
+def test_resize_leaves_out_long_comments_and_refuses_what_jpeg_cannot_hold(tmp_path):
+    whole = drawn_jpeg(1)
+    commented = whole[:2] + (b"\xff\xfe\xff\xff" + b"c" * 65533) + whole[2:]
+    wide = saved(Image.new("L", (200_000, 40)), "PNG")
+    source = write_folder(tmp_path / "images", {"a/commented.jpg": commented, "a/x.jpg": whole, "b/wide.png": wide})
+    run = prepare("imagefolder", source, tmp_path / "set", "--resize", 16, "--allow-bad", 1)
+    assert (run.returncode, run.stderr) == (0, "")
+    one, other = (sample.image for sample in samples_of(tmp_path / "set/train"))
+    assert one == other
+    (refused,) = (tmp_path / "set/train/quarantine.jsonl").read_text().splitlines()
+    assert json.loads(refused)["name"] == "b/wide.png"
+    assert "80000x16 pixels once resized; a side of a JPEG has at most 65500" in refused
+
+
 def test_limit_takes_a_fair_draw(tmp_path):
     source = write_folder(tmp_path / "images", drawn_folder(60))
     run = prepare("imagefolder", source, tmp_path / "set", "--limit", 20)
@@ -229,3 +243,25 @@ def test_a_hostile_tar_harms_nothing(tmp_path):
             "not an image: no known format",
         ]
     )
+
+
+def test_info_tells_what_the_set_holds_and_draws_it(odd, tmp_path):
+    run = prepare("info", odd, "--sheet", tmp_path / "sheet.png")
+    assert (run.returncode, run.stderr) == (0, "")
+    head, train, *_ = run.stdout.splitlines()
+    assert head.split()[:3] == ["split", "classes", "samples"]
+    assert train.split()[:3] == ["train", "2", str(len(ODD))]
+    assert f"train: {len(ODD)} in, 0 refused; 16-bit 2, " in run.stdout
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000  # pictures, not an empty page
+    nothing = prepare("info", tmp_path)
+    assert (nothing.returncode, nothing.stderr.count("\n")) == (64, 1)
+    assert "no shard set in" in nothing.stderr
+
+
+def test_without_decoding_a_cut_file_is_refused_all_the_same(tmp_path):
+    files = {**drawn_folder(), "ant/cut.jpg": drawn_jpeg(9)[:-30], "bee/empty.jpg": b"", "bee/text.jpg": b"text"}
+    source = write_folder(tmp_path / "images", files)
+    run = prepare("imagefolder", source, tmp_path / "set", "--no-decode", "--allow-bad", 3)
+    assert run.returncode == 0, run.stderr
+    assert {sample.image for sample in samples_of(tmp_path / "set/train")} == set(drawn_folder().values())
