@@ -40,8 +40,8 @@ class _ParentGoneError(Exception):
 
 def _serve(connection: Connection, work: Work, parent: int, others: Sequence[Connection]) -> None:
     """The worker's loop: a task in, its events and its result out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what Ctrl-C means, and a signal to the group
+        signal.signal(number, signal.SIG_IGN)
     for other in others:
         other.close()
 
@@ -110,7 +110,7 @@ def run_tasks(
                 on_event(Event(None, False, None))
     finally:
         for process, _ in workers.values():
-            process.terminate()
+            process.kill()
         for connection, (process, _) in workers.items():
             process.join()
             connection.close()

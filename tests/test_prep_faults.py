@@ -93,14 +93,15 @@ def test_killed_and_run_again_it_has_the_same_bytes_and_redoes_no_shard(archive,
     assert {name: after[name] for name in before} == before
 
 
-def test_sigterm_ends_the_run_with_one_line_and_it_goes_on_from_there(archive, whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_one_line_and_it_goes_on_from_there(archive, whole, tmp_path, number):
     out = tmp_path / "set"
     process = begin("imagefolder", archive, out, *SMALL)
     wait_until(lambda: len(list(out.glob("train/.done/train-*.json"))) >= 2, process)
-    process.terminate()
+    os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: the workers get it, too
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert errors == "stopped by SIGTERM; finished shards are kept: run the same command again to continue\n"
+    assert errors == f"stopped by {number.name}; finished shards are kept: run the same command again to continue\n"
     assert not list(out.rglob(".tmp-*"))
     before = finished(out)
     assert before

@@ -187,6 +187,26 @@ def test_resize_leaves_out_long_comments_and_refuses_what_jpeg_cannot_hold(tmp_p
     assert "80000x16 pixels once resized; a side of a JPEG has at most 65500" in refused
 
 
+def test_what_needs_too_much_memory_or_has_no_agreed_range_is_refused(tmp_path):
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 30_000, 30_000, 8, 2, 0, 0, 0) + bytes(40)
+    floating = Image.fromarray(np.zeros((8, 8), np.float32))
+    wide = Image.fromarray(np.full((8, 8), 100_000, np.int32))
+    files = {"a/bomb.png": bomb, "a/float.tiff": saved(floating, "TIFF"), "a/32bit.tiff": saved(wide, "TIFF")}
+    source = write_folder(tmp_path / "images", {**drawn_folder(), **files})
+    with open(source / "a/huge.jpg", "wb") as file:
+        file.write(drawn_jpeg(1))
+        file.truncate((64 << 20) + 1)
+    run = prepare("imagefolder", source, tmp_path / "set", "--allow-bad", 4)
+    assert (run.returncode, run.stderr) == (0, "")
+    lines = [json.loads(line) for line in (tmp_path / "set/train/quarantine.jsonl").read_text().splitlines()]
+    reasons = {line["name"]: line["reason"] for line in lines}
+    assert set(reasons) == {*files, "a/huge.jpg"}
+    assert "30000x30000 pixels, more than" in reasons["a/bomb.png"]
+    assert "67108865 bytes, more than" in reasons["a/huge.jpg"]
+    assert "floating-point pixels" in reasons["a/float.tiff"]
+    assert "32-bit pixels" in reasons["a/32bit.tiff"]
+
+
 def test_limit_takes_a_fair_draw(tmp_path):
     source = write_folder(tmp_path / "images", drawn_folder(60))
     run = prepare("imagefolder", source, tmp_path / "set", "--limit", 20)
