@@ -198,7 +198,7 @@ def hardware(processes: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="200 MB, 1 round, instead of 2 GB and 5 rounds")
+    parser.add_argument("--quick", action="store_true", help="200 MB, 1 round, instead of 2 GB and 3 rounds")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--images", metavar="FOLDER", help="folder that holds ilsvrc-mini")
     parser.add_argument(
@@ -212,7 +212,7 @@ def main() -> None:
         folder = scratch / "images"
         num_images, num_bytes = make_folder(folder, images, QUICK_BYTES if arguments.quick else FULL_BYTES)
         print(f"{num_images:,} {what}, {num_bytes / 1e9:.2f} GB")
-        seconds = measure(scratch, folder, 1 if arguments.quick else 5, arguments.processes)
+        seconds = measure(scratch, folder, 1 if arguments.quick else 3, arguments.processes)
     rows = table(seconds, num_images, num_bytes, arguments.processes)
     for row in rows:
         goal = "" if row["goal"] is None else f"   goal {row['goal']:g}: {'met' if row['met'] else 'missed'}"
