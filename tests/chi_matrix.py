@@ -187,7 +187,7 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
 
 def guards(stage: int) -> dict:
     """What `check` says of a gradient that is NaN from rank 1 alone, and of one that was counted wrongly."""
-    said = {"stage": stage}
+    said: dict[str, object] = {"stage": stage}
     for kind in ("nan", "miscounted"):
         engine, module, tap = make(stage, "fp32", 1, tapped=True)
         assert tap is not None
