@@ -2,7 +2,7 @@
 
     DIR/train/                   one shard set a split
       manifest.json              format, split, classes, and every file's size and SHA-256
-      train-000000.tar           a WebDataset tar: KEY.jpg or KEY.png, then KEY.cls (the label in ASCII)
+      train-000000.tar           a WebDataset tar: KEY.cls (the label in ASCII), then KEY.jpg or KEY.png
       train-000000.idx           DALI's index of it (format v1.2)
       train-000000.npy           SAMPLE_DTYPE records in the tar's order, memory-mapped when read
 
