@@ -35,7 +35,8 @@ class Header:
     truncated: bool = False
     """The end marker is missing."""
     scan_end: int = 0
-    """JPEG of one sequential scan: offset of the end marker (or of the file's end); otherwise 0."""
+    """JPEG of one sequential scan: offset of the end marker, or where it is missing of the file's end, without the FF
+    that may be left of it; otherwise 0."""
 
 
 def read_jpeg(data: memoryview) -> Header:
@@ -75,6 +76,11 @@ def read_jpeg(data: memoryview) -> Header:
     if not height or not width:
         raise HeaderError(f"broken JPEG header: {width}x{height} pixels")
     end = _end_marker(data, at)
+    truncated = end < 0
+    if truncated:
+        end = size
+        while data[end - 1] == 0xFF:  # half of the lost marker: by itself an FF is no image data
+            end -= 1
     one_scan = coding in (0xC0, 0xC1) and len(body) > 0 and body[0] == components
     return Header(
         kind="jpeg",
@@ -84,8 +90,8 @@ def read_jpeg(data: memoryview) -> Header:
         depth=depth,
         orientation=orientation,
         unusual=coding not in _COMMON_SOF,
-        truncated=end < 0,
-        scan_end=(size if end < 0 else end) if one_scan else 0,
+        truncated=truncated,
+        scan_end=end if one_scan else 0,
     )
 
 

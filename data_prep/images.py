@@ -1,8 +1,8 @@
 """One image: is it whole, what kind is it, how large is it upright, and does DALI need it converted.
 
-JPEG and PNG are stored as they came; a JPEG that only lacks its end marker gets one. What DALI's decoders do not take
-alike on CPU and GPU (CMYK, 16 bits, other formats) is converted to an 8-bit PNG, which loses nothing that they would
-have kept.
+JPEG and PNG are stored as they came; a JPEG that only lacks its end marker, or half of it, gets one. What DALI's
+decoders do not take alike on CPU and GPU (CMYK, 16 bits, other formats) is converted to an 8-bit PNG, which loses
+nothing that they would have kept.
 """
 
 import io
@@ -21,7 +21,7 @@ MAX_PIXELS = 89_478_485
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 # Zeros in place of the end marker let the decoder finish its look-ahead, and starve it where image data are missing.
 _LOOK_AHEAD = bytes(16)
-_OTHER_LOOK_AHEAD = b"\x5a" * 16
+_OTHER_LOOK_AHEAD = b"\xfe" * 16  # differs from the first bit on: a single missing bit shows
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _END_OF_JPEG = b"\xff\xd9"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -70,7 +70,7 @@ def inspect(data: memoryview, *, decode: bool = True, resize: int = 0, quality: 
     kinds = _kinds(header)
     must_convert = (header.components == 4 and header.kind == "jpeg") or header.depth > 8 or header.unusual
     must_convert |= header.kind == "png" and header.orientation > 1
-    if header.truncated and header.scan_end:
+    if header.truncated and header.kind == "jpeg":
         _require_all_data(data, header)
     if resize and min(height, width) > resize:
         return _resized(data, kinds, resize, quality)
@@ -81,8 +81,8 @@ def inspect(data: memoryview, *, decode: bool = True, resize: int = 0, quality: 
         image = _decoded(data, header)
         if header.kind == "png":
             return _as_png(image, (*kinds, "converted to png"))
-        # Pillow reads it, DALI does not.
-        return Inspected(extension, height, width, (*kinds, "end marker added"), bytes(data) + _END_OF_JPEG)
+        completed = bytes(data[: header.scan_end]) + _END_OF_JPEG  # Pillow reads it without, DALI does not
+        return Inspected(extension, height, width, (*kinds, "end marker added"), completed)
     if decode:
         _decoded(data, header)
     return Inspected(extension, height, width, kinds, None)
@@ -120,6 +120,8 @@ def _kinds(header: Header) -> tuple[str, ...]:
 
 def _require_all_data(data: memoryview, header: Header) -> None:
     """Refuses a JPEG without end marker that lost image data, too: what follows its last byte shows in the pixels."""
+    if not header.scan_end:
+        raise RefusedError("truncated: no end marker, so that of its several scans some may be missing")
     if _decoded(data, header).tobytes() != _decoded(data, header, look_ahead=_OTHER_LOOK_AHEAD).tobytes():
         raise RefusedError("truncated: image data are missing")
 

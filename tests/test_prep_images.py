@@ -1,5 +1,6 @@
 """Unusual images are kept or converted as DALI needs them, broken ones refused by name; hostile tars harm nothing."""
 
+import contextlib
 import io
 import json
 import struct
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.images import RefusedError, inspect
 from tests.data_sets import drawn_jpeg
 from tests.prep_runs import contents, drawn_folder, prepare, read_by_dali, samples_of, write_folder, write_tar
 
@@ -68,12 +70,13 @@ ODD = {
     "b/picture.bmp": saved(drawn(9), "BMP"),
     "b/animated.gif": saved(palette(), "GIF", save_all=True, append_images=[palette().rotate(90)]),
     "b/no_end.jpg": drawn_jpeg(10)[:-2],
+    "b/half_end.jpg": drawn_jpeg(12)[:-1],
     "b/behind_the_end.jpg": drawn_jpeg(11) + b"appended by a camera",
 }
 KEPT = {"really_png", "grey", "turned", "alpha", "palette", "progressive", "behind_the_end"}
 KINDS = {
-    "16-bit": 2, "alpha": 1, "bmp": 1, "cmyk": 1, "converted to png": 7, "end marker added": 1, "exif-rotated": 2,
-    "gif": 1, "greyscale": 2, "jpeg": 6, "no end marker": 1, "png": 6, "webp": 1,
+    "16-bit": 2, "alpha": 1, "bmp": 1, "cmyk": 1, "converted to png": 7, "end marker added": 2, "exif-rotated": 2,
+    "gif": 1, "greyscale": 2, "jpeg": 7, "no end marker": 2, "png": 6, "webp": 1,
 }  # fmt: skip
 
 
@@ -95,6 +98,7 @@ def test_unusual_images_are_kept_or_converted_and_counted(odd):
         upright = (64, 48) if "turned" in name else (48, 64)
         assert (sample.height, sample.width) == upright, name
     assert found["no_end"].image == ODD["b/no_end.jpg"] + b"\xff\xd9"
+    assert found["half_end"].image == drawn_jpeg(12)
     cmyk = np.asarray(Image.open(io.BytesIO(ODD["a/cmyk.jpg"])).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found["cmyk"].image))), cmyk)
     deep = np.asarray(Image.open(io.BytesIO(found["deep"].image)))
@@ -117,6 +121,8 @@ def test_broken_files_are_refused_by_name_and_the_run_ends_with_65(tmp_path):
     bad = {f"ant/cut{k}.jpg": whole[: len(whole) * k // 8] for k in range(1, 8)}
     # Only the end marker, or bits that fill the last byte, may be missing.
     bad |= {f"ant/last{k}.jpg": whole[:-k] for k in (6, 8, 12, 16, 20, 40)}
+    scans = ODD["b/progressive.jpg"]
+    bad |= {"ant/scans1.jpg": scans[:-1], "ant/scans2.jpg": scans[:-2]}  # there whole scans may be missing
     bad |= {
         "ant/cut.png": png[: len(png) // 2],
         "ant/flipped.png": png[:100] + bytes([png[100] ^ 255]) + png[101:],
@@ -146,8 +152,21 @@ def test_broken_files_are_refused_by_name_and_the_run_ends_with_65(tmp_path):
     assert {name: digest for name, digest in contents(out).items() if name.endswith(".tar")} == tars
     assert {sample.image for sample in samples_of(out / "train")} == set(drawn_folder().values())
     assert prepare("verify", out, "--decode").returncode == 0
-    share = prepare("imagefolder", source, tmp_path / "share", "--allow-bad", "60%")
+    share = prepare("imagefolder", source, tmp_path / "share", "--allow-bad", "65%")
     assert share.returncode == 0, share.stderr
+
+
+def test_a_jpeg_cut_short_is_completed_only_where_no_pixel_is_lost():
+    for number in range(40):  # how many bits of the last byte count differs from image to image
+        whole = drawn_jpeg(number)
+        for num_lost in (1, 2):
+            assert inspect(memoryview(whole[:-num_lost])).converted == whole
+        for num_lost in range(3, 12):
+            with contextlib.suppress(RefusedError):
+                found = inspect(memoryview(whole[:-num_lost])).converted
+                assert found is not None
+                pixels = [np.asarray(Image.open(io.BytesIO(data))) for data in (found, whole)]
+                np.testing.assert_array_equal(*pixels, err_msg=f"image {number} without its last {num_lost} bytes")
 
 
 def test_resize_shrinks_the_shorter_side_and_quality_counts(tmp_path):
