@@ -22,7 +22,10 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
+from torch.nn import functional
 
 log = logging.getLogger(__name__)
 MOMENTUM = "momentum_buffer"
@@ -68,6 +71,9 @@ def scatter(engine, state: dict[str, dict[str, torch.Tensor]]) -> None:
                 engine.optimizer.state[parameter][MOMENTUM] = state["momentum"][name].to(parameter.device)
         return
     optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        _scatter_partitions(engine, state)
+        return
     for partition in optimizer.single_partition_of_fp32_groups:
         # Momentum exists only after a first step; zeros are what that step would start from.
         optimizer.optimizer.state[partition][MOMENTUM] = torch.zeros_like(partition)
@@ -77,6 +83,26 @@ def scatter(engine, state: dict[str, dict[str, torch.Tensor]]) -> None:
         if name in state["momentum"]:
             safe_set_full_optimizer_state(parameter, state["momentum"][name].to(parameter.device), MOMENTUM)
     optimizer.update_lp_params()
+
+
+def _scatter_partitions(engine, state: dict[str, dict[str, torch.Tensor]]) -> None:
+    """ZeRO-3: every rank takes its part. DeepSpeed's setters of whole parameters fail where they do not divide."""
+    optimizer = engine.optimizer
+    for flat in optimizer.fp32_partitioned_groups_flat:
+        optimizer.optimizer.state[flat][MOMENTUM] = torch.zeros_like(flat)
+    optimizer.checkpoint_event_prologue()  # takes apart the small parameters, which are kept whole
+    for name, parameter in engine.module.named_parameters():
+
+        def part(value: torch.Tensor, like: torch.Tensor = parameter.ds_tensor) -> torch.Tensor:
+            mine = value.flatten().float()[dist.get_rank() * like.numel() :][: like.numel()]
+            return functional.pad(mine, (0, like.numel() - mine.numel())).to(like.device)
+
+        value = part(state["parameters"][name])
+        safe_set_local_fp32_param(parameter, value)
+        parameter.ds_tensor.copy_(value)
+        if name in state["momentum"]:
+            safe_set_local_optimizer_state(parameter, part(state["momentum"][name]), MOMENTUM)
+    optimizer.checkpoint_event_epilogue()
 
 
 def save(run_dir: Path, step: int, state: dict) -> Path:

@@ -194,7 +194,7 @@ class TrainConfig:
     precision: str = "bf16"
     """Arithmetic of the forward and backward pass: fp32, bf16 (autocast; parameters stay fp32)."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage: 0 or 1."""
+    """DeepSpeed ZeRO stage, what the ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
     log_every: int = 10
     """Optimizer steps between two lines of progress, at least 1."""
     checkpoint_every: int = 100
@@ -206,7 +206,7 @@ class TrainConfig:
         _positive("train.epochs", self.epochs)
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
         _one_of("train.precision", self.precision, ("fp32", "bf16"))
-        _require(self.zero_stage in (0, 1), "train.zero_stage", self.zero_stage, "0 or 1")
+        _require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         for name in ("log_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
         got = self.eval_every_epochs

@@ -58,7 +58,7 @@ def leave() -> None:
 
 
 def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> dict:
-    """The engine's settings. One fp32 bucket holds all gradients, so χ can ride one all-reduce (chi/allreduce.py)."""
+    """The engine's settings. One fp32 bucket holds all gradients, so χ can ride its all-reduce (chi/bucket.py)."""
     settings = {
         "train_batch_size": config.data.global_batch,
         "train_micro_batch_size_per_gpu": config.data.micro_batch,

@@ -112,6 +112,7 @@ def prepare(config: Config) -> Run:
     )
     classes = len(loader.manifest.classes)
     model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.image_size).to(place.device)
+    num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
     engine = build(config, model, place.world_size)
@@ -137,7 +138,7 @@ def prepare(config: Config) -> Run:
             config,
             data_identity=loader.manifest.identity,
             layers=neurons.names,
-            num_parameters=sum(p.numel() for p in model.parameters()),
+            num_parameters=num_parameters,
             world_size=place.world_size,
         )
     progress = Progress(

@@ -1,21 +1,27 @@
 """Run on every rank by test_chi_allreduce.py: the tap against two independent counts, over a matrix of engines.
 
 The network has no BatchNorm, a silent input channel and dead output channels, so that known weights get no gradient:
-0 < χ < 1. Each case prints one JSON line from rank 0.
+0 < χ < 1. With more than one rank the second layer's weight lies across partitions. Each case prints one JSON line
+from rank 0.
 """
 
+import contextlib
 import itertools
 import json
 import sys
 from typing import cast
+from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import nn
 
-from pipeline.chi.allreduce import SIGNALS, Tap, TapError
+from pipeline import checkpoint
+from pipeline.chi import bucket, partition
+from pipeline.chi.allreduce import SIGNALS, Tap
+from pipeline.chi.carrier import TapError
 from pipeline.chi.indicator import PER_LAYER
 from pipeline.config import Config, DataConfig, TrainConfig
 from pipeline.engine import build
@@ -26,7 +32,17 @@ from pipeline.snn.readout import cross_entropy
 from pipeline.snn.sew_resnet import SpikingLayer
 
 T, MICRO_BATCH, STEPS = 3, 4, 2
-COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+STAGES = (0, 1, 2, 3)
+COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+)
 
 
 class SparseNet(nn.Module):
@@ -62,8 +78,12 @@ def batches(rank: int, accumulation: int, step: int) -> list[tuple[torch.Tensor,
     return result
 
 
-def plain_gradient(module: nn.Module, data: list, precision: str) -> dict[str, torch.Tensor]:
-    """The gradient averaged over micro-batches and ranks, without DeepSpeed."""
+def plain_gradient(engine, data: list, precision: str) -> dict[str, torch.Tensor]:
+    """The gradient averaged over micro-batches and ranks, by a copy of the network that DeepSpeed does not know."""
+    module = SparseNet()
+    for ours, theirs in zip(module.parameters(), engine.module.parameters(), strict=True):
+        full = safe_get_full_fp32_param(theirs)
+        ours.data.copy_(theirs if full is None else full)
     totals = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
     names, parameters = zip(*module.named_parameters(), strict=True)
     for images, labels in data:
@@ -81,7 +101,7 @@ class Counter:
     """Counts collective calls and elements while it is open."""
 
     def __enter__(self) -> "Counter":
-        self.calls, self.elements = 0, 0
+        self.calls, self.bytes = 0, 0
         self._originals = {name: getattr(dist, name) for name in COLLECTIVES}
         for name, original in self._originals.items():
             setattr(dist, name, self._counted(original))
@@ -90,7 +110,7 @@ class Counter:
     def _counted(self, original):
         def call(tensor, *args, **kwargs):
             self.calls += 1
-            self.elements += tensor.numel() if isinstance(tensor, torch.Tensor) else 0
+            self.bytes += tensor.nbytes if isinstance(tensor, torch.Tensor) else 0
             return original(tensor, *args, **kwargs)
 
         return call
@@ -135,8 +155,7 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
     result = {"stage": stage, "precision": precision, "accumulation": accumulation, "steps": []}
     for index in range(STEPS):
         data = batches(rank, accumulation, index)
-        plain = plain_gradient(module, data, precision)
-        tap._neurons.zero_counts()  # the plain gradient's passes counted too
+        plain = plain_gradient(engine, data, precision)
         full: dict[str, torch.Tensor] = {}
 
         def inspect(full=full) -> None:
@@ -178,9 +197,9 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
             step(engine, batches(rank, accumulation, 1), tap)
             if tap is not None:
                 tap.read()
-        calls.append((counter.calls, counter.elements))
+        calls.append((counter.calls, counter.bytes))
     result["calls_with"], result["calls_without"] = calls[0][0], calls[1][0]
-    result["extra_elements"] = calls[0][1] - calls[1][1]
+    result["extra_bytes"] = calls[0][1] - calls[1][1]
     result["world_size"] = world_size
     return result
 
@@ -189,41 +208,77 @@ def guards(stage: int) -> dict:
     """What `check` says of a gradient that is NaN from rank 1 alone, and of one that was counted wrongly."""
     said: dict[str, object] = {"stage": stage}
     for kind in ("nan", "miscounted"):
-        engine, module, tap = make(stage, "fp32", 1, tapped=True)
+        engine, _, tap = make(stage, "fp32", 1, tapped=True)
         assert tap is not None
-        before = [parameter.detach().clone() for parameter in module.parameters()]
+        before = parameters(engine)
         ((images, labels),) = batches(dist.get_rank(), 1, 0)
         if kind == "nan" and dist.get_rank() == 1:
             images[0] = float("nan")
-        logits = engine(images)
-        loss = cross_entropy(logits, labels)
-        tap.observe(loss, logits, labels)
-        engine.backward(loss)
-        if kind == "miscounted":
-            tap._sums["conv1.weight"][0] += 1
         try:
-            tap.check()
+            with one_too_many() if kind == "miscounted" else contextlib.nullcontext():
+                step(engine, [(images, labels)], tap)
+                tap.read()
         except (NonFiniteError, TapError) as error:
             said[kind] = f"{type(error).__name__}: {error}"
-        unchanged = all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+        unchanged = all(torch.equal(old, new) for old, new in zip(before, parameters(engine), strict=True))
         said[f"{kind} left the weights alone"] = unchanged
     return said
+
+
+def resumes(stage: int) -> dict:
+    """Whether an engine that takes over another's checkpoint makes the same next step, bit for bit."""
+    engine, _, tap = make(stage, "fp32", 1, tapped=True)
+    step(engine, batches(dist.get_rank(), 1, 0), tap)
+    saved = checkpoint.gather(engine)
+    resumed, fresh, its_tap = make(stage, "fp32", 1, tapped=True)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.data.fill_(7)  # what it started from is gone
+    checkpoint.scatter(resumed, saved)
+    for one, its_own in ((engine, tap), (resumed, its_tap)):
+        step(one, batches(dist.get_rank(), 1, 1), its_own)
+    pairs = zip(parameters(engine), parameters(resumed), strict=True)
+    return {"stage": stage, "same": all(torch.equal(ours, theirs) for ours, theirs in pairs)}
+
+
+def parameters(engine) -> list[torch.Tensor]:
+    """The whole fp32 parameters; a collective."""
+    full = [(safe_get_full_fp32_param(p), p) for p in engine.module.parameters()]
+    return [(parameter if whole is None else whole).detach().clone() for whole, parameter in full]
+
+
+def one_too_many() -> contextlib.ExitStack:
+    """While it is open, the first part of a gradient that is counted has one non-zero element too many."""
+    left, count, faults = [1], bucket.gradient_sums, contextlib.ExitStack()
+
+    def wrong(gradient: torch.Tensor) -> torch.Tensor:
+        sums = count(gradient)
+        if left:
+            sums[0] += left.pop()
+        return sums
+
+    for carrier in (bucket, partition):
+        faults.enter_context(mock.patch.object(carrier, "gradient_sums", wrong))
+    return faults
 
 
 def main() -> int:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     torch.set_num_threads(1)
-    for stage, precision, accumulation in itertools.product((0, 1), ("fp32", "bf16"), (1, 2)):
+    for stage, precision, accumulation in itertools.product(STAGES, ("fp32", "bf16"), (1, 2)):
         result = case(stage, precision, accumulation)
         if dist.get_rank() == 0:
             print("CASE " + json.dumps(result), flush=True)
-    for stage in (0, 1):
+    for stage in STAGES:
         result = guards(stage)
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, result)
         if dist.get_rank() == 0:
             print("GUARD " + json.dumps(everyone), flush=True)
+        result = resumes(stage)
+        if dist.get_rank() == 0:
+            print("RESUME " + json.dumps(result), flush=True)
     dist.barrier()
     dist.destroy_process_group()
     return 0

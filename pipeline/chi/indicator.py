@@ -67,7 +67,7 @@ def indicators(
         neuron_steps: `(L,)` neuron-steps that were counted.
     """
     nnz, magnitudes, squares = layer_sums.unbind(1)
-    spread = torch.where(squares > 0, magnitudes.square() / (weights * squares), torch.zeros_like(squares))
+    spread = torch.where(squares == 0, torch.zeros_like(squares), magnitudes.square() / (weights * squares))
     undefined = torch.full_like(nnz, float("nan"))
     return Indicators(
         chi=nnz / weights,

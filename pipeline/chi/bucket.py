@@ -1,0 +1,102 @@
+"""ZeRO-0 and 1: χ rides the gradient all-reduce and costs no collective of its own.
+
+DeepSpeed flattens all gradients into one fp32 bucket and reduces it once per optimizer step, in `allreduce_bucket` of
+the engine (ZeRO-0) or of its optimizer (ZeRO-1). The carrier replaces that method on the instance:
+
+    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers: spikes, covered neuron-steps, signals
+       ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 24 bytes a layer
+    reduced g_0 | g_1 | …  → gradient_sums, the same on every rank
+    summed  tail           → counts over all ranks, exact
+
+Integers travel as three 12-bit limbs in fp32: a sum over up to 1,024 ranks stays below 2²², and is recovered exactly
+also where the bucket is averaged rather than summed. The gradient is seen before it is clipped.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.chi.carrier import Share, TapError, Total, Watched
+from pipeline.chi.indicator import gradient_sums
+from pipeline.errors import NonFiniteError
+
+LIMB_BITS, NUM_LIMBS, MAX_RANKS = 12, 3, 1024
+
+
+def pack(counts: Tensor) -> Tensor:
+    """`(n,)` int64, each in [0, 2**36), as `(3n,)` float32 limbs."""
+    mask = (1 << LIMB_BITS) - 1
+    return torch.cat([(counts >> (LIMB_BITS * limb)) & mask for limb in range(NUM_LIMBS)]).float()
+
+
+def unpack(limbs: Tensor) -> Tensor:
+    """The `(n,)` int64 of which the sums of the ranks' `pack` are given."""
+    rows = limbs.double().round().long().view(NUM_LIMBS, -1)
+    return sum((rows[limb] << (LIMB_BITS * limb) for limb in range(1, NUM_LIMBS)), start=rows[0])
+
+
+class BucketCarrier:
+    """Counts the gradient where DeepSpeed reduces it; `share` gives what this rank adds to the bucket."""
+
+    def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool) -> None:
+        self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
+        self._sums = watched.zeros()
+        self._tail: Tensor | None = None
+        zero1 = engine.zero_optimization_stage() == 1
+        owner = engine.optimizer if zero1 else engine
+        layout = self._zero1_layout if zero1 else self._zero0_layout
+        owner.allreduce_bucket = self._counted(owner.allreduce_bucket, layout, averages=not zero1)
+
+    def before_step(self) -> None:
+        """Refuses a gradient that is not finite, and a first one that DeepSpeed counts otherwise."""
+        if self._tail is None:
+            raise TapError("DeepSpeed reduced no gradient through allreduce_bucket; this version is not supported")
+        finite = torch.isfinite(self._sums).all(1)
+        if not finite.all():
+            names = [name for name, ok in zip(self._watched.names, finite.tolist(), strict=True) if not ok]
+            raise NonFiniteError(f"the gradient of {names[0]} and of {len(names) - 1} more parameters is not finite")
+        if self._unchecked:
+            self._watched.compare(self._sums[:, 0], self._watched.full_counts())
+            self._unchecked = False
+
+    def after_step(self) -> Total:
+        """The step's totals; the next step starts from zero."""
+        assert self._tail is not None
+        total = Total(
+            sums=self._sums[self._watched.layers],
+            nnz=self._sums[:, 0].sum(),
+            counts=unpack(self._tail[:-1]),
+            loss=self._tail[-1].double(),
+        )
+        self._sums, self._tail = self._watched.zeros(), None
+        return total
+
+    def _counted(self, reduce: Callable[..., Tensor], layout: Callable, averages: bool) -> Callable[..., Tensor]:
+        def allreduce_bucket(bucket: list[Tensor], *args, **kwargs) -> Tensor:
+            if bucket[0].dtype != torch.float32 or kwargs.get("rank") is not None:
+                raise TapError(f"a {bucket[0].dtype} bucket was reduced; χ needs one fp32 all-reduce of all gradients")
+            owned = layout(bucket)
+            if self._tail is not None:
+                reduced = reduce(bucket, *args, **kwargs)
+            else:
+                share = self._share()
+                tail = torch.cat((pack(share.counts), share.loss.view(1)))
+                flat = reduce([*bucket, tail], *args, **kwargs)
+                reduced = flat[: -tail.numel()]
+                # A copy: the flat bucket is DeepSpeed's, and is freed or reused after the step.
+                self._tail = flat[-tail.numel() :].clone().mul_(self._engine.dp_world_size if averages else 1)
+            parts = reduced.split([p.numel() for p in owned])
+            self._sums[self._watched.rows(owned)] = torch.stack([gradient_sums(part) for part in parts])
+            return reduced
+
+        return allreduce_bucket
+
+    def _zero0_layout(self, bucket: list[Tensor]) -> list[nn.Parameter]:
+        by_address = {p.grad.data_ptr(): p for p in self._watched.parameters if p.grad is not None and p.numel() > 0}
+        return [by_address[gradient.data_ptr()] for gradient in bucket]
+
+    def _zero1_layout(self, bucket: list[Tensor]) -> list[nn.Parameter]:
+        # The bucket arrives cut by destination rank; its elements lie as the whole parameters did when it was filled.
+        optimizer = self._engine.optimizer
+        return [optimizer.bit16_groups[g][i] for g, i, _ in optimizer.ipg_buckets[bucket[0].dtype].params]
