@@ -11,7 +11,8 @@ from torch import nn
 
 from pipeline.snn.kernels import fused_triton as kernels
 from pipeline.snn.kernels import norm, packing, reference, select, twins
-from pipeline.snn.kernels.reference import Rule, Tally
+from pipeline.snn.kernels.reference import Rule
+from tests.snn_twins import new_tally
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +21,6 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(twins, "choose", lambda x, rule, num_steps: kernels.Call if x.numel() else None)
     monkeypatch.setattr(twins, "gpu_kernels", lambda x: kernels if x.dtype in (torch.float32, torch.bfloat16) else None)
     monkeypatch.setattr(packing.compiled, "library", lambda *_: None)
-
-
-def new_tally() -> Tally:
-    return Tally(
-        torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-    )
 
 
 RULES = [
@@ -92,6 +87,7 @@ def one_side(run, y, shortcut, rule, T, static, train, weight):
         ((2, 16, 5, 7), False, True, True, torch.float32),
         ((2, 16, 5, 7), False, False, False, torch.float32),
         ((1, 72, 9, 1), True, True, True, torch.float32),
+        ((3, 1, 9, 7), False, True, True, torch.float32),
         ((2, 24, 3, 3), False, True, True, torch.bfloat16),
     ],
 )

@@ -6,21 +6,16 @@ import itertools
 import pytest
 import torch
 
-from pipeline.snn import neurons, surrogate
+from pipeline.snn import neurons
 from pipeline.snn.kernels import compiled, reference, select
-from pipeline.snn.kernels.reference import Rule, Tally
+from pipeline.snn.kernels.reference import Rule
+from tests.snn_twins import new_tally
 
 ONE = torch.ones((), dtype=torch.float64)
 
 
 def column(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)[:, None]
-
-
-def new_tally() -> Tally:
-    return Tally(
-        torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-    )
 
 
 # Currents are sums of powers of two, so every value below is exact. v_th = 1, triangle of width 1, area 1:
@@ -88,20 +83,6 @@ def test_a_single_step_fires_at_the_threshold_and_not_below(leaky):
     assert s.tolist() == [[1, 0, 1, 0]]
     assert x.grad[0, 0] == 1
     assert x.grad[0, 2:].tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("scale", ["area", "peak"])
-@pytest.mark.parametrize("shape", surrogate.SHAPES)
-def test_surrogates_have_the_area_or_the_peak_they_promise(shape, scale):
-    width, amplitude = torch.tensor(0.7, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
-    u = torch.linspace(-700, 700, 2_000_001, dtype=torch.float64)
-    g = surrogate.derivative(u, width, amplitude, shape=shape, scale=scale)
-    if scale == "peak":
-        assert g.max().item() == pytest.approx(3.0, rel=1e-12)
-    else:
-        # atan keeps (2/pi) (w/1400 * 2) = 6e-4 of its area outside the interval; the sum over steps of w/1000 costs
-        # the rectangle at most a step at each edge, 1e-3.
-        assert torch.trapezoid(g, u).item() == pytest.approx(3.0, rel=1.5e-3)
 
 
 RULES = [

@@ -11,18 +11,8 @@ from torch import nn
 from pipeline.config import ModelConfig
 from pipeline.snn import sew_resnet
 from pipeline.snn.kernels import compiled, norm, packing
-from pipeline.snn.kernels.reference import Rule, Tally
-
-
-def new_tally() -> Tally:
-    return Tally(
-        torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-    )
-
-
-def require_compiler() -> None:
-    if compiled.library(torch.zeros(1)) is None:
-        pytest.skip(f"compiling does not work here: {compiled.why_not()}")
+from pipeline.snn.kernels.reference import Rule
+from tests.snn_twins import new_tally, require_compiler
 
 
 def one_side(run, y, shortcut, rule, T, static, train, weight):

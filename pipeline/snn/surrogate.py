@@ -55,12 +55,13 @@ def derivative(
     if shape == "triangle":
         return gain * (1 - u.abs() * inverse).clamp_min(0)
     if shape == "rectangle":
-        return gain * torch.where(u.abs() < width, 0.5, 0.0)
+        return gain * 0.5 * (u.abs() < width).to(u.dtype)
     ratio = u * inverse
     if shape == "atan":
         return gain / math.pi / (1 + ratio * ratio)
-    fired = torch.sigmoid(ratio)
-    return gain * fired * (1 - fired)
+    # f (1 - f) by the smaller exponential: 1 - f would cancel where u is large, and g no longer be even.
+    decay = torch.exp(-ratio.abs())
+    return gain * decay / ((1 + decay) * (1 + decay))
 
 
 def covered(u: torch.Tensor, width: torch.Tensor) -> torch.Tensor:

@@ -44,8 +44,8 @@ static inline float surrogate(float u, const Neuron& p, float inverse, float gai
     if (SHAPE == RECTANGLE) return gain * (std::fabs(u) < p.width ? 0.5f : 0.0f);
     float ratio = u * inverse;
     if (SHAPE == ATAN) return gain / 3.14159265358979323846f / (1 + ratio * ratio);
-    float fired = 1 / (1 + std::exp(-ratio));
-    return gain * fired * (1 - fired);
+    float decay = std::exp(-std::fabs(ratio));
+    return gain * decay / ((1 + decay) * (1 + decay));
 }
 
 static inline float step(float v, float x, const Neuron& p, float* s, float* after) {

@@ -42,8 +42,8 @@ def _surrogate(u, width, amplitude, SHAPE: tl.constexpr, PEAK: tl.constexpr):
         g = gain / 3.141592653589793 / (1.0 + ratio * ratio)
     else:
         gain = amplitude / 0.25 if PEAK else amplitude * inverse
-        fired = tl.sigmoid(u * inverse)
-        g = gain * fired * (1.0 - fired)
+        decay = tl.exp(-tl.abs(u * inverse))
+        g = gain * decay / ((1.0 + decay) * (1.0 + decay))
     return g
 
 
@@ -59,7 +59,7 @@ def _forward(
     inside = (r < R)[:, None] & (c < C)[None, :]
     # 64 bits: T R C passes 2^31 at batch 670 in the stem of the ImageNet networks.
     at = r.to(tl.int64)[:, None] * C + c[None, :]
-    step = R.to(tl.int64) * C
+    step = tl.cast(R, tl.int64) * C  # not R.to: a 1 is compiled in as a plain number
     if NORM:
         scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
         shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[None, :]
@@ -100,7 +100,7 @@ def _backward(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (r < R)[:, None] & (c < C)[None, :]
     at = r.to(tl.int64)[:, None] * C + c[None, :]
-    step = R.to(tl.int64) * C
+    step = tl.cast(R, tl.int64) * C  # not R.to: a 1 is compiled in as a plain number
     width, amplitude = tl.load(width_ptr).to(tl.float32), tl.load(amplitude_ptr).to(tl.float32)
     if NORM:
         scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
@@ -185,7 +185,7 @@ def _pack(x_ptr, out_ptr, n, BITS: tl.constexpr, BLOCK: tl.constexpr):
     inside = at < n
     word = tl.zeros((BLOCK,), tl.int32)
     for k in tl.static_range(8 // BITS):
-        value = tl.load(x_ptr + at + k * n.to(tl.int64), mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x_ptr + at + k * tl.cast(n, tl.int64), mask=inside, other=0.0).to(tl.float32)
         word = word | (value.to(tl.int32) << (BITS * k))
     tl.store(out_ptr + at, word.to(tl.uint8), mask=inside)
 
@@ -197,7 +197,7 @@ def _unpack(packed_ptr, out_ptr, n, BITS: tl.constexpr, BLOCK: tl.constexpr):
     word = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
     for k in tl.static_range(8 // BITS):
         value = ((word >> (BITS * k)) & ((1 << BITS) - 1)).to(tl.float32)
-        tl.store(out_ptr + at + k * n.to(tl.int64), value.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + at + k * tl.cast(n, tl.int64), value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def pack(x: torch.Tensor, out: torch.Tensor, bits: int) -> None:
@@ -217,23 +217,23 @@ class Call:
     rule: Rule
     num_steps: int
     num_channels: int
-    """C; 1 where no channels are scaled."""
+    """C; anything from 1 where no channels are scaled."""
     static: bool
     width: torch.Tensor
     amplitude: torch.Tensor
     leak: torch.Tensor | None
     tally: Tally | None
 
-    def _tiles(self, x: torch.Tensor) -> tuple[int, int, int, int]:
-        """R, C and the tile's two sides; without channels all of x is one row of them."""
+    def _tiles(self, x: torch.Tensor, scaled: bool) -> tuple[int, int, int, int]:
+        """R, C and the tile's two sides; where no channels are scaled all of x is one row of them."""
         M = x.numel() // (1 if self.static else self.num_steps)
-        C = self.num_channels if self.num_channels > 1 else M
-        block_c = min(triton.next_power_of_2(C), 64 if self.num_channels > 1 else _TILE)
+        C = self.num_channels if scaled else M
+        block_c = min(triton.next_power_of_2(C), 64 if scaled else _TILE)
         return M // C, C, max(1, _TILE // block_c), block_c
 
     def forward(self, x, scale, shift, shortcut, v, want_state: bool):
         """Spikes (plus shortcut) in x's dtype, T rows, and the last potential or None; counts spikes."""
-        R, C, block_r, block_c = self._tiles(x)
+        R, C, block_r, block_c = self._tiles(x, scale is not None)
         rule, tally = self.rule, self.tally
         out = x.new_empty((self.num_steps, *x.shape[1:]))
         state = x.new_empty(x.shape[1:], dtype=torch.float32) if want_state else None
@@ -248,7 +248,7 @@ class Call:
 
     def backward(self, grad_s, grad_last, x, scale, shift, mean, v):
         """As `compiled.Call.backward`."""
-        R, C, block_r, block_c = self._tiles(x)
+        R, C, block_r, block_c = self._tiles(x, scale is not None)
         rule, tally = self.rule, self.tally
         grid = (triton.cdiv(R, block_r), triton.cdiv(C, block_c))
         partial = x.new_empty((2, grid[0] * grid[1]), dtype=torch.float32)

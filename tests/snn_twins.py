@@ -1,0 +1,38 @@
+"""What tests of spiking layers share: counters, a demand for the CPU twin, memory that shows what nobody wrote."""
+
+import pytest
+import torch
+
+from pipeline.snn.kernels import compiled
+from pipeline.snn.kernels.reference import Tally
+
+
+def new_tally() -> Tally:
+    return Tally(
+        torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+    )
+
+
+def require_compiler() -> None:
+    if compiled.library(torch.zeros(1)) is None:
+        pytest.skip(f"compiling does not work here: {compiled.why_not()}")
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on torch's uninitialised tensors hold NaN, and 171 where they hold integers."""
+
+    def filled(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor if tensor.is_meta else tensor.fill_(float("nan") if tensor.is_floating_point() else 0xAB)
+
+        return made
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
