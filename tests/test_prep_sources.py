@@ -3,12 +3,15 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
 from tests.data_sets import shared_images
 from tests.prep_runs import (
     contents,
@@ -198,6 +201,15 @@ def test_parquet_files_give_the_same_samples(tmp_path):
     assert_line(prepare("parquet", tmp_path / "odd.parquet", tmp_path / "odd"), 65, "label 7", "only 3 classes")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
     assert_line(prepare("parquet", tmp_path / "broken.parquet", tmp_path / "b"), 65, "is no parquet file or is damaged")
+
+
+def test_without_pyarrow_parquet_says_how_to_install_it_and_makes_nothing(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    without = "import runpy, sys; sys.modules['pyarrow'] = None; runpy.run_module('data_prep', run_name='__main__')"
+    command = [sys.executable, "-c", without, "parquet", str(tmp_path / "train.parquet"), str(tmp_path / "set")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert_line(run, 64, "needs pyarrow, which is not installed", "pip install 'chispike[parquet]'")
+    assert not (tmp_path / "set").exists()
 
 
 def assert_line(run, code: int, *parts: str) -> None:

@@ -26,6 +26,12 @@ class Parquet:
     """Parquet files, or folders of them; the split is the start of a file's name: train-00000-of-00294.parquet."""
 
     def __init__(self, paths: list[str]) -> None:
+        try:
+            import pyarrow  # noqa: F401  # here, so that nothing is made where it is missing
+        except ImportError:
+            raise ConfigError(
+                "parquet needs pyarrow, which is not installed; run: python -m pip install 'chispike[parquet]'"
+            ) from None
         self._files: list[Path] = []
         for text in paths:
             path = existing(text, "parquet")
@@ -43,10 +49,6 @@ class Parquet:
         return ["parquet", *(path_fingerprint(path) for path in self._files)]
 
     def index(self, work: Path, say: Callable[[str], None]) -> list[Split]:
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise ConfigError("parquet needs pyarrow: pip install chispike[parquet]") from None
         total = sum(path.stat().st_size for path in self._files)
         target = work / f"{TEMPORARY}parquet.unpacked"
         say(f"copying the images of {len(self._files)} files ({size(total)}) once, to {target}, removed at the end")
