@@ -20,6 +20,8 @@ from data_prep.stores import Store, make_store
 from data_prep.verify import verify
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 
+EXIT_PIPE = 128 + signal.SIGPIPE
+"""What the shell reports of a command that ended because nobody reads its output any more."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -163,10 +165,11 @@ def _source(arguments: argparse.Namespace) -> Source:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "verify":
         store = make_store(arguments.directory)
-        return EXIT_DATA if verify(store, decode=arguments.decode, num_workers=arguments.workers) else EXIT_DONE
+        num_faults = verify(store, decode=arguments.decode, num_workers=arguments.workers, say=_say)
+        return EXIT_DATA if num_faults else EXIT_DONE
     if arguments.command == "info":
         store = make_store(arguments.directory)
-        info(store, Path(arguments.sheet) if arguments.sheet else _sheet_path(store), arguments.seed)
+        info(store, Path(arguments.sheet) if arguments.sheet else _sheet_path(store), arguments.seed, _say)
         return EXIT_DONE
     options = Options(
         shard_bytes=arguments.shard_bytes or (SHARD_BYTES if arguments.command == "digits" else 0),
@@ -177,12 +180,29 @@ def _run(arguments: argparse.Namespace) -> int:
         decode=not arguments.no_decode,
     )
     store = make_store(arguments.directory, arguments.scratch)
-    prepare(_source(arguments), store, options, num_workers=arguments.workers, allowed_bad=arguments.allow_bad)
+    source, allowed_bad = _source(arguments), arguments.allow_bad
+    prepare(source, store, options, num_workers=arguments.workers, allowed_bad=allowed_bad, say=_say)
     return EXIT_DONE
 
 
 def _sheet_path(store: Store) -> Path:
     return Path(SHEET_NAME) if store.upload else store.work / SHEET_NAME
+
+
+class _ReaderGoneError(StopRequestedError):
+    """What read our output has ended, as `head` does; not an `OSError`, which would be taken for the store's."""
+
+
+def _printable(text: str) -> str:
+    """`text` in one line, with the control characters escaped that a name in a source may hold."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _say(line: str) -> None:
+    try:
+        print(_printable(line), flush=True)  # without the flush a closed pipe would show after the end only
+    except BrokenPipeError:
+        raise _ReaderGoneError("SIGPIPE") from None
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -196,8 +216,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(_parser().parse_args(argv))
     except (ConfigError, DataError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {_printable(str(error))}\n")
         return error.exit_code
+    except _ReaderGoneError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        return EXIT_PIPE
     except StopRequestedError as stop:
         sys.stderr.write(f"stopped by {stop}; finished shards are kept: run the same command again to continue\n")
         return EXIT_STOPPED

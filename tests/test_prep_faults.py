@@ -154,6 +154,28 @@ def test_a_second_run_beside_the_first_is_refused(archive, tmp_path):
     assert run.stderr == f"error: another run is writing to {out}; wait for it, or give another folder\n"
 
 
+def with_closed_output(*arguments: object) -> tuple[int, str]:
+    """Exit code and standard error of a run whose standard output nobody reads."""
+    nobody, pipe = os.pipe()
+    os.close(nobody)
+    try:
+        command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
+        run = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(pipe)
+    return run.returncode, run.stderr
+
+
+def test_a_reader_that_went_away_ends_the_run_quietly(archive, whole, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    for command in (("info", whole, "--sheet", sheet), ("verify", whole)):
+        assert with_closed_output(*command) == (141, "")
+    out = tmp_path / "set"
+    assert with_closed_output("imagefolder", archive, out, *SMALL) == (141, "")
+    assert prepare("imagefolder", archive, out, *SMALL).returncode == 0
+    assert contents(out) == contents(whole)
+
+
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
