@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -113,6 +114,7 @@ def _make(
     source: Source, store: Store, options: Options, state: State | None, request: str, num_workers: int,
     allowed_bad: AllowedBad, say: Say,
 ) -> None:  # fmt: skip
+    started = time.monotonic()
     say(f"reading the index of {source.description}")
     jobs = [_Job(split, _plan(split, options), {}) for split in source.index(store.work, say)]
     plans = {job.split.name: job.plan.identity for job in jobs}
@@ -130,8 +132,10 @@ def _make(
     state = State(request, source.description, asdict(options), plans)
     state.save(store)
     progress = _write_all(jobs, store, options, num_workers, say)
+    last_line = progress.line()
     _finish(jobs, store, state, allowed_bad, say)
-    say(f"done in {duration(progress.elapsed_s)}: {progress.line()}")
+    total_s = time.monotonic() - started
+    say(f"done in {duration(total_s)}, {duration(total_s - progress.elapsed_s)} of it before packing: {last_line}")
 
 
 def _plan(split: Split, options: Options) -> Plan:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 _EVERY_S_TERMINAL = 0.25
@@ -28,18 +29,26 @@ def size(num_bytes: float) -> str:
 
 
 class Progress:
-    """Counts images and bytes and writes a line to stderr: rewritten in place on a terminal, every 10 s in a log."""
+    """Counts images and bytes and writes a line to stderr: rewritten in place on a terminal, every 10 s in a log.
 
-    def __init__(self, num_images: int, verb: str, stream: TextIO = sys.stderr) -> None:
-        self._total, self._verb, self._stream = num_images, verb, stream
+    Args:
+        num_images: how many there are to do; what an earlier run did is not counted.
+        verb: what is done to them, in the past: packed.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, num_images: int, verb: str, stream: TextIO = sys.stderr, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total, self._verb, self._stream, self._clock = num_images, verb, stream, clock
         self._terminal = stream.isatty()
-        self._start = self._shown = time.monotonic()
+        self._start = self._shown = clock()
         self.images = 0
         self.bytes = 0
 
     @property
     def elapsed_s(self) -> float:
-        return time.monotonic() - self._start
+        return self._clock() - self._start
 
     def add(self, images: int, num_bytes: int) -> None:
         self.images += images
@@ -48,17 +57,20 @@ class Progress:
 
     def line(self) -> str:
         """The present state in words."""
+        if not self._total:
+            return f"no image was left to be {self._verb}"
         seconds = max(self.elapsed_s, 1e-9)
         rate = self.images / seconds
         left = f", {duration((self._total - self.images) / rate)} left" if 0 < self.images < self._total else ""
         speed = f"{rate:,.0f} images/s, {self.bytes / seconds / 1e6:,.0f} MB/s"
         return f"{self._verb} {self.images:,} of {self._total:,} images, {speed}{left}"
 
-    def show(self, *, force: bool = False) -> None:
+    def show(self) -> None:
+        """Writes the line if the last one is old enough."""
         every = _EVERY_S_TERMINAL if self._terminal else _EVERY_S_LOG
-        if not force and time.monotonic() - self._shown < every:
+        if self._clock() - self._shown < every:
             return
-        self._shown = time.monotonic()
+        self._shown = self._clock()
         self._stream.write(f"\r\033[K{self.line()}" if self._terminal else f"{self.line()}\n")
         self._stream.flush()
 

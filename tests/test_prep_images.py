@@ -149,6 +149,7 @@ def test_broken_files_are_refused_by_name_and_the_run_ends_with_65(tmp_path):
     lenient = prepare("imagefolder", source, out, "--allow-bad", len(bad))
     assert lenient.returncode == 0, lenient.stderr
     assert "finished already" in lenient.stdout
+    assert "no image was left to be packed" in lenient.stdout
     assert {name: digest for name, digest in contents(out).items() if name.endswith(".tar")} == tars
     assert {sample.image for sample in samples_of(out / "train")} == set(drawn_folder().values())
     assert prepare("verify", out, "--decode").returncode == 0
