@@ -113,6 +113,8 @@ class ModelConfig:
     """Normalisation of the surrogate: area (integral 1), peak (maximum 1), rms (area with a steered amplitude)."""
     width: float = 1.0
     """Half-width of the surrogate at the start, in units of the potential, above 0."""
+    checkpoint: bool = False
+    """Compute convolutions again in the backward pass instead of keeping their outputs: slower, far less memory."""
 
     def __post_init__(self) -> None:
         _require(self.T >= 1, "model.T", self.T, "an integer of at least 1")

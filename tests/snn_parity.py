@@ -65,8 +65,8 @@ def our_spikes(neurons: list[Neuron]) -> dict[int, torch.Tensor]:
     for index, neuron in enumerate(neurons):
         plain = neuron.after_norm
 
-        def spied(y, bn, num_steps, *, static=False, shortcut=None, plain=plain, key=index):
-            out = plain(y, bn, num_steps, static=static, shortcut=shortcut)
+        def spied(y, bn, num_steps, *, shortcut=None, plain=plain, key=index, **rest):
+            out = plain(y, bn, num_steps, shortcut=shortcut, **rest)
             found[key] = out.detach() if shortcut is None else out.detach() - shortcut.detach()
             return out
 

@@ -15,6 +15,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import surrogate
 from pipeline.snn.kernels import norm, select
+from pipeline.snn.kernels.packing import Again
 from pipeline.snn.kernels.reference import Rule, Tally, potential_dtype
 
 
@@ -118,6 +119,7 @@ class Neuron(nn.Module):
         *,
         static: bool = False,
         shortcut: torch.Tensor | None = None,
+        again: Again | None = None,
     ) -> torch.Tensor:
         """`forward(bn(y)) + shortcut` in one op; see kernels/norm.py.
 
@@ -127,6 +129,7 @@ class Neuron(nn.Module):
             num_steps: T.
             static: y is the same at every step.
             shortcut: added to the spikes, (T N, C, H, W), or None.
+            again: how to make y once more for the backward pass; y is then not kept for it.
 
         Returns:
             (T N, C, H, W) in y's dtype.
@@ -145,6 +148,7 @@ class Neuron(nn.Module):
             leak=self.leak(y),
             shortcut=shortcut,
             tally=self.tally,
+            again=again,
         )
         if self.watch is not None:
             self.watch((out if shortcut is None else out - shortcut).float().mean().item())

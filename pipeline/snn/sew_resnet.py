@@ -48,7 +48,7 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, arch: Arch, c_in: int, channels: int, stride: int, largest_in: int) -> None:
         super().__init__()
-        self.connect = model.connect
+        self.connect, self.checkpoint = model.connect, model.checkpoint
         self.bits_in = packing.bits_for(largest_in)
         if arch.block == "basic":
             shapes = [(c_in, channels, 3, stride), (channels, channels, 3, 1)]
@@ -78,19 +78,19 @@ class Block(nn.Module):
         shortcut = x
         if self.downsample is not None:
             conv, bn = self.downsample
-            shortcut = self._spikes(packing.conv2d(x, kept, conv), bn, self.downsample_sn, T)  # pyright: ignore
+            shortcut = self._layer(x, kept, conv, bn, self.downsample_sn, T)
         for i in range(1, self.depth + 1):
             last = i == self.depth
-            current = packing.conv2d(x, kept, self.get_submodule(f"conv{i}"))  # pyright: ignore
             # Only an addition is fused: the others need the branch's spikes again in the backward pass.
             added = shortcut if last and self.connect == "add" else None
-            x = self._spikes(current, self.get_submodule(f"bn{i}"), self.get_submodule(f"sn{i}"), T, added)
+            conv, bn, neuron = (self.get_submodule(f"{part}{i}") for part in ("conv", "bn", "sn"))
+            x = self._layer(x, kept, conv, bn, neuron, T, added)
             kept = packing.Packed(x, 1) if self.training and not last else None
         return x if self.connect == "add" else connect(self.connect, x, shortcut)
 
-    @staticmethod
-    def _spikes(y, bn, neuron, T: int, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-        return neuron.after_norm(y, bn, T, shortcut=shortcut)
+    def _layer(self, x, kept, conv, bn, neuron, T: int, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        again = packing.convolve_again(x, kept, conv) if self.checkpoint and self.training else None
+        return neuron.after_norm(packing.conv2d(x, kept, conv), bn, T, shortcut=shortcut, again=again)
 
 
 def _spiking_layer(name: str, neuron: nn.Module, conv: nn.Conv2d) -> SpikingLayer:
@@ -110,7 +110,7 @@ class SEWResNet(nn.Module):
         if model.arch not in TABLE:
             raise ConfigError(f"model.arch={model.arch!r} is not allowed; use one of {', '.join(ARCHS)}")
         arch = TABLE[model.arch]
-        self.T, self.in_channels = model.T, in_channels
+        self.T, self.in_channels, self.checkpoint = model.T, in_channels, model.checkpoint
         c = arch.channels[0]
         kernel, stride = (7, 2) if arch.stem == "imagenet" else (3, 1)
         self.conv1 = nn.Conv2d(in_channels, c, kernel, stride, kernel // 2, bias=False)
@@ -167,8 +167,10 @@ class SEWResNet(nn.Module):
         static = images.dim() == 4
         T = self.T if static else images.shape[0]
         frames = images if static else images.flatten(0, 1)
-        current = self.conv1(frames.contiguous(memory_format=torch.channels_last))
-        x = packing.max_pool2d(self.sn1.after_norm(current, self.bn1, T, static=static), self.maxpool)
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        again = packing.convolve_again(frames, None, self.conv1) if self.checkpoint and self.training else None
+        spikes = self.sn1.after_norm(self.conv1(frames), self.bn1, T, static=static, again=again)
+        x = packing.max_pool2d(spikes, self.maxpool)
         for _, block in self.blocks():
             x = block(x, T)
         logits = self.fc(self.avgpool(x).flatten(1))

@@ -5,13 +5,16 @@
     out = spikes(x) [+ shortcut]
 
 The current x stays in fp32 between the two even where y is bf16. The reference below is the definition. The twins
-keep y alone, which BN would have kept anyway, and compute x and h again in the backward pass.
+keep y alone, which BN would have kept anyway, and compute x and h again in the backward pass. Where y can be
+made again (packing.py) they keep not even that: the statistics are kept, by channel, so that neither they nor the
+counts of spikes are taken twice.
 """
 
 import torch
 from torch import nn
 
 from pipeline.snn.kernels import reference, twins
+from pipeline.snn.kernels.packing import Again
 from pipeline.snn.kernels.reference import Rule, Tally
 from pipeline.snn.kernels.twins import Call
 
@@ -58,17 +61,19 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, bn, call: Call):
+    def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, bn, call: Call, again: Again | None):
         mean, var = _statistics(y, bn, call)
         rstd = (var + bn.eps).rsqrt()
         scale = gamma * rstd
         shift = beta - mean * scale
         n, c, h, w = y.shape
-        rows = y.permute(0, 2, 3, 1).view(1 if call.static else call.num_steps, -1)
+        rows = _rows(y, call)
         added = None if shortcut is None else shortcut.permute(0, 2, 3, 1)
         out, _ = call.forward(rows, scale, shift, added, None, False)
-        ctx.save_for_backward(rows, mean, rstd, scale, shift, leak, width, amplitude)
+        kept = rows if again is None else again.source
+        ctx.save_for_backward(kept, mean, rstd, scale, shift, leak, width, amplitude)
         ctx.call, ctx.train, ctx.shape, ctx.add = call, bn.training, (n, h, w, c), shortcut is not None
+        ctx.make = None if again is None else again.make
         return out.view(-1, h, w, c).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -76,6 +81,8 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad_out):
         rows, mean, rstd, scale, shift, *_ = ctx.saved_tensors
         n, h, w, c = ctx.shape
+        if ctx.make is not None:
+            rows = _rows(ctx.make(rows).contiguous(memory_format=torch.channels_last), ctx.call)
         grad_out = grad_out.contiguous(memory_format=torch.channels_last)
         grad, _, grad_leak, sums = ctx.call.backward(grad_out, None, rows, scale, shift, mean, None)
         grad_beta, grad_product = sums[0], sums[1]
@@ -89,7 +96,12 @@ class _Fused(torch.autograd.Function):
         ctx.call.affine(rows, grad, a, b, d)
         grad_y = grad.view(n, h, w, c).permute(0, 3, 1, 2)
         shortcut = grad_out if ctx.add else None
-        return grad_y, grad_gamma.float(), grad_beta.float(), shortcut, grad_leak, None, None, None, None
+        return grad_y, grad_gamma.float(), grad_beta.float(), shortcut, grad_leak, None, None, None, None, None
+
+
+def _rows(y: torch.Tensor, call: Call) -> torch.Tensor:
+    """(T N, C, H, W) in channels-last as (T, N H W C), a view; one row where static."""
+    return y.permute(0, 2, 3, 1).view(1 if call.static else call.num_steps, -1)
 
 
 def _statistics(y: torch.Tensor, bn: nn.BatchNorm2d, call: Call | type[Call]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,8 +137,13 @@ def run(
     leak: torch.Tensor | None = None,
     shortcut: torch.Tensor | None = None,
     tally: Tally | None = None,
+    again: Again | None = None,
 ) -> torch.Tensor:
-    """As `run_reference`, in the fastest form that works here; the choice depends on the shape alone."""
+    """As `run_reference`, in the fastest form that works here; the choice depends on the shape alone.
+
+    With `again` the twins keep its source for the backward pass instead of y. The reference keeps y all the same: its
+    gradient is autograd's.
+    """
     arguments = {"num_steps": num_steps, "static": static, "leak": leak, "shortcut": shortcut, "tally": tally}
     call_type = twins.choose(y, rule, num_steps) if _plain(bn) else None
     if call_type is not None:
@@ -143,7 +160,7 @@ def run(
         y = y.contiguous(memory_format=torch.channels_last)
         if shortcut is not None:
             shortcut = shortcut.to(y.dtype).contiguous(memory_format=torch.channels_last)
-        return _Fused.apply(y, bn.weight, bn.bias, shortcut, leak, width, amplitude, bn, call)
+        return _Fused.apply(y, bn.weight, bn.bias, shortcut, leak, width, amplitude, bn, call, again)
     return run_reference(y, bn, rule, width, amplitude, **arguments)
 
 

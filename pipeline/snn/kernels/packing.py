@@ -4,6 +4,9 @@ Byte j of the packed form of n elements at b bits holds elements j, j + n b/8, j
 neighbours, so that packing and unpacking are the same vector operation on whole planes.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional
 
@@ -90,6 +93,43 @@ def conv2d(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d) -> tor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, restore):
         return conv(x)
+
+
+class Again(NamedTuple):
+    """A tensor that is not kept, and how to have it back."""
+
+    source: torch.Tensor
+    """What is kept in its place."""
+    make: Callable[[torch.Tensor], torch.Tensor]
+    """From the source to the tensor, the same bits, without a graph. It holds no tensor of its own, so that nothing
+    outlives the saved source."""
+
+
+def convolve_again(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d) -> Again:
+    """The output of `conv2d(x, packed, conv)` from what that keeps for its own gradient anyway.
+
+    Made after the weights have changed it would be another tensor: then it raises RuntimeError.
+    """
+    source, bits, meta = x.detach(), 0, None
+    if packed is not None and packed.data is not None:
+        source, bits, meta = packed.data, packed.bits, packed.meta
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    version = conv.weight._version
+
+    def make(source: torch.Tensor) -> torch.Tensor:
+        if conv.weight._version != version:
+            raise RuntimeError(
+                "a convolution's weights changed between the forward and the backward pass, so its output cannot be "
+                "computed again; step the optimizer after the backward pass, or set model.checkpoint to false"
+            )
+        inputs = source if meta is None else unpack(source, bits, meta)
+        bias = None if conv.bias is None else conv.bias.to(dtype)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            # Not conv(...): its hooks saw this input in the forward pass.
+            return conv._conv_forward(inputs.to(dtype), conv.weight.to(dtype), bias)
+
+    return Again(source, make)
 
 
 class _SpikePool(torch.autograd.Function):
