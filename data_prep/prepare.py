@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from data_prep.collection import Refusal, Split
-from data_prep.images import RefusedError, inspect
+from data_prep.images import MAX_IMAGE_BYTES, RefusedError, inspect
 from data_prep.plan import Options, Plan, make_plan, shuffled
 from data_prep.pool import Event, run_tasks
 from data_prep.progress import Progress, duration, size
@@ -147,6 +147,8 @@ def _size_ratio(split: Split, options: Options) -> float:
     before = after = 0
     for source in shuffled(len(split), options.seed)[:_PROBES]:
         length = int(split.lengths[source])
+        if length > MAX_IMAGE_BYTES:
+            continue
         room = memoryview(bytearray(length))
         try:
             split.readers[split.places[source]].read_into(room, int(split.offsets[source]), split.names[source])

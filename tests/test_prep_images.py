@@ -1,10 +1,9 @@
-"""Unusual images are kept or converted as DALI needs them, broken ones refused by name; hostile tars harm nothing."""
+"""Unusual images are kept or converted as DALI needs them, broken ones refused by name."""
 
 import contextlib
 import io
 import json
 import struct
-import tarfile
 import zlib
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image
 
 from data_prep.images import RefusedError, inspect
 from tests.data_sets import drawn_jpeg
-from tests.prep_runs import contents, drawn_folder, prepare, read_by_dali, samples_of, write_folder, write_tar
+from tests.prep_runs import contents, drawn_folder, prepare, read_by_dali, samples_of, write_folder
 
 ORIENTATION = 0x0112
 
@@ -215,14 +214,14 @@ def test_what_needs_too_much_memory_or_has_no_agreed_range_is_refused(tmp_path):
     source = write_folder(tmp_path / "images", {**drawn_folder(), **files})
     with open(source / "a/huge.jpg", "wb") as file:
         file.write(drawn_jpeg(1))
-        file.truncate((64 << 20) + 1)
-    run = prepare("imagefolder", source, tmp_path / "set", "--allow-bad", 4)
+        file.truncate(1 << 40)  # a hole
+    run = prepare("imagefolder", source, tmp_path / "set", "--allow-bad", 4, "--resize", 16)
     assert (run.returncode, run.stderr) == (0, "")
     lines = [json.loads(line) for line in (tmp_path / "set/train/quarantine.jsonl").read_text().splitlines()]
     reasons = {line["name"]: line["reason"] for line in lines}
     assert set(reasons) == {*files, "a/huge.jpg"}
     assert "30000x30000 pixels, more than" in reasons["a/bomb.png"]
-    assert "67108865 bytes, more than" in reasons["a/huge.jpg"]
+    assert "1099511627776 bytes, more than" in reasons["a/huge.jpg"]
     assert "floating-point pixels" in reasons["a/float.tiff"]
     assert "32-bit pixels" in reasons["a/32bit.tiff"]
 
@@ -236,53 +235,6 @@ def test_limit_takes_a_fair_draw(tmp_path):
     assert {sample.label for sample in found} == {0, 1, 2}
     again = prepare("imagefolder", source, tmp_path / "set", "--limit", 20)
     assert "complete already" in again.stdout
-
-
-def test_a_hostile_tar_harms_nothing(tmp_path):
-    good = drawn_folder()
-    archive = write_tar(tmp_path / "in.tar", good)
-    with tarfile.open(archive, "a", encoding="utf-8", errors="surrogateescape") as tar:
-
-        def add(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", link: str = "") -> None:
-            entry = tarfile.TarInfo(name)
-            entry.type, entry.linkname, entry.size = kind, link, len(data)
-            tar.addfile(entry, io.BytesIO(data))
-
-        add("../../escaped.jpg", data=drawn_jpeg(50))
-        add("ant/../../escaped.jpg", data=drawn_jpeg(51))
-        add("/escaped.jpg", data=drawn_jpeg(52))
-        add("ant/link.jpg", tarfile.SYMTYPE, link="/etc/passwd")
-        add("ant/hard.jpg", tarfile.LNKTYPE, link="ant/000.jpg")
-        add("ant/device.jpg", tarfile.CHRTYPE)
-        add("ant/pipe.jpg", tarfile.FIFOTYPE)
-        add("bee/001.jpg", data=drawn_jpeg(53))
-        add("bee/\udcff\udcfe.jpg", data=drawn_jpeg(54))
-        add("cat/\x1b[2Jclear.jpg", data=b"not an image")
-    before = sorted(tmp_path.rglob("*")), sorted(tmp_path.parent.iterdir())
-    out = tmp_path / "set"
-    strict = prepare("imagefolder", archive, out, "--allow-bad", 0)
-    assert strict.returncode == 65
-    assert "\x1b" not in strict.stderr
-    assert "Traceback" not in strict.stderr
-    outside = sorted(path for path in tmp_path.rglob("*") if path != out and out not in path.parents)
-    assert (outside, sorted(tmp_path.parent.iterdir())) == before
-    lenient = prepare("imagefolder", archive, out, "--allow-bad", 10)
-    assert lenient.returncode == 0, lenient.stderr
-    assert {sample.image for sample in samples_of(out / "train")} == set(good.values())
-    lines = [json.loads(line) for line in (out / "train/quarantine.jsonl").read_text().splitlines()]
-    reasons = sorted(line["reason"] for line in lines)
-    assert reasons == sorted(
-        [
-            *["its path leaves the archive"] * 3,
-            "a symbolic link",
-            "a hard link",
-            "a character device",
-            "a named pipe",
-            "duplicate name: the first one is kept",
-            "its name is not UTF-8",
-            "not an image: no known format",
-        ]
-    )
 
 
 def test_info_tells_what_the_set_holds_and_draws_it(odd, tmp_path):

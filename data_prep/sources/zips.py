@@ -17,13 +17,15 @@ _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _CHUNK = 1 << 20
+_DEFLATE_RATIO = 1032  # no deflated byte stands for more
 _FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
 
 
 def walk_zip(path: Path) -> Iterator[Member]:
     """The members of the zip `path`; `DataError` where it is damaged or cut off."""
     with open(path, "rb") as file:
-        at, size, num_entries = _directory(file.fileno(), path)
+        total = os.fstat(file.fileno()).st_size
+        at, size, num_entries = _directory(file.fileno(), path, total)
         file.seek(at)
         buffer = b""
         left = size
@@ -37,7 +39,7 @@ def walk_zip(path: Path) -> Iterator[Member]:
             length = _entry_length(buffer)
             if buffer[:4] != b"PK\1\2":
                 raise DataError(f"{path} is damaged: its directory holds something else; download it again")
-            yield _member(buffer[:length])
+            yield _member(buffer[:length], path, total)
             buffer = buffer[length:]
 
 
@@ -46,9 +48,8 @@ def _entry_length(buffer: bytes) -> int:
     return _ENTRY.size + name + extra + comment
 
 
-def _directory(handle: int, path: Path) -> tuple[int, int, int]:
-    """Offset, size and number of entries of the central directory."""
-    total = os.fstat(handle).st_size
+def _directory(handle: int, path: Path, total: int) -> tuple[int, int, int]:
+    """Offset, size and number of entries of the central directory of a file of `total` bytes."""
     tail_at = max(0, total - _END.size - _FULL_16)
     tail = os.pread(handle, total - tail_at, tail_at)
     found = tail.rfind(b"PK\5\6")
@@ -62,7 +63,7 @@ def _directory(handle: int, path: Path) -> tuple[int, int, int]:
         and tail[locator : locator + 4] == b"PK\6\7"
     ):
         _, _, end64, _ = _END64_LOCATOR.unpack_from(tail, locator)
-        record = os.pread(handle, _END64.size, end64)
+        record = os.pread(handle, _END64.size, min(end64, total))
         if len(record) < _END64.size or record[:4] != b"PK\6\6":
             raise DataError(f"{path} is damaged: its directory cannot be found; download it again")
         *_, num_entries, size, at = _END64.unpack(record)
@@ -71,13 +72,15 @@ def _directory(handle: int, path: Path) -> tuple[int, int, int]:
     return at, size, num_entries
 
 
-def _member(entry: bytes) -> Member:
+def _member(entry: bytes, path: Path, total: int) -> Member:
     fields = _ENTRY.unpack_from(entry)
     flags, method, packed, length = fields[3], fields[4], fields[8], fields[9]
     name_length, extra_length, external, offset = fields[10], fields[11], fields[15], fields[16]
     name = entry[_ENTRY.size : _ENTRY.size + name_length]
     extra = entry[_ENTRY.size + name_length : _ENTRY.size + name_length + extra_length]
-    length, _, offset = _widen(extra, length, packed, offset)
+    length, packed, offset = _widen(extra, length, packed, offset)
+    if offset + packed > total:
+        raise DataError(f"{path} is damaged: a member lies behind the end of the file; download it again")
     if not flags & 0x800:  # names without the UTF-8 flag are in the code page of the first PC
         name = name if name.isascii() else name.decode("cp437").encode()
     mode = external >> 16
@@ -90,6 +93,8 @@ def _member(entry: bytes) -> Member:
         kind = "encrypted"
     elif method not in (0, 8):
         kind = f"compressed by method {method}, of which only 0 (stored) and 8 (deflate) are read"
+    elif length > packed * (_DEFLATE_RATIO if method else 1):
+        kind = f"said to hold {length} bytes, more than its {packed} packed bytes can"
     return member(name.replace(b"\\", b"/"), offset, length, folder=name.endswith(b"/"), kind=kind)
 
 
