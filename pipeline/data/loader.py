@@ -101,7 +101,8 @@ class Loader:
         m = self._data.micro_batch
         step, within = divmod(micro_batch, self._accumulation)
         position = step * self._data.global_batch + self._rank * self._share + within * m
-        self._shards.expect(self._shards_between(position, position + m - 1))
+        if self._shards.is_cached:  # local ones stay open: a window may lie anywhere in them
+            self._shards.expect(self._shards_between(position, position + m - 1))
         epochs, numbers = self._order.samples(position, m)
         taken = self._samples.take(numbers, lambda slot, attempt: self._order.replacement(position + slot, attempt))
         windows = random_windows(
@@ -134,7 +135,7 @@ class Loader:
 
     def _shards_between(self, first: int, last: int) -> list[int]:
         """The shards of the windows of these positions and of the window after."""
-        windows = [*self._order.shards_at(first), *self._order.shards_at(last)] if self._shards.is_cached else []
+        windows = [*self._order.shards_at(first), *self._order.shards_at(last)]
         return list(dict.fromkeys(int(shard) for window in windows for shard in window))
 
     def _check_cache(self) -> None:

@@ -4,7 +4,7 @@
       manifest.json              format, split, classes, and every file's size and SHA-256
       train-000000.tar           a WebDataset tar: KEY.cls (the label in ASCII), then KEY.jpg or KEY.png
       train-000000.idx           DALI's index of it (format v1.2)
-      train-000000.npy           SAMPLE_DTYPE records in the tar's order, memory-mapped when read
+      train-000000.npy           SAMPLE_DTYPE records in the tar's order
 
 A sample's number is its position in the concatenation of the shards: shard 0's samples first.
 """
@@ -12,6 +12,8 @@ A sample's number is its position in the concatenation of the shards: shard 0's 
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +25,9 @@ from pipeline.errors import ConfigError, DataError
 FORMAT = "chispike-shards"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
+# Names become paths, of the set and of the cache: none may lead out of these folders, nor hold a byte that no path has.
+_NAME = re.compile(r"\w[\w.+=-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -96,13 +101,15 @@ class Manifest:
         if document.get("version") != VERSION:
             raise DataError(f"{where} has version {document.get('version')}, this program reads version {VERSION}")
         try:
-            return cls(
+            manifest = cls(
                 split=document["split"],
                 classes=tuple(document["classes"]),
                 shards=tuple(Shard(**shard) for shard in document["shards"]),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"{where} lacks or misspells a field ({error}); make the shards again") from None
+        _check(manifest.shards, where)
+        return manifest
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
@@ -124,16 +131,52 @@ class Manifest:
         return cls.from_json(text, path)
 
 
+def _check(shards: tuple[Shard, ...], where: str) -> None:
+    """Refuses, with a `DataError`, what would lead a reader astray: a manifest may come from anywhere."""
+    for shard in shards:
+        if not isinstance(shard.name, str) or not _NAME.fullmatch(shard.name):
+            raise DataError(
+                f"{where} names a shard {shard.name!r}; allowed are letters, digits and ._+=- after a first letter or "
+                "digit, and no folder; make the shards again"
+            )
+        for field in ("sha256", "index_sha256", "samples_sha256"):
+            got = getattr(shard, field)
+            if not isinstance(got, str) or not _SHA256.fullmatch(got):
+                raise DataError(
+                    f"{where} gives {field}={got!r} for {shard.name}, which is not 64 lower-case hex digits; "
+                    "make the shards again"
+                )
+        for field in ("num_samples", "num_bytes"):
+            got = getattr(shard, field)
+            if type(got) is not int or got < 0:
+                raise DataError(f"{where} gives {field}={got!r} for {shard.name}, not a count; make the shards again")
+    (name, times), *_ = Counter(shard.name for shard in shards).most_common(1) or [("", 0)]
+    if times > 1:
+        raise DataError(f"{where} names the shard {name!r} {times} times; make the shards again")
+
+
 def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
-    """The `SAMPLE_DTYPE` records of a shard, memory-mapped, `(shard.num_samples,)`."""
+    """The `SAMPLE_DTYPE` records of a shard, `(shard.num_samples,)`, in memory: a map would end the process (SIGBUS)
+    where its file is cut while it is in use.
+
+    Raises:
+        DataError: the file cannot be read, or its header or length is not what the manifest says.
+    """
     path = Path(folder) / shard.samples
+    mend = "check the set with python -m data_prep verify"
     try:
-        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open(path, "rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("its .npy format is not version 1.0")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            content = file.read()
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); check the set with python -m data_prep verify") from None
-    if samples.dtype != SAMPLE_DTYPE or samples.shape != (shard.num_samples,):
+        raise DataError(f"{path} cannot be read ({error}); {mend}") from None
+    if dtype != SAMPLE_DTYPE or shape != (shard.num_samples,):
         raise DataError(
-            f"{path} holds {samples.shape} of {samples.dtype}, the manifest says {shard.num_samples} samples of "
-            f"{SAMPLE_DTYPE}; check the set with python -m data_prep verify"
+            f"{path} holds {shape} of {dtype}, the manifest says {shard.num_samples} samples of {SAMPLE_DTYPE}; {mend}"
         )
-    return samples
+    needed = shard.num_samples * SAMPLE_DTYPE.itemsize
+    if len(content) != needed:
+        raise DataError(f"{path} holds {len(content)} bytes of records, its header says {needed}; {mend}")
+    return np.frombuffer(content, dtype=SAMPLE_DTYPE)

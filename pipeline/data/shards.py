@@ -1,6 +1,7 @@
 """A shard set's records and bytes: opened when first needed, the least recently used closed again."""
 
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,8 +13,10 @@ from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, read_samples
 from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote
 from pipeline.errors import DataError
 
-MAX_OPEN = 128
-"""Shards open at a time. Each takes two or three file descriptors, and 1,024 is a common limit."""
+MAX_OPEN = 4096
+"""Shards open at a time, at most: the records of each are in memory (24 kB for 1,000 samples)."""
+_RESERVED_FILES = 256
+"""Descriptors of the process's limit that are left to others, at least: sockets of the ranks, DALI, an evaluation."""
 _TAR_BLOCK = 512
 _TAR_NAME = 100
 
@@ -22,7 +25,7 @@ class _Open(NamedTuple):
     descriptor: int
     """Of the tar."""
     samples: np.ndarray
-    """Memory-mapped records."""
+    """Its records."""
     held: Held | None
     """Of a cached shard."""
 
@@ -57,14 +60,14 @@ class Shards:
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._starts = self._ends - np.asarray(sizes, dtype=np.int64)
         self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._max_open = max_open(2 if self._cache is not None else 1)  # the tar, and a cached shard's lock
 
     def expect(self, soon: Sequence[int]) -> None:
-        """Says which shards come next, in order: a cache reads ahead, and may evict the others."""
-        if self._cache is None:
-            return
+        """Says which shards come next, in order: the others are closed; a cache may evict them, and reads ahead."""
         for shard in [shard for shard in self._open if shard not in soon]:
             self._shut(self._open.pop(shard))
-        self._cache.read_ahead([self.manifest.shards[shard] for shard in soon])
+        if self._cache is not None:
+            self._cache.read_ahead([self.manifest.shards[shard] for shard in soon])
 
     @property
     def is_cached(self) -> bool:
@@ -106,7 +109,7 @@ class Shards:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        if len(self._open) >= MAX_OPEN:
+        if len(self._open) >= self._max_open:
             self._shut(self._open.popitem(last=False)[1])
         entry = self.manifest.shards[shard]
         held = self._cache.hold(entry) if self._cache is not None else None
@@ -136,6 +139,15 @@ class Shards:
         self.interrupt()
         while self._open:
             self._shut(self._open.popitem()[1])
+
+
+def max_open(files_per_shard: int) -> int:
+    """How many shards may be open at a time under the process's own limit on open files (`ulimit -n`)."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return MAX_OPEN
+    ours = limit - max(_RESERVED_FILES, limit // 4)
+    return min(MAX_OPEN, max(8, ours // files_per_shard))
 
 
 def default_cache() -> str:
