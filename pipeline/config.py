@@ -54,6 +54,8 @@ class DataConfig:
     """Shorter side before the central crop of an evaluation, in pixels; 0 takes image_size."""
     threads: int = 0
     """Decoding threads per rank; 0 takes this rank's share of the cores."""
+    hw_decoder_load: float = 0.0
+    """Share of the JPEGs for a GPU's hardware decoder, in [0, 1]; its pixels differ: only 0 promises exactness."""
     prefetch: int = 3
     """Decoded micro-batches that wait for their step, at least 1; up to three more are in work."""
     max_bad_ratio: float = 0.001
@@ -65,7 +67,8 @@ class DataConfig:
         for name in ("window_shards", "eval_resize", "threads", "cache_bytes", "retries"):
             _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer of at least 0")
         _positive("data.timeout_s", self.timeout_s)
-        _require(0 <= self.max_bad_ratio <= 1, "data.max_bad_ratio", self.max_bad_ratio, "a number in [0, 1]")
+        for name in ("max_bad_ratio", "hw_decoder_load"):
+            _require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "a number in [0, 1]")
         _require(0 < self.crop_area_min <= 1, "data.crop_area_min", self.crop_area_min, "a number in (0, 1]")
         _require(
             math.isfinite(self.crop_aspect) and self.crop_aspect >= 1,

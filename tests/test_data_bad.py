@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.data.samples import truncated
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from tests.data_sets import drawn_jpeg, real_jpegs, write_set
 
 CPU = torch.device("cpu")
@@ -135,6 +135,51 @@ def test_over_the_limit_the_error_lists_every_bad_sample(bad_set):
         "7 of 60 samples were bad, more than data.max_bad_ratio=0.1 allows (1 label out of range, "
     )
     assert all(name in message for name in one.bad.reasons)
+
+
+def decisions(data: DataConfig, stops: list[int], ranks: list[int]) -> tuple[list[tuple[int, bool]], dict]:
+    """Count and decision after every step, of a run that goes on from its state at each of `stops`."""
+    state, made, start = {}, [], 0
+    for stop, size in zip(stops, ranks, strict=True):
+        loaders = [Loader(data, seed=5, rank=rank, world_size=size, device=CPU) for rank in range(size)]
+        for one in loaders if state else []:
+            one.load_state_dict(state)
+        streams = [one.steps(start, stop) for one in loaders]
+        for step in range(start, stop):
+            for stream in streams:
+                list(next(stream))
+            count = sum(one.bad.count for one in loaders)  # what the ranks' all-reduce adds up
+            made.append((count, {one.too_many_bad(count, step + 1) for one in loaders} == {True}))
+        state, start = loaders[0].state_dict(), stop
+        for one in loaders:
+            one.close()
+    return made, state
+
+
+def test_a_resumed_run_counts_bad_samples_as_an_uninterrupted_one(bad_set):
+    data = change(bad_set, max_bad_ratio=0.12)
+    straight, state = decisions(data, [8], [1])
+    assert [over for _, over in straight[:4]] != [over for _, over in straight[4:]]
+    assert decisions(data, [3, 4, 8], [2, 1, 3]) == (straight, state)
+
+
+def test_a_state_without_an_account_starts_one_and_says_so(bad_set, caplog):
+    _, state = decisions(bad_set, [4], [1])
+    older = {name: value for name, value in state.items() if not name.startswith("bad_")}
+    resumed = Loader(change(bad_set, max_bad_ratio=0.1), seed=5, rank=0, world_size=1, device=CPU)
+    resumed.load_state_dict(older)
+    assert "has no account of bad samples: data.max_bad_ratio holds from step 4" in caplog.text
+    assert not resumed.too_many_bad(3, step=5)
+    assert resumed.too_many_bad(4, step=5)
+    saved = resumed.state_dict()
+    resumed.load_state_dict(saved)
+    assert resumed.bad.count == 4
+    with pytest.raises(
+        DataError, match=r"^7 of 60 samples were bad, .* allows \(4 before the resume, named in the log"
+    ):
+        resumed.refuse_bad(7, 9, {})
+    with pytest.raises(ConfigError, match="loader state has bad_count=-1, not a count"):
+        resumed.load_state_dict({**saved, "bad_count": -1})
 
 
 def test_a_truncated_jpeg_is_known_by_its_missing_end():

@@ -174,7 +174,8 @@ def test_a_cache_folder_that_cannot_be_made_is_refused(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_bad_ratio", 1.5), ("timeout_s", 0), ("retries", -1), ("cache_bytes", -1)]
+    ("name", "value"),
+    [("max_bad_ratio", 1.5), ("timeout_s", 0), ("retries", -1), ("cache_bytes", -1), ("hw_decoder_load", 1.5)],
 )
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ConfigError, match=rf"data\.{name}={value} is not allowed; use "):

@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+import struct
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig
+from pipeline.data.graph import Graph
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.errors import ConfigError, DataError
 from tests.data_sets import ROOT, drawn_jpeg, real_jpegs, write_set
@@ -67,6 +69,13 @@ def test_a_batch_is_what_the_loop_expects(drawn):
     assert 0.05 < batch.images.std() < 3
 
 
+def test_the_decoder_is_built_with_the_share_of_the_hardware_that_was_set(drawn):
+    graph = Graph(change(drawn, hw_decoder_load=0.625), CPU, lambda: None, batch_size=2, ahead=1)  # pyright: ignore
+    built = graph._pipeline.serialize()
+    argument = built.index(b"hw_decoder_load")
+    assert struct.pack("<f", 0.625) in built[argument : argument + 50]
+
+
 def test_images_come_in_the_dtype_that_was_asked_for(drawn):
     halved = Loader(drawn, seed=5, rank=0, world_size=1, device=CPU, dtype=torch.bfloat16)
     batch = next(next(halved.steps(0, 1)))
@@ -93,7 +102,7 @@ def test_pixels_of_real_photographs_do_not_depend_on_ranks_threads_or_resume(tmp
     assert same({at: whole[at] for at in range(24, 40, 2)}, collect(data, 3, 5, ranks=4))
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, deadline=None)
 @given(start=st.integers(0, 40), ranks=st.sampled_from([1, 2, 3, 6]))
 def test_it_resumes_at_any_step_on_any_number_of_ranks(drawn, start, ranks):
     resumed = collect(drawn, start, start + 1, ranks=ranks)
@@ -117,6 +126,20 @@ def test_a_saved_state_continues_exactly_on_another_number_of_ranks(drawn):
     straight = collect(drawn, 0, 6)
     assert min(batches) == 4 * 12
     assert same(batches, {at: straight[at] for at in batches})
+
+
+def test_a_step_that_was_not_taken_whole_is_an_error_and_not_the_next_steps_data(drawn):
+    one = loader(drawn)
+    steps = one.steps(3, 9)
+    first = next(steps)
+    assert [next(first).position for _ in range(2)] == [36, 38]
+    with pytest.raises(
+        RuntimeError, match=r"step 4 was asked for while 4 of the 6 micro-batches of step 3 were not tak"
+    ):
+        next(steps)
+    again = {batch.position: batch for batch in next(one.steps(3, 9))}  # what it says to do
+    one.close()
+    assert same(again, collect(drawn, 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -208,10 +231,11 @@ def test_memory_is_steady_over_twenty_epochs(drawn):
 ENDLESS = """
 import sys, torch
 from pipeline.config import DataConfig
+from pipeline.data.graph import Graph
 from pipeline.data.loader import Loader
 data = DataConfig(path=sys.argv[1], image_size=24, global_batch=12, micro_batch=2, threads=2)
 for step in Loader(data, seed=0, rank=0, world_size=1, device=torch.device("cpu")).steps(0, 10**9):
-    next(step), print("running", flush=True)
+    for batch in step: print("running", flush=True)
 """
 
 
@@ -232,7 +256,7 @@ def test_sigkill_leaves_no_process_and_no_shared_memory(drawn):
 
 
 def test_a_crash_that_forgets_to_close_ends_at_once(drawn):
-    crashing = ENDLESS.replace('next(step), print("running", flush=True)', "next(step); raise SystemExit(7)")
+    crashing = ENDLESS.replace('print("running", flush=True)', "raise SystemExit(7)")
     process = subprocess.run(
         [sys.executable, "-c", crashing, drawn.path],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -11,7 +11,7 @@ MAX_LISTED = 50
 
 
 class BadSamples:
-    """What one rank replaced since it started, in the order in which the training loop met it."""
+    """What one rank replaced, in the order in which the training loop met it."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
@@ -27,7 +27,9 @@ class BadSamples:
             log.warning("bad sample %s: %s; %s", name, reason, instead)
 
 
-def refuse(reasons: dict[str, str], *, count: int, seen: int, num_samples: int, max_ratio: float) -> None:
+def refuse(
+    reasons: dict[str, str], *, count: int, seen: int, num_samples: int, max_ratio: float, earlier: int = 0
+) -> None:
     """Ends the run when more than `max_ratio` of the samples were bad.
 
     Args:
@@ -36,6 +38,7 @@ def refuse(reasons: dict[str, str], *, count: int, seen: int, num_samples: int, 
         seen: places of the stream that were used.
         num_samples: of the set. Until an epoch is over the limit is that of a whole one, or the first would stop it.
         max_ratio: `data.max_bad_ratio`.
+        earlier: those of `count` that a run before this one met, and named in its log.
 
     Raises:
         DataError: with the list.
@@ -45,6 +48,8 @@ def refuse(reasons: dict[str, str], *, count: int, seen: int, num_samples: int, 
     kinds = ", ".join(f"{number} {reason}" for reason, number in sorted(Counter(reasons.values()).items()))
     names = [f"{name} ({reason})" for name, reason in sorted(reasons.items())]
     more = f", and {len(names) - MAX_LISTED} more named above" if len(names) > MAX_LISTED else ""
+    if earlier:
+        kinds = f"{earlier} before the resume, named in the log of then" + (f"; since then {kinds}" if kinds else "")
     raise DataError(
         f"{count} of {seen} samples were bad, more than data.max_bad_ratio={max_ratio} allows ({kinds}); make the "
         f"shards again without these, or raise the limit: {', '.join(names[:MAX_LISTED])}{more}"

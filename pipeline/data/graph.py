@@ -83,7 +83,7 @@ def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list]
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
             jpeg_fancy_upsampling=True,  # else GPU and CPU decode to different pixels
-            hw_decoder_load=0.0,  # the hardware decoder's pixels differ from the software's
+            hw_decoder_load=data.hw_decoder_load,
         )
         images = fn.resize(images, size=[data.image_size] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
         return fn.crop_mirror_normalize(

@@ -4,6 +4,7 @@ Order → numbers → Samples → files and windows → Stream → Batch
 """
 
 import atexit
+import logging
 from collections.abc import Iterator
 from functools import partial
 
@@ -22,6 +23,8 @@ from pipeline.data.stream import Batch, Request, Stream
 from pipeline.errors import ConfigError
 
 __all__ = ["Batch", "Loader", "evaluation_batches"]
+
+log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -67,9 +70,10 @@ class Loader:
         )
         self._check_cache()
         self.bad = BadSamples()
-        """What this rank replaced."""
+        """What this rank replaced; on rank 0 the count begins at what all ranks had before the resume."""
+        self._bad_count = self._bad_from_step = self._bad_earlier = 0
         self._stream = Stream(data, device, self._samples, self._request, self.bad, dtype)
-        self._step = self._first_step = 0
+        self._step = self._left = 0
         atexit.register(self.close)  # runs before DALI's own, which aborts while a thread is in a pipeline
 
     @property
@@ -83,15 +87,26 @@ class Loader:
         return self._step
 
     def steps(self, start: int, stop: int) -> Iterator[Iterator[Batch]]:
-        """The micro-batches of each optimizer step in [start, stop), read and decoded ahead of use."""
-        self._first_step = start
+        """The micro-batches of each optimizer step in [start, stop), read and decoded ahead of use.
+
+        Raises:
+            RuntimeError: a step was asked for before all micro-batches of the one before were taken, which would
+                otherwise get them.
+        """
         batches = self._stream.run(range(start * self._accumulation, stop * self._accumulation))
         for step in range(start, stop):
+            self._left = self._accumulation
             yield self._micro_batches(batches, step)
+            if self._left:
+                raise RuntimeError(
+                    f"step {step + 1} was asked for while {self._left} of the {self._accumulation} micro-batches of "
+                    f"step {step} were not taken; take all of them first, or begin anew with steps(start, stop)"
+                )
 
     def _micro_batches(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         for left in reversed(range(self._accumulation)):
             batch = next(batches)
+            self._left = left
             if left == 0:  # a state saved in the loop's body after this step goes on with the next one
                 self._step = step + 1
             yield batch
@@ -148,7 +163,11 @@ class Loader:
             )
 
     def too_many_bad(self, count: int, step: int) -> bool:
-        """Whether `count` stand-ins on all ranks, up to the end of `step`, are over `data.max_bad_ratio`."""
+        """Whether `count` stand-ins on all ranks, up to the end of `step`, are over `data.max_bad_ratio`.
+
+        `count` is the sum of the ranks' `bad.count`; from here on it is the state's.
+        """
+        self._bad_count = count
         return too_many(count, seen=self._seen(step), num_samples=self._order.num_samples, max_ratio=self._limit)
 
     def refuse_bad(self, count: int, step: int, reasons: dict[str, str]) -> None:
@@ -159,6 +178,7 @@ class Loader:
             seen=self._seen(step),
             num_samples=self._order.num_samples,
             max_ratio=self._limit,
+            earlier=self._bad_earlier,
         )
 
     @property
@@ -166,14 +186,17 @@ class Loader:
         return self._data.max_bad_ratio
 
     def _seen(self, step: int) -> int:
-        return (step - self._first_step) * self._data.global_batch
+        return (step - self._bad_from_step) * self._data.global_batch
 
     def state_dict(self) -> dict[str, object]:
-        """The position, and what the stream's meaning depends on."""
-        return {"step": self._step, **self._identity()}
+        """The position, the account of bad samples of all ranks, and what the stream's meaning depends on."""
+        account = {"bad_count": self._bad_count, "bad_from_step": self._bad_from_step}
+        return {"step": self._step, **account, **self._identity()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Takes over a position.
+        """Takes over a position and its account of bad samples.
+
+        A state of before there was an account goes on with an empty one, and a warning.
 
         Raises:
             ConfigError: the state is of another data set, seed, batch or window; the message names which.
@@ -184,10 +207,16 @@ class Loader:
                     f"the checkpoint was made with {name}={state.get(name)!r}, this run has {value!r}; "
                     "go on with the old value, or start a new run with another --run_dir"
                 )
-        step = state.get("step")
-        if not isinstance(step, int) or step < 0:
-            raise ConfigError(f"the checkpoint's loader state has step={step!r}, not a count; go on from another one")
-        self._step = step
+        self._step = _count(state, "step")
+        if "bad_count" in state:
+            self._bad_count, self._bad_from_step = _count(state, "bad_count"), _count(state, "bad_from_step")
+        else:
+            self._bad_count, self._bad_from_step = 0, self._step
+            log.warning(
+                "the checkpoint has no account of bad samples: data.max_bad_ratio holds from step %d", self._step
+            )
+        self._bad_earlier = self._bad_count
+        self.bad.count = self._bad_count if self._rank == 0 else 0  # once in the sum over ranks, however many they are
 
     def _identity(self) -> dict[str, object]:
         return {
@@ -202,6 +231,13 @@ class Loader:
         """Ends the threads and closes the shards."""
         atexit.unregister(self.close)
         _end(self._stream, self._shards)
+
+
+def _count(state: dict[str, object], name: str) -> int:
+    value = state.get(name)
+    if not isinstance(value, int) or value < 0:
+        raise ConfigError(f"the checkpoint's loader state has {name}={value!r}, not a count; go on from another one")
+    return value
 
 
 def _end(stream: Stream, shards: Shards) -> None:
