@@ -66,9 +66,10 @@ def _usable(members: Iterable[Member], say: Callable) -> tuple[str, list[Member]
     root = ""
     while True:
         names = [item.name.decode() for item in found if not item.folder and item.name.startswith(root.encode())]
-        tops = {name[len(root) :].split("/", 1)[0] for name in names}
-        # One folder that holds everything, with folders in it: a wrapper, unless it is a split itself.
-        if len(tops) != 1 or tops & set(_SPLITS) or not all(name[len(root) :].count("/") > 1 for name in names):
+        inner = [name[len(root) :] for name in names if "/" in name[len(root) :]]
+        tops = {name.split("/", 1)[0] for name in inner}
+        # The only folder, with folders in it: a wrapper, unless it is a split itself. Lists and notes may lie beside.
+        if len(tops) != 1 or tops & set(_SPLITS) or not any(name.count("/") > 1 for name in inner):
             return root, found, refused
         root += f"{tops.pop()}/"
 
