@@ -16,7 +16,7 @@ from data_prep.sources.digits import SHARD_BYTES, Digits
 from data_prep.sources.imagefolder import ImageFolder
 from data_prep.sources.imagenet import ImageNet
 from data_prep.sources.parquet import Parquet
-from data_prep.stores import Store, make_store
+from data_prep.stores import Store, is_url, make_store
 from data_prep.verify import verify
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 
@@ -162,6 +162,17 @@ def _source(arguments: argparse.Namespace) -> Source:
     return Digits(arguments.seed)
 
 
+def _require_apart(arguments: argparse.Namespace) -> None:
+    """`ConfigError` where DIR lies in a folder that is packed: the next run would find its shards among the images."""
+    if is_url(arguments.directory):
+        return
+    directory = Path(arguments.directory).resolve()
+    for name in ("source", "train", "val", "devkit"):
+        given = getattr(arguments, name, None)
+        if isinstance(given, str) and directory.is_relative_to(Path(given).resolve()):
+            raise ConfigError(f"DIR={arguments.directory} lies in {given}, which is packed; give a DIR outside of it")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "verify":
         store = make_store(arguments.directory)
@@ -180,6 +191,7 @@ def _run(arguments: argparse.Namespace) -> int:
         decode=not arguments.no_decode,
     )
     store = make_store(arguments.directory, arguments.scratch)
+    _require_apart(arguments)
     source, allowed_bad = _source(arguments), arguments.allow_bad
     prepare(source, store, options, num_workers=arguments.workers, allowed_bad=allowed_bad, say=_say)
     return EXIT_DONE

@@ -205,6 +205,8 @@ def make_store(destination: str, scratch: str | None = None) -> Store:
     Args:
         scratch: local folder for what is on its way to a URL; the system's temporary folder by default.
     """
+    if not destination:
+        raise ConfigError("DIR is empty; give a folder or a URL")
     if not is_url(destination):
         return LocalStore(destination)
     base = Path(scratch or tempfile.gettempdir())

@@ -163,6 +163,17 @@ def test_a_wrapping_folder_and_hidden_files_are_no_classes(tmp_path):
     assert len(samples_of(tmp_path / "set/train")) == len(FILES)
 
 
+def test_lists_and_notes_beside_the_images_do_not_hide_the_wrapping_folder(tmp_path):
+    files = {f"pictures/{name}": data for name, data in SPLIT_FILES.items()}
+    files |= {"README.md": b"read me", "pictures/labels.csv": b"0,1"}
+    run = prepare("imagefolder", write_tar(tmp_path / "images.tar", files), tmp_path / "set", "--allow-bad", 1)
+    assert run.returncode == 0, run.stderr
+    assert "2 files outside of class folders are no samples" in run.stdout
+    for split, num in (("train", len(FILES)), ("val", 6)):
+        assert json.loads((tmp_path / "set" / split / "manifest.json").read_text())["classes"] == ["ant", "bee", "cat"]
+        assert len(samples_of(tmp_path / "set" / split)) == num
+
+
 def test_val_ratio_holds_out_a_share_of_every_class(tmp_path):
     source = write_folder(tmp_path / "images", FILES)
     assert prepare("imagefolder", source, tmp_path / "set", "--val-ratio", 0.25).returncode == 0
@@ -250,6 +261,12 @@ def test_a_wrong_looking_image_folder_is_one_line(tmp_path):
     out = tmp_path / "set"
     assert_line(prepare("imagefolder", tmp_path / "none", out), 64, "does not exist; check the path")
     source = write_folder(tmp_path / "images", FILES)
+    inside = source / "shards"
+    assert_line(prepare("imagefolder", source, inside), 64, f"DIR={inside} lies in {source}", "a DIR outside of it")
+    assert_line(prepare("imagenet", "--train", source, source), 64, f"DIR={source} lies in {source}")
+    assert not inside.exists()
+    assert_line(prepare("imagefolder", "", out), 64, "imagefolder: '' does not exist; check the path")
+    assert_line(prepare("imagefolder", source, ""), 64, "DIR is empty; give a folder or a URL")
     (source / "dog").mkdir()
     assert_line(prepare("imagefolder", source, out), 65, "the class folder dog of train is empty; fill it or remove it")
     flat = write_folder(tmp_path / "flat", {"a.jpg": FILES["ant/000.jpg"]})

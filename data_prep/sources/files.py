@@ -25,8 +25,8 @@ _CHUNK = 4 << 20
 def existing(path: str, option: str) -> Path:
     """`path`, or a `ConfigError` that names the option it came from."""
     found = Path(path)
-    if not found.exists():
-        raise ConfigError(f"{option}: {path} does not exist; check the path")
+    if not path or not found.exists():  # the empty path, of an unset variable, would be the current folder
+        raise ConfigError(f"{option}: {path or repr(path)} does not exist; check the path")
     return found
 
 
