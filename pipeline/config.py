@@ -137,29 +137,46 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChiConfig:
     policy: str = "chi"
-    """fixed leaves the widths alone; chi holds every layer's indicator at its target."""
+    """Who sets the widths: fixed leaves them, schedule goes from model.width to width_end, chi holds every layer's
+    indicator at its target; mpd_agl and ds_atgo are published rivals, see chi/policies.py."""
     indicator: str = "coverage"
-    """What is held at the target: coverage, participation, chi."""
+    """What chi holds at the target: coverage, participation, chi, firing_rate."""
     target: float = 0.5
     """Target at the start of training, in (0, 1)."""
     target_end: float = 0.3
     """Target at the end; between the two it moves linearly with the position in the run."""
+    target_slope: float = 0.0
+    """Added to the target from the first layer (half of it below) to the last (half of it above), in (-1, 1)."""
+    width_end: float = 0.5
+    """Width at the end under policy schedule, in units of the potential; log-linear from model.width."""
     eta: float = 0.5
     """Gain of the integral controller: log w += eta (target - indicator), above 0."""
     interval: int = 10
     """Optimizer steps between two decisions, at least 1."""
+    floor_coverage: float = 0.01
+    """A layer whose coverage falls below this is widened whatever its indicator says; in [0, 1), 0 is off."""
+    floor_rate: float = 0.001
+    """The same for its firing rate; in [0, 1), 0 is off."""
     width_min: float = 0.05
     """Narrowest width, above 0."""
     width_max: float = 8.0
     """Widest width."""
+    calibrate: bool = False
+    """Start chi from widths that put the first batch's coverage at the target, instead of from model.width."""
     self_check: bool = True
     """Compare the first χ with DeepSpeed's own full gradient and refuse to run where they differ."""
 
     def __post_init__(self) -> None:
-        _one_of("chi.policy", self.policy, ("fixed", "chi"))
-        _one_of("chi.indicator", self.indicator, ("coverage", "participation", "chi"))
+        _one_of("chi.policy", self.policy, ("fixed", "schedule", "chi", "mpd_agl", "ds_atgo"))
+        _one_of("chi.indicator", self.indicator, ("coverage", "participation", "chi", "firing_rate"))
         for name in ("target", "target_end"):
-            _require(0 < getattr(self, name) < 1, f"chi.{name}", getattr(self, name), "a number between 0 and 1")
+            got = getattr(self, name)
+            _require(0 < got < 1, f"chi.{name}", got, "a number between 0 and 1")
+            lowest, highest = got - abs(self.target_slope) / 2, got + abs(self.target_slope) / 2
+            _require(lowest > 0 and highest < 1, "chi.target_slope", self.target_slope, f"less: with chi.{name}={got} "
+                     "every layer's target must stay between 0 and 1")  # fmt: skip
+        for name in ("floor_coverage", "floor_rate"):
+            _require(0 <= getattr(self, name) < 1, f"chi.{name}", getattr(self, name), "a number in [0, 1)")
         _positive("chi.eta", self.eta)
         _require(self.interval >= 1, "chi.interval", self.interval, "an integer of at least 1")
         _positive("chi.width_min", self.width_min)
@@ -169,6 +186,8 @@ class ChiConfig:
             self.width_max,
             f"a number above chi.width_min={self.width_min}",
         )
+        _positive("chi.width_end", self.width_end)
+        _require(self.calibrate is False or self.policy == "chi", "chi.calibrate", self.calibrate, "it with policy chi")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,6 +266,16 @@ class Config:
             raise ConfigError(
                 "model.scale='rms' is for the network alone: the training loop does not hold E[g²] over ranks; "
                 "use area or peak"
+            )
+        if self.chi.policy == "ds_atgo":
+            raise ConfigError(
+                "chi.policy='ds_atgo' is for chi.attach: the training loop does not carry the potential's spread over "
+                "ranks; use fixed, schedule, chi or mpd_agl"
+            )
+        if self.chi.policy == "mpd_agl" and self.train.zero_stage == 3:
+            raise ConfigError(
+                "chi.policy='mpd_agl' reads the batch normalisations, which train.zero_stage=3 keeps in pieces; use "
+                "train.zero_stage 0, 1 or 2"
             )
         steered_by_coverage = self.chi.policy == "chi" and self.chi.indicator == "coverage"
         if steered_by_coverage and self.model.surrogate in ("atan", "sigmoid"):

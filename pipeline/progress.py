@@ -4,7 +4,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from pipeline.chi.allreduce import Reading
+from pipeline.chi.controller import ControllerState, starved
+from pipeline.chi.guards import record_of
+from pipeline.chi.policies import Evidence
 from pipeline.config import Config
 from pipeline.metrics import Exporter, Journal, layer_labels, progress_line
 
@@ -17,6 +22,8 @@ class Progress:
         self._config, self._num_steps, self._layers = config, num_steps, layers
         self._logged_step, self._logged_at = step, time.monotonic()
         self._wait_s = 0.0
+        self._decisions: list[tuple[int, Evidence, Tensor, float]] = []
+        self._below = [False] * len(layers)
         if self._active:
             run_dir = Path(config.run_dir)
             self._journal = Journal(run_dir / "metrics.jsonl", step)
@@ -28,7 +35,32 @@ class Progress:
         if self._active:
             print(line, flush=True)
 
-    def step(self, step: int, reading: Reading, *, widths, target: float, learning_rate: float, wait_s: float) -> None:
+    def began(self, controller: ControllerState) -> None:
+        """At the start of a run that is not resumed: the widths that the first decision moves."""
+        if self._active:
+            self._journal.write({"step": 0, "decision_log_width": controller.log_width.tolist()})
+
+    def decided(self, step: int, decision: Evidence | None, controller: ControllerState, progress: float) -> None:
+        """After every step; a decision is written with the next logged step or checkpoint: the host need not wait."""
+        if self._active and decision is not None:
+            self._decisions.append((step, decision, controller.log_width, progress))
+
+    def flush(self) -> None:
+        """Writes the decisions that wait, and says which layers fell below a floor or rose above it."""
+        for step, decision, log_width, progress in self._decisions:
+            self._journal.write({"step": step, **record_of(decision, log_width, progress)})
+            below = starved(self._config.chi, decision).tolist()
+            for label, was, now in zip(layer_labels(self._layers), self._below, below, strict=True):
+                if now and not was:
+                    self.say(f"step {step}: {label} is below its floor of coverage or firing rate, and is widened")
+                elif was and not now:
+                    self.say(f"step {step}: {label} is above its floor again")
+            self._below = below
+        self._decisions.clear()
+
+    def step(
+        self, step: int, reading: Reading, *, widths, targets: list[float], learning_rate: float, wait_s: float
+    ) -> None:
         """After each step; on every `log_every`-th it reads the step's tensors, the one time the host waits."""
         if not self._active or (step % self._config.train.log_every and step != self._num_steps):
             return
@@ -49,7 +81,7 @@ class Progress:
             "layer_chi": layers["chi"],
             "layer_participation_ratio": layers["participation"],
             "layer_coverage_ratio": layers["coverage"],
-            "layer_coverage_target_ratio": [target if held else float("nan")] * len(self._layers),
+            "layer_coverage_target_ratio": targets if held else [float("nan")] * len(self._layers),
             "layer_surrogate_width": widths.tolist(),
             "layer_firing_rate_ratio": layers["firing_rate"],
             "layer_gradient_norm": layers["grad_norm"],
@@ -57,6 +89,7 @@ class Progress:
         eta_s = elapsed / steps * (self._num_steps - step)
         self.say(progress_line(record, self._num_steps, eta_s))
         self._journal.write(record)
+        self.flush()
         self._exporter.publish(record)
         self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
         self._exporter.add_phase("data_wait", wait_s - self._wait_s)

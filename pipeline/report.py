@@ -20,6 +20,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from pipeline.chi import guards
+from pipeline.config import ChiConfig
+from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_USAGE
 from pipeline.metrics import layer_labels, read_journal
 
 HEATMAPS = {
@@ -27,6 +30,8 @@ HEATMAPS = {
     "layer_coverage_ratio": "coverage",
     "layer_surrogate_width": "surrogate width",
     "layer_firing_rate_ratio": "firing rate",
+    "layer_participation_ratio": "participation",
+    "layer_gradient_norm": "log₁₀ of the gradient's norm",
 }
 
 
@@ -58,21 +63,23 @@ def curves(run_dir: Path) -> Figure:
 
 
 def heatmaps(run_dir: Path, layers: Sequence[str]) -> Figure:
-    """What χ, coverage, width and firing rate did, by layer (rows, first on top) and step (columns)."""
+    """What χ and its companions did, by layer (rows, first on top) and step (columns)."""
     records = training_records(run_dir)
     steps = [record["step"] for record in records]
     labels = layer_labels(layers)
     rows = max(2.2, 0.24 * len(labels) + 0.9)
-    figure, grid = plt.subplots(2, 2, figsize=(10, 2 * rows), layout="constrained", sharey=True, sharex=True)
+    figure, grid = plt.subplots(3, 2, figsize=(10, 3 * rows), layout="constrained", sharey=True, sharex=True)
     for axes, (name, title) in zip(grid.flat, HEATMAPS.items(), strict=True):
         values = np.array([record[name] for record in records], dtype=float).T
+        if name == "layer_gradient_norm":
+            values = np.log10(np.where(values > 0, values, np.nan))
         edges = np.concatenate(([steps[0] - 1], steps))
         mesh = axes.pcolormesh(edges, np.arange(len(labels) + 1), values, cmap="viridis")
         axes.set(title=title)
         axes.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=7)
         figure.colorbar(mesh, ax=axes)
     grid[0, 0].invert_yaxis()
-    for axes in grid[1]:
+    for axes in grid[-1]:
         axes.set_xlabel("step")
     return figure
 
@@ -90,10 +97,16 @@ def _table(pairs: dict) -> str:
     return f"<table>{rows}</table>"
 
 
+def _list(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}" for line in lines) + "</ul>"
+
+
 def write(run_dir: Path, summary: dict) -> Path:
     """Writes RUN/report.html from the run's files and its result."""
     run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    journal = read_journal(run_dir / "metrics.jsonl")
+    found = guards.findings(ChiConfig(**config["chi"]), layer_labels(run["layers"]), journal)
     accuracy = summary.get("eval_accuracy_ratio")
     result = {
         "recipe": config["recipe"],
@@ -116,8 +129,10 @@ pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
 <h2>Learning</h2>{_picture(curves(run_dir), "loss and accuracy over steps")}
 <h2>Layers</h2>
 <p>Rows are spiking layers, the first on top. χ is the proportion of a layer's weights with a non-zero gradient;
-coverage is the fraction of its neuron-steps that lie within the surrogate's width of the threshold.</p>
-{_picture(heatmaps(run_dir, run["layers"]), "χ, coverage, width and firing rate by layer and step")}
+coverage is the fraction of its neuron-steps that lie within the surrogate's width of the threshold; participation is
+the effective proportion of its weights that receive gradient.</p>
+{_picture(heatmaps(run_dir, run["layers"]), "χ and its companions by layer and step")}
+{_list(found or ["nothing to report: no layer starves, stands at a limit, or fails to answer its width"])}
 <h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>
 </html>
 """
@@ -126,16 +141,33 @@ coverage is the fraction of its neuron-steps that lie within the surrogate's wid
     return path
 
 
+def replay(run_dir: Path) -> int:
+    """Makes every decision of the run again from the evidence in its journal; 0 where all widths are the same."""
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    start = config["model"]["width"]
+    steps = guards.replay(ChiConfig(**config["chi"]), start, read_journal(run_dir / "metrics.jsonl"))
+    differing = [step for step, recorded, again in steps if recorded != again]
+    for step, recorded, again in steps:
+        widths = " ".join(f"{width:.4f}" for width in again)
+        print(f"step {step}: {widths}" + ("" if recorded == again else "   differs from the run"))
+    print(f"{len(steps)} decisions made again, {len(differing)} differ from the run's")
+    return EXIT_INTERNAL if differing else EXIT_DONE
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.report", description="run folder → report.html")
     parser.add_argument("run_dir", type=Path, help="folder of a run, also of one that is still going on")
-    run_dir = parser.parse_args().run_dir
+    parser.add_argument("--replay", action="store_true", help="make every decision on the widths again, and compare")
+    arguments = parser.parse_args()
+    run_dir = arguments.run_dir
     if not (run_dir / "run.json").exists() or not training_records(run_dir):
         print(f"{run_dir} holds no run with a logged step; name a run folder such as runs/digits", file=sys.stderr)
-        return 64
+        return EXIT_USAGE
+    if arguments.replay:
+        return replay(run_dir)
     summary = run_dir / "summary.json"
     print(write(run_dir, json.loads(summary.read_text()) if summary.exists() else {}))
-    return 0
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

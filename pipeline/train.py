@@ -14,7 +14,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipeline import checkpoint, report, run_folder
 from pipeline.chi.allreduce import SIGNALS, Tap
-from pipeline.chi.controller import ControllerState, start, steer, target_at
+from pipeline.chi.calibrate import calibrated_widths
+from pipeline.chi.controller import ControllerState, start, start_at, steer, targets_at
+from pipeline.chi.spread import Spread
 from pipeline.config import Config
 from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.engine import Place, build, join, learning_rate, leave, set_learning_rate
@@ -37,6 +39,7 @@ class Run:
     engine: DeepSpeedEngine
     neurons: NeuronState
     tap: Tap
+    spread: Spread
     controller: ControllerState
     progress: Progress
     step: int
@@ -74,13 +77,14 @@ def loop(run: Run) -> int:
             engine.step()
         reading = tap.read()  # the same on every rank
         progress = (run.step + 1) / run.num_steps
-        indicator = getattr(reading.indicators, config.chi.indicator)
-        run.controller = steer(config.chi, run.controller, indicator, progress)
+        evidence = None if reading.skipped else run.spread.evidence(reading.indicators)
+        run.controller, decision = steer(config.chi, run.controller, evidence, progress)
+        run.progress.decided(run.step + 1, decision, run.controller, progress)
         run.progress.step(
             run.step + 1,
             reading,
             widths=run.neurons.widths,
-            target=target_at(config.chi, progress),
+            targets=targets_at(config.chi, progress, len(run.neurons.names)),
             learning_rate=rate,
             wait_s=run.loader.wait_s,
         )
@@ -149,7 +153,10 @@ def prepare(config: Config) -> Run:
         layers=neurons.names,
         identity=loader.manifest.identity,
     )
-    if step:
+    if step == 0:
+        controller = begin(config, engine, neurons, controller, place)
+        progress.began(controller)
+    else:
         progress.say(f"resumed from the checkpoint after step {step}")
     stop_on_signal(tap)
     return Run(
@@ -159,12 +166,29 @@ def prepare(config: Config) -> Run:
         engine=engine,
         neurons=neurons,
         tap=tap,
+        spread=Spread(config.chi, layers, neurons),
         controller=controller,
         progress=progress,
         step=step,
         num_steps=config.num_steps(num_samples),
         num_samples=num_samples,
     )
+
+
+def begin(
+    config: Config, engine: DeepSpeedEngine, neurons: NeuronState, controller: ControllerState, place: Place
+) -> ControllerState:
+    """The controller of a run that is not resumed; where it is calibrated, all ranks look at the same images."""
+    if not config.chi.calibrate:
+        return controller
+    batches = evaluation_batches(config.data, rank=0, world_size=1, device=place.device, split="train")
+    images = next(batches).images
+    batches.close()
+    widths = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, len(neurons.names)))
+    dist.broadcast(widths, 0)
+    controller = start_at(controller, widths.clamp(config.chi.width_min, config.chi.width_max))
+    neurons.widths.copy_(controller.widths)
+    return controller
 
 
 def agree(step: int, run_dir: str, device: torch.device) -> None:
@@ -200,6 +224,7 @@ def refuse_bad(run: Run, count: int) -> None:
 def save(run: Run) -> None:
     """A checkpoint of everything that the rest of the run depends on."""
     began = time.monotonic()
+    run.progress.flush()  # what the journal lacks when a run is resumed, it never gets
     state = {
         "step": run.step,
         "model": checkpoint.gather(run.engine),
@@ -224,7 +249,6 @@ def validate(run: Run) -> Evaluation:
         run.config.data, rank=run.place.rank, world_size=run.place.world_size, device=run.place.device
     )
     result = evaluate(run.engine, batches, run.place.device)
-    run.neurons.zero_counts()  # the evaluation's spikes are not the next step's
     run.progress.evaluated(run.step, result.loss, result.accuracy, result.num_samples)
     return result
 

@@ -45,7 +45,7 @@ def test_neurons_give_the_reference_bits(rule, T):
     for run in (reference.run, select.run):
         x_, v_ = x.clone().requires_grad_(), v0.clone().requires_grad_()
         leak = torch.tensor(0.5, requires_grad=True) if rule.leaky else None
-        extra = {"want_state": True} if run is select.run else {}
+        extra: dict = {"want_state": True} if run is select.run else {}
         tally = new_tally()
         s, v = run(x_, rule, width, amplitude, leak=leak, v=v_, tally=tally, **extra)
         assert v is not None

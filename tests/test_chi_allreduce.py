@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.chi.bucket import MAX_RANKS, pack, unpack
+from pipeline.chi.limbs import MAX_RANKS, pack, unpack
 from tests.conftest import launch
 
 STAGES, LAYERS = (0, 1, 2, 3), 2

@@ -1,79 +1,145 @@
-"""The controller: the law it claims, its limits, and that it forgets nothing in a checkpoint."""
+"""The controller: the law it claims, its limits, its floors, and that it forgets nothing in a checkpoint."""
 
 import math
 
 import pytest
 import torch
 
-from pipeline.chi.controller import ControllerState, start, steer, target_at
+from pipeline.chi.controller import FLOOR_STEP, ControllerState, start, start_at, steer, targets_at
+from pipeline.chi.policies import Evidence
 from pipeline.config import ChiConfig
+from pipeline.errors import ConfigError
 
 CPU = torch.device("cpu")
 
 
-def gaussian_coverage(width: torch.Tensor, spread: float) -> torch.Tensor:
-    """Share of a centred Gaussian potential of standard deviation `spread` within `width` of the threshold."""
-    return torch.erf(width.double() / (spread * math.sqrt(2)))
+def seen(indicator, coverage=None, rate=None, spread=None) -> Evidence:
+    """Evidence of layers that are well above their floors, unless told otherwise."""
+
+    def vector(values):
+        return torch.as_tensor(values, dtype=torch.float64)
+
+    indicator = vector(indicator)
+    fine = torch.full_like(indicator, 0.5)
+    return Evidence(
+        indicator=indicator,
+        coverage=fine if coverage is None else vector(coverage),
+        firing_rate=fine if rate is None else vector(rate),
+        spread=None if spread is None else vector(spread),
+    )
+
+
+def held(target: float = 0.4, **settings) -> ChiConfig:
+    return ChiConfig(target=target, target_end=target, **{"interval": 1, **settings})
 
 
 def test_one_decision_is_the_integral_law():
-    config = ChiConfig(target=0.4, target_end=0.4, eta=0.5, interval=2)
-    state = start(2, 1.0, CPU)
-    state = steer(config, state, torch.tensor([0.1, 0.9], dtype=torch.float64), 0.0)
+    config = held(eta=0.5, interval=2)
+    state, decision = steer(config, start(2, 1.0, CPU), seen([0.1, 0.9]), 0.0)
     assert state.log_width.tolist() == [0.0, 0.0]
-    state = steer(config, state, torch.tensor([0.3, 0.5], dtype=torch.float64), 0.0)
+    assert decision is None
+    state, decision = steer(config, state, seen([0.3, 0.5]), 0.0)
     # means 0.2 and 0.7, errors 0.2 and -0.3
     assert state.log_width.tolist() == pytest.approx([0.1, -0.15], abs=1e-15)
+    assert decision is not None
+    assert decision.indicator.tolist() == pytest.approx([0.2, 0.7])
     assert state.count == 0
-    assert state.total.tolist() == [0.0, 0.0]
+    assert not state.total.any()
 
 
 @pytest.mark.parametrize("width", [0.05, 0.3, 1.0, 8.0])
 def test_coverage_reaches_its_target_from_any_start(width):
-    config = ChiConfig(target=0.4, target_end=0.4, interval=1)
     spreads = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+
+    def coverage(widths):
+        """Of a centred Gaussian potential of standard deviation `spreads`."""
+        return torch.erf(widths.double() / (spreads * math.sqrt(2)))
+
     state = start(3, width, CPU)
     for _ in range(60):
-        state = steer(config, state, torch.erf(state.widths.double() / (spreads * math.sqrt(2))), 0.0)
-    reached = torch.erf(state.widths.double() / (spreads * math.sqrt(2)))
-    assert reached.tolist() == pytest.approx([0.4] * 3, abs=1e-3)
+        state, _ = steer(held(), state, seen(coverage(state.widths)), 0.0)
+    assert coverage(state.widths).tolist() == pytest.approx([0.4] * 3, abs=1e-3)
 
 
-def test_target_moves_linearly_with_the_position():
+def test_targets_move_linearly_with_the_position_and_the_depth():
     config = ChiConfig(target=0.6, target_end=0.2)
-    assert [target_at(config, p) for p in (0.0, 0.25, 1.0)] == pytest.approx([0.6, 0.5, 0.2])
+    assert targets_at(config, 0.25, 3) == pytest.approx([0.5] * 3)
+    sloped = ChiConfig(target=0.6, target_end=0.4, target_slope=0.2)
+    assert targets_at(sloped, 0.0, 3) == pytest.approx([0.5, 0.6, 0.7])
+    assert targets_at(sloped, 1.0, 3) == pytest.approx([0.3, 0.4, 0.5])
+
+
+def test_a_slope_that_leaves_no_target_for_a_layer_is_refused():
+    with pytest.raises(ConfigError, match=r"chi.target_slope=0.7 is not allowed.*chi.target_end=0.3"):
+        ChiConfig(target=0.5, target_end=0.3, target_slope=0.7)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_an_indicator_that_is_not_finite_moves_nothing_and_is_forgotten(broken):
-    config = ChiConfig(target=0.4, target_end=0.4, interval=1)
-    state = steer(config, start(2, 1.0, CPU), torch.tensor([broken, 0.2], dtype=torch.float64), 0.0)
+    state, _ = steer(held(), start(2, 1.0, CPU), seen([broken, 0.2]), 0.0)
     assert state.log_width.tolist() == pytest.approx([0.0, 0.1])
-    state = steer(config, state, torch.tensor([0.2, 0.2], dtype=torch.float64), 0.0)
+    state, _ = steer(held(), state, seen([0.2, 0.2]), 0.0)
     assert state.log_width.tolist() == pytest.approx([0.1, 0.2])
 
 
+def test_a_step_without_an_update_does_not_count():
+    config = held(interval=2)
+    state, _ = steer(config, start(1, 1.0, CPU), seen([0.2]), 0.0)
+    assert steer(config, state, None, 0.0) == (state, None)
+    state, decision = steer(config, state, seen([0.4]), 0.0)
+    assert decision is not None
+    assert decision.indicator.tolist() == pytest.approx([0.3])
+
+
 def test_widths_stay_within_their_limits():
-    config = ChiConfig(target=0.9, target_end=0.9, interval=1, eta=5.0, width_min=0.5, width_max=2.0)
+    config = held(0.9, eta=5.0, width_min=0.5, width_max=2.0)
     state = start(2, 1.0, CPU)
     for _ in range(10):
-        state = steer(config, state, torch.tensor([0.0, 1.0], dtype=torch.float64), 0.0)
+        state, _ = steer(config, state, seen([0.0, 1.0]), 0.0)
     assert state.widths.tolist() == pytest.approx([2.0, 0.5])
 
 
+@pytest.mark.parametrize(("coverage", "rate"), [([0.5, 0.001], None), (None, [0.5, 0.0])])
+def test_a_layer_below_a_floor_is_widened_whatever_its_indicator_says(coverage, rate):
+    config = held(0.4, indicator="participation")
+    state, _ = steer(config, start(2, 1.0, CPU), seen([0.6, 0.6], coverage, rate), 0.0)
+    assert state.log_width.tolist() == pytest.approx([-0.1, FLOOR_STEP])
+    off = held(0.4, indicator="participation", floor_coverage=0.0, floor_rate=0.0)
+    state, _ = steer(off, start(2, 1.0, CPU), seen([0.6, 0.6], coverage, rate), 0.0)
+    assert state.log_width.tolist() == pytest.approx([-0.1, -0.1])
+
+
 def test_the_fixed_policy_moves_nothing():
-    config = ChiConfig(policy="fixed", interval=1)
-    state = start(2, 0.7, CPU)
-    assert steer(config, state, torch.tensor([0.0, 1.0], dtype=torch.float64), 0.5) == state
+    state, decision = steer(ChiConfig(policy="fixed", interval=1), start(2, 0.7, CPU), seen([0.0, 1.0]), 0.5)
+    assert state.widths.tolist() == pytest.approx([0.7, 0.7])
+    assert decision is None
+
+
+def test_the_schedule_goes_from_the_first_width_to_the_last_on_a_straight_line_in_the_logarithm():
+    config = ChiConfig(policy="schedule", width_end=0.5, interval=1)
+    state = start(2, 2.0, CPU)
+    for progress, width in ((0.25, 2**0.5), (0.5, 1.0), (1.0, 0.5)):
+        state, _ = steer(config, state, seen([0.1, 0.9]), progress)
+        assert state.widths.tolist() == pytest.approx([width] * 2)
+
+
+def test_the_rivals_take_the_width_from_the_spread_of_the_potential():
+    state, _ = steer(ChiConfig(policy="mpd_agl", interval=1), start(2, 1.0, CPU), seen([0, 0], spread=[1.4, 0.3]), 0.0)
+    assert state.widths.tolist() == pytest.approx([1.4, 0.3])
+    state, _ = steer(ChiConfig(policy="ds_atgo", interval=1), start(2, 1.0, CPU), seen([0, 0], spread=[2.0, 0.5]), 0.0)
+    assert state.widths.tolist() == pytest.approx([1.1, 0.95])
+    state, _ = steer(ChiConfig(policy="mpd_agl", interval=1), state, seen([0, 0], spread=[0.0, math.nan]), 0.0)
+    assert state.widths.tolist() == pytest.approx([1.1, 0.95]), "a width of 0 or NaN is not taken"
 
 
 def test_a_saved_state_goes_on_bit_for_bit():
     config = ChiConfig(target=0.4, target_end=0.3, interval=3)
     readings = torch.rand(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    straight = resumed = start(4, 0.8, CPU)
+    straight = resumed = start_at(start(4, 0.8, CPU), torch.tensor([0.5, 1.0, 2.0, 4.0]))
     for step, reading in enumerate(readings):
-        straight = steer(config, straight, reading, step / 20)
-        resumed = ControllerState.from_dict(steer(config, resumed, reading, step / 20).to_dict(), CPU)
+        straight, _ = steer(config, straight, seen(reading), step / 20)
+        resumed, _ = steer(config, resumed, seen(reading), step / 20)
+        resumed = ControllerState.from_dict(resumed.to_dict(), CPU)
     assert torch.equal(straight.log_width, resumed.log_width)
     assert torch.equal(straight.total, resumed.total)
-    assert straight.count == resumed.count
+    assert (straight.count, straight.start) == (resumed.count, resumed.start)

@@ -26,7 +26,7 @@ ALLOWED = {
     "pipeline.metrics": CONFIG,
     "pipeline.run_folder": CONFIG,
     "pipeline.evaluate": CONFIG | {"pipeline.data"},
-    "pipeline.report": CONFIG | {"pipeline.metrics"},
+    "pipeline.report": CONFIG | {"pipeline.chi", "pipeline.metrics"},
     "pipeline.progress": CONFIG | {"pipeline.chi", "pipeline.metrics"},
     "pipeline.train": {"pipeline"},
     "launch": {"pipeline", "launch"},

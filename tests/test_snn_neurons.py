@@ -106,7 +106,7 @@ def test_the_compiled_twin_gives_the_reference_bits(rule):
     for run in (reference.run, select.run):
         x_, v_ = x.clone().requires_grad_(), v0.clone().requires_grad_()
         leak = torch.tensor(0.5, requires_grad=True) if rule.leaky else None
-        extra = {"want_state": True} if run is select.run else {}
+        extra: dict = {"want_state": True} if run is select.run else {}
         tally = new_tally()
         s, v = run(x_, rule, width, amplitude, leak=leak, v=v_, tally=tally, **extra)
         assert v is not None
@@ -181,8 +181,7 @@ def test_bound_widths_are_read_from_memory_and_counts_are_added_there():
     net.eval()
     with torch.no_grad():
         net(x)
-    assert state.spikes.tolist() == [1, 1]
-    assert state.covered.tolist() == [0, 0]
+    assert state.spikes.tolist() == [0, 0], "an evaluation is not counted"
     assert "widths" not in str(net.state_dict())
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from pipeline.checkpoint import load_newest
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.metrics import read_journal
-from tests.conftest import kill, launch, start
+from tests.conftest import ROOT, kill, launch, start
 
 STEPS = 14
 
@@ -71,6 +72,10 @@ def straight(digits, tmp_path_factory) -> Finished:
     return Finished(run_dir, output, scraped)
 
 
+def decisions(run_dir: Path) -> list[dict]:
+    return [record for record in read_journal(run_dir / "metrics.jsonl") if "decision_log_width" in record]
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     return {r["step"]: r["train_loss"] for r in read_journal(run_dir / "metrics.jsonl") if "train_loss" in r}
 
@@ -79,6 +84,7 @@ def assert_same_result(run_dir: Path, straight: Finished) -> None:
     """The same losses, bit for bit, each step once; the same final weights, momentum and widths."""
     assert losses(run_dir) == losses(straight.run_dir)
     assert list(losses(run_dir)) == list(range(1, STEPS + 1))
+    assert decisions(run_dir) == decisions(straight.run_dir) != []
     ours, theirs = load_newest(run_dir), load_newest(straight.run_dir)
     assert ours is not None
     assert theirs is not None
@@ -112,6 +118,20 @@ def test_the_console_shows_progress_and_the_layers(digits, straight):
     num_samples = Manifest.load(digits / "val").num_samples
     assert re.search(rf"validation after step 14: [\d.]+ % of {num_samples} samples", straight.output)
     assert re.search(r"^00-\S+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", straight.output, re.MULTILINE)
+
+
+def test_the_widths_follow_from_the_journal_alone(straight):
+    command = [sys.executable, "-m", "pipeline.report", str(straight.run_dir), "--replay"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == EXIT_DONE, done.stdout + done.stderr
+    last = load_newest(straight.run_dir)
+    assert last is not None
+    widths = " ".join(f"{width:.4f}" for width in last["controller"]["log_width"].exp().tolist())
+    lines = done.stdout.splitlines()
+    made = len(decisions(straight.run_dir)) - 1
+    assert lines[-2].endswith(widths)
+    assert lines[-1] == f"{made} decisions made again, 0 differ from the run's"
+    assert made > 1
 
 
 def test_the_run_folder_holds_what_is_needed_to_repeat_and_read_the_run(straight):

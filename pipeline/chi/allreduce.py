@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.chi.bucket import MAX_RANKS, BucketCarrier
+from pipeline.chi.bucket import BucketCarrier
 from pipeline.chi.carrier import Share, Watched
 from pipeline.chi.indicator import Indicators, indicators
+from pipeline.chi.limbs import MAX_RANKS
 from pipeline.chi.partition import PartitionCarrier
 from pipeline.errors import ConfigError
 from pipeline.snn.neurons import NeuronState

@@ -8,8 +8,7 @@ the engine (ZeRO-0) or of its optimizer (ZeRO-1). The carrier replaces that meth
     reduced g_0 | g_1 | …  → gradient_sums, the same on every rank
     summed  tail           → counts over all ranks, exact
 
-Integers travel as three 12-bit limbs in fp32: a sum over up to 1,024 ranks stays below 2²², and is recovered exactly
-also where the bucket is averaged rather than summed. The gradient is seen before it is clipped.
+The gradient is seen before it is clipped.
 """
 
 from collections.abc import Callable
@@ -19,21 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.chi.carrier import Share, TapError, Total, Watched
 from pipeline.chi.indicator import gradient_sums
+from pipeline.chi.limbs import pack, unpack
 from pipeline.errors import NonFiniteError
-
-LIMB_BITS, NUM_LIMBS, MAX_RANKS = 12, 3, 1024
-
-
-def pack(counts: Tensor) -> Tensor:
-    """`(n,)` int64, each in [0, 2**36), as `(3n,)` float32 limbs."""
-    mask = (1 << LIMB_BITS) - 1
-    return torch.cat([(counts >> (LIMB_BITS * limb)) & mask for limb in range(NUM_LIMBS)]).float()
-
-
-def unpack(limbs: Tensor) -> Tensor:
-    """The `(n,)` int64 of which the sums of the ranks' `pack` are given."""
-    rows = limbs.double().round().long().view(NUM_LIMBS, -1)
-    return sum((rows[limb] << (LIMB_BITS * limb) for limb in range(1, NUM_LIMBS)), start=rows[0])
 
 
 class BucketCarrier:

@@ -2,29 +2,38 @@
 
 An integral controller in log-width, every `interval` steps on the mean indicator since the last decision:
 
-    log w_ℓ += η (target - indicator_ℓ),   w_min ≤ w_ℓ ≤ w_max
+    log w_ℓ += η (target_ℓ - indicator_ℓ),   w_min ≤ w_ℓ ≤ w_max
 
 Coverage answers a change of ln w by at most 0.48 (a centred Gaussian potential), so η = 0.5 is a loop gain of 0.24 at
-most: it settles without ringing. Everything is a pure function of tensors on the training device: no host read.
+most: it settles without ringing. A layer whose own coverage or firing rate lies below its floor gets no, or next to no,
+gradient; it is widened by a quarter at every decision until it is above, whatever the indicator says.
+Everything is a pure function of tensors on the training device: no host read. The other policies are in policies.py.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from pipeline.chi import policies
+from pipeline.chi.policies import Evidence
 from pipeline.config import ChiConfig
+
+FLOOR_STEP = math.log(1.25)
+"""Least change of ln w at a decision on a layer below its floor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerState:
     """What the controller remembers between steps; it is saved with every checkpoint."""
 
+    start: float
+    """Width at the start of the run, which a schedule begins from."""
     log_width: Tensor
     """`(L,)` float64, ln w_ℓ."""
     total: Tensor
-    """`(L,)` float64, sum of the indicator since the last decision."""
+    """`(3, L)` float64, sums of indicator, coverage and firing rate since the last decision."""
     count: int
     """Steps in `total`."""
 
@@ -34,35 +43,70 @@ class ControllerState:
         return self.log_width.exp().float()
 
     def to_dict(self) -> dict:
-        return {"log_width": self.log_width.cpu(), "total": self.total.cpu(), "count": self.count}
+        log_width, total = self.log_width.cpu(), self.total.cpu()
+        return {"start": self.start, "log_width": log_width, "total": total, "count": self.count}
 
     @classmethod
     def from_dict(cls, state: dict, device: torch.device) -> "ControllerState":
-        return cls(log_width=state["log_width"].to(device), total=state["total"].to(device), count=int(state["count"]))
+        log_width, total = state["log_width"].to(device), state["total"].to(device)
+        return cls(start=float(state["start"]), log_width=log_width, total=total, count=int(state["count"]))
 
 
 def start(num_layers: int, width: float, device: torch.device) -> ControllerState:
     """The state before the first step, all `num_layers` widths at `width`."""
     log_width = torch.full((num_layers,), math.log(width), dtype=torch.float64, device=device)
-    return ControllerState(log_width=log_width, total=torch.zeros_like(log_width), count=0)
+    total = torch.zeros(3, num_layers, dtype=torch.float64, device=device)
+    return ControllerState(start=width, log_width=log_width, total=total, count=0)
 
 
-def target_at(config: ChiConfig, progress: float) -> float:
-    """The target at `progress` in [0, 1] of the run: linear from `target` to `target_end`."""
-    return config.target + (config.target_end - config.target) * progress
+def start_at(state: ControllerState, widths: Tensor) -> ControllerState:
+    """The state with `widths` `(L,)` instead of its own."""
+    return replace(state, log_width=widths.to(state.log_width).log())
 
 
-def steer(config: ChiConfig, state: ControllerState, indicator: Tensor, progress: float) -> ControllerState:
-    """The state after a step that measured `indicator` `(L,)`; widths move on every `interval`-th step.
+def targets_at(config: ChiConfig, progress: float, num_layers: int) -> list[float]:
+    """Every layer's target at `progress` in [0, 1] of the run.
 
-    An indicator that is not finite leaves its layer's width where it is.
+    Linear in the run from `target` to `target_end`, and in depth by `target_slope` around that.
     """
-    total, count = state.total + indicator, state.count + 1
-    if config.policy == "fixed":
-        return state
-    if count < config.interval:
-        return ControllerState(log_width=state.log_width, total=total, count=count)
-    error = target_at(config, progress) - total / count
-    moved = state.log_width + config.eta * torch.nan_to_num(error, nan=0.0, posinf=0.0, neginf=0.0)
-    log_width = moved.clamp(math.log(config.width_min), math.log(config.width_max))
-    return ControllerState(log_width=log_width, total=torch.zeros_like(total), count=0)
+    level = config.target + (config.target_end - config.target) * progress
+    deepest = max(num_layers - 1, 1)
+    return [level + config.target_slope * (layer / deepest - 0.5) for layer in range(num_layers)]
+
+
+def steer(
+    config: ChiConfig, state: ControllerState, evidence: Evidence | None, progress: float
+) -> tuple[ControllerState, Evidence | None]:
+    """The state after a step that measured `evidence`, and on every `interval`-th what it decided on, else None.
+
+    A step that measured nothing (None: its update was skipped) does not count.
+    """
+    if evidence is None:
+        return state, None
+    total = state.total + torch.stack((evidence.indicator, evidence.coverage, evidence.firing_rate))
+    state = replace(state, total=total, count=state.count + 1)
+    if config.policy == "fixed" or state.count < config.interval:
+        return state, None
+    indicator, coverage, firing_rate = state.total / state.count
+    mean = Evidence(indicator=indicator, coverage=coverage, firing_rate=firing_rate, spread=evidence.spread)
+    log_width = decide(config, state.start, state.log_width, mean, progress)
+    return replace(state, log_width=log_width, total=torch.zeros_like(total), count=0), mean
+
+
+def decide(config: ChiConfig, start: float, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:
+    """ln w `(L,)` after a decision on `mean`; what is not finite leaves its layer's width where it is."""
+    policy = _hold if config.policy == "chi" else policies.TABLE[config.policy]
+    moved = policy(config, start, log_width, mean, progress)
+    moved = torch.where(torch.isfinite(moved), moved, log_width)
+    return moved.clamp(math.log(config.width_min), math.log(config.width_max))
+
+
+def starved(config: ChiConfig, mean: Evidence) -> Tensor:
+    """`(L,)` bool: layers below a floor."""
+    return (mean.coverage < config.floor_coverage) | (mean.firing_rate < config.floor_rate)
+
+
+def _hold(config: ChiConfig, start: float, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:
+    targets = torch.tensor(targets_at(config, progress, len(log_width)), dtype=torch.float64, device=log_width.device)
+    change = config.eta * torch.nan_to_num(targets - mean.indicator, nan=0.0, posinf=0.0, neginf=0.0)
+    return log_width + torch.where(starved(config, mean), change.clamp_min(FLOOR_STEP), change)

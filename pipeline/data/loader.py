@@ -5,7 +5,7 @@ Order → numbers → Samples → files and windows → Stream → Batch
 
 import atexit
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 
 import numpy as np
@@ -264,7 +264,7 @@ def sizes(taken: Taken) -> np.ndarray:
 
 def evaluation_batches(
     data: DataConfig, *, rank: int, world_size: int, device: torch.device, split: str = "val"
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every sample of a split exactly once over all ranks; each rank gets the same number of batches.
 
     Padding and bad samples are not `valid`: another sample of the split fills their place.

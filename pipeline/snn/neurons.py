@@ -13,7 +13,8 @@ from torch import nn
 
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
-from pipeline.snn import surrogate
+from pipeline.snn import potential, surrogate
+from pipeline.snn.foreign import Surrogate
 from pipeline.snn.kernels import norm, select
 from pipeline.snn.kernels.packing import Again
 from pipeline.snn.kernels.reference import Rule, Tally, potential_dtype
@@ -45,9 +46,13 @@ class Neuron(nn.Module):
         self.rule, self.width, self.tau = rule, width, tau
         self.neuron_steps = 0
         """Neuron-steps of the last training forward, T times the neurons in the batch; 0 before the first."""
+        self.counted = 0
+        """Neuron-steps of training since `NeuronState.zero_counts`."""
         self.tally: Tally | None = None
         self.watch: Callable[[float], None] | None = None
         """Called with the firing rate of each forward pass; waits for the device, so for measurements only."""
+        self.probe: Callable[[torch.Tensor], None] | None = None
+        """Called with h - v_th (...) of every step, computed beside the layer's own pass; see potential.py."""
         self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
         self._leak: torch.Tensor | None = None
 
@@ -94,8 +99,10 @@ class Neuron(nn.Module):
         of the whole sequence.
         """
         if self.training:
-            self.neuron_steps = x.numel() if num_steps is None else x[0].numel() * num_steps
+            self._count_steps(x.numel() if num_steps is None else x[0].numel() * num_steps)
         width, amplitude = self.scalars(x)
+        if self.probe is not None:
+            potential.look(self.probe, x, self.rule, num_steps=num_steps, leak=self.leak(x), v=v)
         spikes, state = select.run(
             x,
             self.rule,
@@ -104,7 +111,7 @@ class Neuron(nn.Module):
             num_steps=num_steps,
             leak=self.leak(x),
             v=v,
-            tally=self.tally,
+            tally=self.tally if self.training else None,
             want_state=want_state,
         )
         if self.watch is not None:
@@ -135,8 +142,12 @@ class Neuron(nn.Module):
             (T N, C, H, W) in y's dtype.
         """
         if self.training:
-            self.neuron_steps = y.numel() * (num_steps if static else 1)
+            self._count_steps(y.numel() * (num_steps if static else 1))
         width, amplitude = self.scalars(y)
+        if self.probe is not None:
+            current = potential.normalised(y, bn)
+            steps = current[None] if static else current.unflatten(0, (num_steps, -1))
+            potential.look(self.probe, steps, self.rule, num_steps=num_steps, leak=self.leak(y))
         out = norm.run(
             y,
             bn,
@@ -147,12 +158,16 @@ class Neuron(nn.Module):
             static=static,
             leak=self.leak(y),
             shortcut=shortcut,
-            tally=self.tally,
+            tally=self.tally if self.training else None,
             again=again,
         )
         if self.watch is not None:
             self.watch((out if shortcut is None else out - shortcut).float().mean().item())
         return out
+
+    def _count_steps(self, neuron_steps: int) -> None:
+        self.neuron_steps = neuron_steps
+        self.counted += neuron_steps
 
     def extra_repr(self) -> str:
         return f"{self.rule}, width={self.width}" + (f", tau={self.tau}" if self.rule.leaky else "")
@@ -183,7 +198,7 @@ class NeuronState:
 
     names: tuple[str, ...]
     """Dotted names of the layers."""
-    neurons: tuple[Neuron, ...]
+    neurons: tuple[Neuron | Surrogate, ...]
     widths: torch.Tensor
     """w of the surrogate, (L,) fp32, in units of the potential; a change takes effect in the next step."""
     amplitudes: torch.Tensor
@@ -201,6 +216,8 @@ class NeuronState:
         """Start the three counters again from 0."""
         for counts in (self.spikes, self.covered, self.grad_sq):
             counts.zero_()
+        for neuron in self.neurons:
+            neuron.counted = 0
 
     def hold_rms(self, num_forwards: int) -> None:
         """Set the amplitudes so that E[g^2] stays what it was at the first call; layers with scale rms only.
@@ -238,9 +255,11 @@ def bind(model: nn.Module) -> NeuronState:
     if hasattr(model, "spiking_layers"):
         layers = [(layer.name, layer.neuron) for layer in model.spiking_layers()]  # pyright: ignore
     else:
-        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Neuron)]
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (Neuron, Surrogate))]
     if not layers:
-        raise ValueError(f"bind: {type(model).__name__} has no spiking layer; put a neurons.Neuron in it")
+        raise ValueError(
+            f"bind: {type(model).__name__} has no spiking layer; put neurons.Neuron or foreign.Surrogate in it"
+        )
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     L = len(layers)
     state = NeuronState(

@@ -27,6 +27,8 @@ class SpikingLayer:
     neuron: Neuron
     weight: nn.Parameter
     """W of the convolution, (C_out, C_in, kH, kW)."""
+    norm: nn.BatchNorm2d | None = None
+    """The batch normalisation between the two."""
 
 
 def connect(kind: str, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
@@ -66,12 +68,14 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(self.c_out))
             self.downsample_sn = neurons.from_config(model)
 
-    def pairs(self) -> list[tuple[str, nn.Conv2d]]:
-        """Each neuron's name in the block with the convolution that feeds it, in forward order."""
-        pairs = [(f"sn{i}", self.get_submodule(f"conv{i}")) for i in range(1, self.depth + 1)]
+    def feeds(self) -> list[tuple[str, nn.Module, nn.Module]]:
+        """Each neuron's name in the block with the convolution and normalisation that feed it, in forward order."""
+        inner = [(f"sn{i}", f"conv{i}", f"bn{i}") for i in range(1, self.depth + 1)]
+        feeds = [(sn, self.get_submodule(conv), self.get_submodule(bn)) for sn, conv, bn in inner]
         if self.downsample is not None:
-            pairs.append(("downsample_sn", self.downsample[0]))
-        return pairs  # pyright: ignore[reportReturnType]
+            conv, norm = self.downsample
+            feeds.append(("downsample_sn", conv, norm))
+        return feeds
 
     def forward(self, x: torch.Tensor, T: int) -> torch.Tensor:
         kept = packing.Packed(x, self.bits_in) if self.training and self.bits_in else None
@@ -93,10 +97,11 @@ class Block(nn.Module):
         return neuron.after_norm(packing.conv2d(x, kept, conv), bn, T, shortcut=shortcut, again=again)
 
 
-def _spiking_layer(name: str, neuron: nn.Module, conv: nn.Conv2d) -> SpikingLayer:
+def _spiking_layer(name: str, neuron: nn.Module, conv: nn.Module, norm: nn.Module) -> SpikingLayer:
     assert isinstance(neuron, Neuron)
     assert isinstance(conv.weight, nn.Parameter)
-    return SpikingLayer(name, neuron, conv.weight)
+    assert isinstance(norm, nn.BatchNorm2d)
+    return SpikingLayer(name, neuron, conv.weight, norm)
 
 
 class SEWResNet(nn.Module):
@@ -153,9 +158,9 @@ class SEWResNet(nn.Module):
 
     def spiking_layers(self) -> list[SpikingLayer]:
         """The neuron layers with the weights that feed them, in forward order."""
-        layers = [_spiking_layer("sn1", self.sn1, self.conv1)]
+        layers = [_spiking_layer("sn1", self.sn1, self.conv1, self.bn1)]
         for name, block in self.blocks():
-            layers += [_spiking_layer(f"{name}.{sn}", block.get_submodule(sn), conv) for sn, conv in block.pairs()]
+            layers += [_spiking_layer(f"{name}.{sn}", block.get_submodule(sn), *feed) for sn, *feed in block.feeds()]
         return layers
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

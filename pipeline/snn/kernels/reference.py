@@ -12,6 +12,7 @@ In the backward pass ds/dh is the surrogate `g(h - v_th)`; with a detached reset
 The potential is kept in fp32 whatever the dtype of x (fp64 for fp64), spikes have the dtype of x.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,11 @@ class _Spike(torch.autograd.Function):
         return grad * g, None, None, None, None
 
 
+def spike(u: torch.Tensor, width: torch.Tensor, amplitude: torch.Tensor, rule: Rule, tally: Tally | None):
+    """`1[u >= 0]`, (...) in u's dtype, with the surrogate for its derivative; backward counts coverage and Σg²."""
+    return _Spike.apply(u, width, amplitude, rule, tally)
+
+
 def potential_dtype(x: torch.Tensor) -> torch.dtype:
     """dtype of the potential: fp64 for fp64 input, fp32 for every other."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -89,6 +95,7 @@ def run(
     leak: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
     tally: Tally | None = None,
+    see: Callable[[torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """T steps of one layer of neurons.
 
@@ -100,6 +107,7 @@ def run(
         leak: 1/tau, 0-d; for leaky rules only. PLIF's gradient flows to it.
         v: potential before the first step, (...); v_reset where absent.
         tally: the layer's counters; nothing is counted without.
+        see: called with h - v_th (...) of every step.
 
     Returns:
         Spikes (T, ...) in the dtype of x, and the potential after the last step (...) in fp32 (fp64 for fp64).
@@ -115,7 +123,9 @@ def run(
             h = potential + (x_t - (potential - rule.v_reset)) * leak.to(dtype)
         else:
             h = potential + x_t
-        s = _Spike.apply(h - rule.v_th, width, amplitude, rule, tally)
+        if see is not None:
+            see(h - rule.v_th)
+        s = spike(h - rule.v_th, width, amplitude, rule, tally)
         s_reset = s.detach() if rule.detach else s
         potential = h * (1 - s_reset) + rule.v_reset * s_reset if rule.hard else h - rule.v_th * s_reset
         spikes.append(s)

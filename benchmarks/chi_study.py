@@ -1,0 +1,106 @@
+"""The χ study: does steering the widths beat every fixed surrogate? Protocol and log: docs/chi_study.md.
+
+    python -m benchmarks.chi_study run STAGE --scratch DIR [--limit N]   the runs of a stage that nobody has done yet
+    python -m benchmarks.chi_study table STAGE                           what came of them, arm by arm
+    python -m benchmarks.chi_study report [--json FILE] [--plot FILE]    the final figures
+
+DIR holds CIFAR-10 as shards (`python -m data_prep imagefolder cifar10-images.tar.gz DIR/cifar10`) and what the runs
+share. Several processes may run the same stage: each takes the next run that is free. Every finished run is a line of
+benchmarks/results/chi_study_runs.jsonl.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.chi_study_arms import STAGES
+
+RUNS = Path(__file__).parent / "results/chi_study_runs.jsonl"
+
+
+def key_of(setting: dict) -> str:
+    return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def finished() -> list[dict]:
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+
+def rounded(value):
+    """Courses with four digits: the file is read by people too."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [rounded(element) for element in value]
+    return {name: rounded(element) for name, element in value.items()} if isinstance(value, dict) else value
+
+
+def free(settings: list, claims: Path) -> Iterator:
+    """Each setting that is neither done nor being done by another process."""
+    claims.mkdir(parents=True, exist_ok=True)
+    for setting in settings:
+        key = key_of(asdict(setting))
+        if any(record["key"] == key for record in finished()):
+            continue
+        try:
+            os.close(os.open(claims / key, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        yield setting
+
+
+def do(stage: str, scratch: Path, limit: int | None) -> int:
+    """Does at most `limit` runs; the number done."""
+    from benchmarks.chi_study_run import run
+
+    done = 0
+    for setting in free(STAGES[stage], scratch / "claims"):
+        record = {"key": key_of(asdict(setting)), "stage": stage, **run(setting, scratch / "cifar10", scratch)}
+        record["course"] = rounded(record["course"])
+        with RUNS.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"{setting.arm:32} lr {setting.lr:<5} seed {setting.seed}: {100 * record['accuracy']:.2f} %", flush=True)
+        done += 1
+        if done == limit:
+            break
+    return done
+
+
+def table(stage: str) -> None:
+    rows = defaultdict(list)
+    for record in finished():
+        if record["stage"] == stage:
+            rows[record["arm"], record["lr"]].append(record)
+    means = {arm: sum(r["accuracy"] for r in records) / len(records) for arm, records in rows.items()}
+    for (arm, lr), mean in sorted(means.items(), key=lambda item: -item[1]):
+        records = rows[arm, lr]
+        each = " ".join(f"{100 * r['accuracy']:.2f}" for r in sorted(records, key=lambda r: r["seed"]))
+        loss = sum(r["train_loss"] for r in records) / len(records)
+        print(f"{arm:34} lr {lr:<5} {100 * mean:6.2f}  loss {loss:.3f}  n={len(records)}: {each}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=("run", "table", "report"))
+    parser.add_argument("stage", nargs="?", choices=tuple(STAGES))
+    parser.add_argument("--scratch", type=Path, default=Path("build/chi_study"))
+    parser.add_argument("--limit", type=int, help="do at most this many runs")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    if arguments.what == "run":
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+        raise SystemExit(0 if do(arguments.stage, arguments.scratch, arguments.limit) else 3)
+    if arguments.what == "table":
+        table(arguments.stage)
+
+
+if __name__ == "__main__":
+    main()

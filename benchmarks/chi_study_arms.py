@@ -1,0 +1,47 @@
+"""Every run of the χ study, stage by stage; what each stage is for stands in docs/chi_study.md."""
+
+from benchmarks.chi_study_run import Setting
+
+FIXED = {"policy": "fixed"}
+
+
+def chi(target: float, target_end: float | None = None, **settings) -> dict:
+    return {"policy": "chi", "target": target, "target_end": target if target_end is None else target_end, **settings}
+
+
+def _rivals(lr: float, **rest) -> list[Setting]:
+    """Every arm that is not ours."""
+    fixed = [Setting(arm=f"fixed {w}", width=w, policy=FIXED, lr=lr, **rest) for w in (0.25, 0.5, 1.0, 2.0, 4.0)]
+    return [
+        *fixed,
+        Setting(arm="atan", surrogate="atan", width=0.31830988618379067, policy=FIXED, lr=lr, **rest),
+        Setting(arm="schedule 2 to 0.5", width=2.0, policy={"policy": "schedule", "width_end": 0.5}, lr=lr, **rest),
+        Setting(arm="mpd_agl", surrogate="rectangle", policy={"policy": "mpd_agl"}, lr=lr, **rest),
+        Setting(arm="ds_atgo", surrogate="rectangle", policy={"policy": "ds_atgo"}, lr=lr, **rest),
+    ]
+
+
+def _search(lr: float, **rest) -> list[Setting]:
+    """Courses of the target, its slope in depth, shape, scale and indicator; from random widths."""
+    arms = {
+        "chi 0.5 to 0.3": {"policy": chi(0.5, 0.3)},
+        "chi 0.4": {"policy": chi(0.4)},
+        "chi 0.6 to 0.3": {"policy": chi(0.6, 0.3)},
+        "chi 0.5 to 0.2": {"policy": chi(0.5, 0.2)},
+        "chi 0.6 to 0.4": {"policy": chi(0.6, 0.4)},
+        "chi 0.4 to 0.2": {"policy": chi(0.4, 0.2)},
+        "chi 0.5 to 0.3, deeper wider": {"policy": chi(0.5, 0.3, target_slope=0.2)},
+        "chi 0.5 to 0.3, deeper narrower": {"policy": chi(0.5, 0.3, target_slope=-0.2)},
+        "chi 0.5 to 0.3, rectangle": {"surrogate": "rectangle", "policy": chi(0.5, 0.3)},
+        "chi 0.5 to 0.3, peak": {"scale": "peak", "policy": chi(0.5, 0.3)},
+        "participation 0.5 to 0.4": {"policy": chi(0.5, 0.4, indicator="participation")},
+        "chi 0.5 to 0.3, eta 0.2": {"policy": chi(0.5, 0.3, eta=0.2)},
+    }
+    return [Setting(arm=arm, width=None, lr=lr, **settings, **rest) for arm, settings in arms.items()]
+
+
+STAGES: dict[str, list[Setting]] = {
+    "sweep": _rivals(0.1),
+    "search": _search(0.1),
+    "rates": [setting for lr in (0.2, 0.05) for setting in _rivals(lr)],
+}

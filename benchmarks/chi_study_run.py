@@ -1,0 +1,133 @@
+"""One run of the χ study: a small SEW-ResNet on CIFAR-10, its widths set by one policy.
+
+Images come from our own shards through our own loader, decoded and scaled once, and stay in memory; the widths are
+steered by `chi.attach`. Training images are numbered in the shards' order, which data_prep has shuffled: the first
+40,000 are for training, the last 10,000 for choosing. The test split is read only where `split` is "test".
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline import chi
+from pipeline.config import DataConfig, ModelConfig
+from pipeline.data.loader import evaluation_batches
+from pipeline.snn import readout, sew_resnet
+
+NUM_TRAIN = 40_000
+MOMENTUM = 0.9
+START = (0.25, 4.0)
+"""Random starting widths are drawn log-uniformly from here, one for each layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a run depends on; the same for every arm but for the surrogate and its policy."""
+
+    arm: str
+    """Name of the arm."""
+    surrogate: str = "triangle"
+    scale: str = "area"
+    width: float | None = 1.0
+    """Width at the start; None draws one for each layer from START."""
+    policy: dict
+    """Settings of `chi.attach`."""
+    lr: float = 0.1
+    seed: int = 0
+    arch: str = "sew_cifar8"
+    T: int = 4
+    image_size: int = 16
+    num_images: int = 10_000
+    epochs: int = 8
+    batch: int = 64
+    split: str = "held_out"
+    """What the result is measured on: held_out or test."""
+
+
+def images_of(shards: Path, split: str, image_size: int, cache: Path) -> tuple[Tensor, Tensor]:
+    """Every image of a split, `(n, 3, S, S)` bf16, normalised, and labels `(n,)`; decoded once, kept in `cache`."""
+    kept = cache / f"{split}-{image_size}.pt"
+    if not kept.exists():
+        data = DataConfig(path=str(shards), image_size=image_size, global_batch=500, micro_batch=500, threads=2)
+        batches = evaluation_batches(data, rank=0, world_size=1, device=torch.device("cpu"), split=split)
+        pairs = [(batch.images[batch.valid].bfloat16(), batch.labels[batch.valid]) for batch in batches]
+        images, labels = (torch.cat(column).contiguous() for column in zip(*pairs, strict=True))
+        temporary = kept.with_suffix(f".{time.time_ns()}")
+        torch.save((images, labels), temporary)
+        temporary.replace(kept)
+    return torch.load(kept)
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image `(n, 3, S, S)` shifted by up to an eighth of its side, and every second one mirrored."""
+    n, _, _, side = images.shape
+    pad = side // 8
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+    top, left = torch.randint(0, 2 * pad + 1, (2, n), generator=generator)
+    across = torch.arange(side)
+    mirrored = torch.rand(n, generator=generator) < 0.5
+    columns = torch.where(mirrored[:, None], across.flip(0), across) + left[:, None]
+    rows = across + top[:, None]
+    number = torch.arange(n)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def accuracy(network: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
+    network.eval()
+    hits = 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(images.split(500), labels.split(500), strict=True):
+            hits += int((network(x).float().mean(0).argmax(1) == y).sum())
+    network.train()
+    return hits / len(labels)
+
+
+def run(setting: Setting, shards: Path, cache: Path) -> dict:
+    """Trains one network and returns the setting with what came of it."""
+    began = time.monotonic()
+    images, labels = images_of(shards, "train", setting.image_size, cache)
+    generator = torch.Generator().manual_seed(setting.seed)
+    drawn = torch.randperm(NUM_TRAIN, generator=torch.Generator().manual_seed(0))[: setting.num_images]
+    torch.manual_seed(setting.seed)
+    model = ModelConfig(arch=setting.arch, T=setting.T, surrogate=setting.surrogate, scale=setting.scale)
+    network = sew_resnet.build(model, num_classes=10, image_size=setting.image_size)
+    layers = network.spiking_layers()
+    starts = torch.rand(len(layers), generator=torch.Generator().manual_seed(1000 + setting.seed))
+    for layer, u in zip(layers, starts.tolist(), strict=True):
+        drawn_width = START[0] * (START[1] / START[0]) ** u
+        layer.neuron.width = drawn_width if setting.width is None else setting.width
+    optimizer = torch.optim.SGD(network.parameters(), lr=setting.lr, momentum=MOMENTUM)
+    steps = setting.epochs * (setting.num_images // setting.batch)
+    pilot = chi.attach(network, optimizer, steps=steps, **setting.policy)
+    course, losses = [], []
+    for step in range(steps):
+        if step % (steps // setting.epochs) == 0:
+            order = drawn[torch.randperm(len(drawn), generator=generator)]
+        at = step % (steps // setting.epochs) * setting.batch
+        chosen = order[at : at + setting.batch]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * setting.lr * (1 + math.cos(math.pi * step / steps))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = readout.cross_entropy(network(augmented(images[chosen], generator)), labels[chosen])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        if (step + 1) % (steps // 8) == 0 and pilot.indicators is not None:
+            at = {name: getattr(pilot.indicators, name).tolist() for name in ("coverage", "participation", "chi")}
+            course.append({"step": step + 1, "widths": pilot.neurons.widths.tolist(), **at})
+    if setting.split == "held_out":
+        measured = images[NUM_TRAIN:], labels[NUM_TRAIN:]
+    else:
+        measured = images_of(shards, "val", setting.image_size, cache)
+    return {
+        **asdict(setting),
+        "accuracy": accuracy(network, *measured),
+        "train_loss": torch.stack(losses[-steps // setting.epochs :]).mean().item(),
+        "course": course,
+        "seconds": time.monotonic() - began,
+    }

@@ -1,0 +1,207 @@
+"""χ and its control for a training script of one's own: plain PyTorch or DistributedDataParallel.
+
+    pilot = attach(model, optimizer, steps=num_steps)
+
+After that every `optimizer.step()` measures the gradient it is about to use and steers the widths for the next step;
+the script's loop stays as it is. Spiking layers are `snn.neurons.Neuron`, or any neuron that takes its spike from a
+`snn.foreign.Surrogate` (SpikingJelly's do). Under DDP this rank's counts ride on the last bucket of the gradient
+all-reduce, so that all ranks read the same numbers and steer alike; no collective is added.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.chi import controller
+from pipeline.chi.calibrate import calibrated_widths
+from pipeline.chi.controller import ControllerState
+from pipeline.chi.indicator import Indicators, gradient_sums, indicators
+from pipeline.chi.limbs import pack, unpack
+from pipeline.chi.spread import Spread
+from pipeline.config import ChiConfig
+from pipeline.errors import ConfigError
+from pipeline.snn.neurons import NeuronState, bind
+from pipeline.snn.sew_resnet import SpikingLayer
+
+
+class Pilot:
+    """Measures and steers at every optimizer step; made by `attach`."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: ChiConfig, steps: int) -> None:
+        network = model.module if isinstance(model, DistributedDataParallel) else model
+        self.config, self.num_steps, self.step, self._network = config, steps, 0, network
+        self.neurons: NeuronState = bind(network)
+        """Widths and counters of the spiking layers."""
+        self.layers: list[SpikingLayer] = feeding_layers(network, self.neurons)
+        """The spiking layers with the weights that feed them, in forward order."""
+        self.indicators: Indicators | None = None
+        """What the last step measured."""
+        device = self.neurons.widths.device
+        self.controller: ControllerState = controller.start(len(self.layers), 1.0, device)
+        self.controller = controller.start_at(self.controller, self.neurons.widths)
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._weights = torch.tensor([layer.weight.numel() for layer in self.layers], device=device)
+        self._spread = Spread(config, self.layers, self.neurons)
+        self._reduced: Tensor | None = None
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        if isinstance(model, DistributedDataParallel):
+            model.register_comm_hook(None, self._reduce)
+        self._is_reduced = isinstance(model, DistributedDataParallel)
+
+    def calibrate(self, images: Tensor) -> None:
+        """Before the first step: widths that put the coverage of this batch at the target, on every rank alike."""
+        targets = controller.targets_at(self.config, 0.0, len(self.layers))
+        widths = calibrated_widths(self._network, images, self.neurons, targets)
+        if self._is_reduced:
+            dist.broadcast(widths, 0)
+        widths.clamp_(self.config.width_min, self.config.width_max)
+        self.controller = controller.start_at(self.controller, widths)
+        self.neurons.widths.copy_(self.controller.widths)
+
+    def state_dict(self) -> dict:
+        """What a checkpoint of the script has to hold, for `load_state_dict`."""
+        return {"controller": self.controller.to_dict(), "step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from another pilot's `state_dict()`: same widths, same next decision."""
+        self.controller = ControllerState.from_dict(state["controller"], self.neurons.widths.device)
+        self.step = int(state["step"])
+        self.neurons.widths.copy_(self.controller.widths)
+
+    def detach(self) -> None:
+        """Stop measuring and steering; the widths stay. A DDP model keeps its hook, which then does no more."""
+        self._hook.remove()
+        self._is_reduced = False
+
+    @torch.no_grad()
+    def _before_step(self, *_) -> None:
+        counts, spreads = self._counts(), self._spread.local()
+        if self._is_reduced:
+            if self._reduced is None:
+                raise RuntimeError("chi.attach: the optimizer steps on a gradient that DDP has not reduced; leave one "
+                                   "backward pass before each step outside model.no_sync()")  # fmt: skip
+            counts, spreads = self._unpack(self._reduced)
+        spikes, covered, neuron_steps = counts.view(3, -1)
+        by_id = {id(p): gradient_sums(p.grad) for p in self._parameters if p.grad is not None}
+        nothing = torch.zeros(3, dtype=torch.float64, device=counts.device)
+        self.indicators = indicators(
+            torch.stack([by_id.get(id(layer.weight), nothing) for layer in self.layers]),
+            torch.stack([nothing, *by_id.values()])[:, 0].sum(),
+            weights=self._weights,
+            parameters=sum(p.numel() for p in self._parameters),
+            spikes=spikes,
+            covered=covered if all(neuron.rule.bounded for neuron in self.neurons.neurons) else None,
+            neuron_steps=neuron_steps,
+        )
+        self._steer(spreads)
+        self.neurons.zero_counts()
+        self._reduced = None
+
+    def _steer(self, spreads: Tensor | None) -> None:
+        self.step += 1
+        assert self.indicators is not None
+        evidence = self._spread.evidence(self.indicators, spreads)
+        progress = min(1.0, self.step / self.num_steps)
+        self.controller, _ = controller.steer(self.config, self.controller, evidence, progress)
+        self.neurons.widths.copy_(self.controller.widths)
+        self._spread.prepare(self.controller.count)
+
+    # Under DDP: what this rank counted goes along with the last bucket.
+
+    def _counts(self) -> Tensor:
+        counted = [neuron.counted for neuron in self.neurons.neurons]
+        steps = torch.tensor(counted, device=self.neurons.spikes.device)
+        return torch.cat((self.neurons.spikes, self.neurons.covered, steps))
+
+    def _unpack(self, tail: Tensor) -> tuple[Tensor, Tensor | None]:
+        limbs = 9 * len(self.layers)
+        return unpack(tail[:limbs]), tail[limbs:].double() / dist.get_world_size() if len(tail) > limbs else None
+
+    def _reduce(self, _, bucket) -> torch.futures.Future[Tensor]:
+        gradient = bucket.buffer().div_(dist.get_world_size())
+        if not (bucket.is_last() and self._is_reduced):
+            return summed(gradient).then(lambda done: done.value()[0])
+        spreads = self._spread.local()
+        tail = pack(self._counts()) if spreads is None else torch.cat((pack(self._counts()), spreads.float()))
+        size = gradient.numel()
+        if gradient.dtype not in (torch.float32, torch.float64):
+            # Counts would be rounded in a half-precision bucket: here, and only here, they travel by themselves.
+            dist.all_reduce(tail)
+            self._reduced = tail
+            return summed(gradient).then(lambda done: done.value()[0])
+
+        def split(done) -> Tensor:
+            self._reduced = done.value()[0][size:]
+            return done.value()[0][:size]
+
+        return summed(torch.cat((gradient, tail.to(gradient)))).then(split)
+
+
+def attach(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int | None = None, **settings: object
+) -> Pilot:
+    """Measure χ at every step of `optimizer`, and steer the widths of the model's surrogates by it.
+
+    Args:
+        model: on its device; plain, or wrapped in DistributedDataParallel (before its first backward pass).
+        optimizer: of torch; its `step()` is the moment of measuring.
+        steps: optimizer steps in the run, which a moving target or schedule is spread over; None only where nothing
+            moves (`target_end` equal to `target`, policy not schedule).
+        settings: fields of `pipeline.config.ChiConfig`: policy, indicator, target, target_end, eta, interval, …
+
+    Returns:
+        The pilot: `.indicators` of the last step, `.neurons.widths`, `state_dict()`.
+
+    Raises:
+        ConfigError: a setting that does not exist or is out of range; steps missing; a model in shards.
+        ValueError: the model has no spiking layer that can be steered.
+    """
+    if type(model).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine") or hasattr(model, "unshard"):
+        raise ConfigError(f"chi.attach: {type(model).__name__} keeps gradients in pieces; use a plain module or "
+                          "DistributedDataParallel, or for DeepSpeed launch/train.py")  # fmt: skip
+    try:
+        config = ChiConfig(**settings)  # pyright: ignore[reportArgumentType]
+    except TypeError as error:
+        raise ConfigError(f"chi.attach: {error}; use the fields of pipeline.config.ChiConfig") from None
+    moves = config.policy == "schedule" or (config.policy == "chi" and config.target != config.target_end)
+    if moves and steps is None:
+        raise ConfigError(
+            f"chi.attach: steps is missing, over which policy={config.policy!r} moves; give the optimizer steps of the "
+            "run, or a target_end equal to target"
+        )
+    if config.policy == "chi" and config.indicator == "coverage":
+        for neuron in bind(model).neurons:
+            if not neuron.rule.bounded:
+                raise ConfigError(f"chi.attach: coverage is undefined for the surrogate {neuron.rule.shape!r}, whose "
+                                  "support is unbounded; use triangle or rectangle, or policy fixed")  # fmt: skip
+    return Pilot(model, optimizer, config, steps or 1)
+
+
+def summed(tensor: Tensor) -> torch.futures.Future:
+    """The all-reduce of `tensor`, under way."""
+    work = dist.all_reduce(tensor, async_op=True)
+    assert work is not None
+    return work.get_future()
+
+
+def feeding_layers(network: nn.Module, neurons: NeuronState) -> list[SpikingLayer]:
+    """Every spiking layer with the weight that feeds it: the network's own list, or the nearest one before it.
+
+    Before means in the order of registration; the weight is of a convolution or linear layer, the norm a BatchNorm2d.
+    """
+    if hasattr(network, "spiking_layers"):
+        return list(network.spiking_layers())  # pyright: ignore
+    layers, weight, norm = [], None, None
+    names = {id(neuron): name for name, neuron in zip(neurons.names, neurons.neurons, strict=True)}
+    for module in network.modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            weight, norm = module.weight, None
+        elif isinstance(module, nn.BatchNorm2d):
+            norm = module
+        elif id(module) in names:
+            if weight is None:
+                raise ValueError(f"chi.attach: no weights feed {names[id(module)]}: no convolution or linear layer is "
+                                 "registered before it; register modules in forward order")  # fmt: skip
+            layers.append(SpikingLayer(names[id(module)], module, weight, norm))  # pyright: ignore
+    return layers

@@ -1,0 +1,66 @@
+"""Our surrogate for neurons of other libraries: they compute u = h - v_th and call it for the spike.
+
+    neuron.IFNode(surrogate_function=Surrogate("triangle"))      # SpikingJelly, step_mode "s" or "m", backend "torch"
+
+Width, amplitude and counters are a layer's scalars in device memory, as for `neurons.Neuron`; `neurons.bind` gives
+them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from pipeline.snn import surrogate
+from pipeline.snn.kernels.reference import Rule, Tally, spike
+
+
+class Surrogate(nn.Module):
+    """`1[u >= 0]` whose derivative is g_w(u): callable on u of any shape, once for each time step or for all at once.
+
+    Args:
+        shape, scale: of the surrogate, see surrogate.py.
+        width: w until `neurons.bind` or `chi.attach`, in units of the potential, above 0.
+
+    Raises:
+        ConfigError: unknown shape or scale.
+    """
+
+    spiking = True
+    """What SpikingJelly asks its surrogate objects: the forward pass is a step."""
+
+    def __init__(self, shape: str = "triangle", scale: str = "area", width: float = 1.0) -> None:
+        super().__init__()
+        surrogate.check(shape, scale)
+        self.rule, self.width = Rule(shape=shape, scale=scale), width
+        self.neuron_steps = 0
+        """Neuron-steps of the last training call."""
+        self.counted = 0
+        """Neuron-steps of training since `NeuronState.zero_counts`."""
+        self.tally: Tally | None = None
+        self.probe: Callable[[torch.Tensor], None] | None = None
+        self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attach(self, width: torch.Tensor, amplitude: torch.Tensor, tally: Tally) -> None:
+        """Read the width and amplitude from, and count into, these 0-d tensors."""
+        self._scalars, self.tally = (width, amplitude), tally
+
+    def leak(self, _: torch.Tensor) -> None:
+        """None: what leaks is the neuron's own business."""
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """Spikes, 0 or 1, of u's shape and dtype."""
+        if self.probe is not None:
+            self.probe(u.detach().float())
+        counts = self.tally if self.training and torch.is_grad_enabled() else None
+        if counts is not None:
+            self.neuron_steps = u.numel()
+            self.counted += u.numel()
+        width, amplitude = self._scalars or (torch.tensor(self.width), torch.ones(()))
+        spikes = spike(u, width.to(u), amplitude.to(u), self.rule, counts)
+        if counts is not None:
+            counts.spikes.add_(spikes.detach().sum(dtype=torch.float64).long())
+        return spikes
+
+    def extra_repr(self) -> str:
+        return f"{self.rule.shape}, scale={self.rule.scale}, width={self.width}"

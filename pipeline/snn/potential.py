@@ -1,0 +1,62 @@
+"""Looking at membrane potentials while a network runs, by a second, plain pass over a layer's current.
+
+The kernels never write h to memory; who wants its distribution sets a neuron's `probe` for a forward pass or two.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipeline.snn.kernels import reference
+
+if TYPE_CHECKING:
+    from pipeline.snn.foreign import Surrogate
+    from pipeline.snn.neurons import Neuron
+
+
+@contextmanager
+def probed(neurons: "Sequence[Neuron | Surrogate]", see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """While the block runs, `see(layer, u)` gets u = h - v_th of every layer and step, fp32 (fp64 for fp64)."""
+
+    def of(layer: int) -> Callable[[torch.Tensor], None]:
+        return lambda u: see(layer, u)
+
+    for layer, neuron in enumerate(neurons):
+        neuron.probe = of(layer)
+    try:
+        yield
+    finally:
+        for neuron in neurons:
+            neuron.probe = None
+
+
+@torch.no_grad()
+def look(
+    see: Callable[[torch.Tensor], None],
+    x: torch.Tensor,
+    rule: reference.Rule,
+    *,
+    num_steps: int | None,
+    leak: torch.Tensor | None,
+    v: torch.Tensor | None = None,
+) -> None:
+    """Shows h - v_th of every step to `see`; arguments as in `reference.run`, x of one step where it is static."""
+    if num_steps is not None and x.shape[0] == 1:
+        x = x.expand(num_steps, *x.shape[1:])
+    one = torch.ones((), device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        reference.run(x, rule, one, one, leak=leak, v=v, see=see)
+
+
+@torch.no_grad()
+def normalised(y: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
+    """bn(y) in the potential's dtype; its running statistics stay as they are."""
+    running = (None, None) if bn.training else (bn.running_mean, bn.running_var)
+    with torch.autocast(y.device.type, enabled=False):
+        return functional.batch_norm(
+            y.to(reference.potential_dtype(y)), *running, bn.weight, bn.bias, training=bn.training, eps=bn.eps
+        )
