@@ -31,7 +31,7 @@ static inline float load(real x) { return x; }
 static inline real store(float value) { return value; }
 #endif
 
-enum { BLOCK = 128, MAX_STEPS = 32 };
+enum { BLOCK = 128, FOLD = 64 };
 enum { TRIANGLE, RECTANGLE, ATAN, SIGMOID };
 
 struct Neuron { float v_th, v_reset, leak, width, amplitude; };
@@ -106,10 +106,22 @@ extern "C" void spike_forward(const real* x, const float* scale, const float* sh
 }
 
 // Sums of one thread: a lane for each element of a block, two for each channel (offset like the tables).
+// Few terms in fp32, then on in doubles: a rectangle's g^2 is one constant, whose rounding always goes the same way.
 struct Sums {
     float square[BLOCK] = {0}, leak[BLOCK] = {0};
     int32_t covered[BLOCK] = {0};
     std::vector<float> gradient, product;
+    double squares[BLOCK] = {0}, leaks[BLOCK] = {0};
+    std::vector<double> gradients, products;
+
+    explicit Sums(size_t n) : gradient(n), product(n), gradients(n), products(n) {}
+
+    __attribute__((noinline)) void fold() {
+        for (long i = 0; i < BLOCK; i++) squares[i] += square[i], square[i] = 0;
+        for (long i = 0; i < BLOCK; i++) leaks[i] += leak[i], leak[i] = 0;
+        for (size_t i = 0; i < gradient.size(); i++) gradients[i] += gradient[i], gradient[i] = 0;
+        for (size_t i = 0; i < product.size(); i++) products[i] += product[i], product[i] = 0;
+    }
 };
 
 extern "C" void spike_backward(const real* x, const float* scale, const float* shift, const float* mean,
@@ -123,12 +135,10 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
     const float peak = SHAPE == TRIANGLE ? 1 : SHAPE == RECTANGLE ? 0.5f : SHAPE == ATAN ? 0.318309886183790672f : 0.25f;
     const float gain = PEAK ? p.amplitude / peak : p.amplitude * inverse;
     long blocks = (M + BLOCK - 1) / BLOCK;
-    std::vector<Sums> sums(threads);
+    std::vector<Sums> sums(threads, Sums(scales.size()));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long thread = 0; thread < threads; thread++) {
         Sums& sum = sums[thread];
-        sum.gradient.assign(scales.size(), 0);
-        sum.product.assign(scales.size(), 0);
         std::vector<float> h((steps + 1) * BLOCK), before(LEAKY ? steps * BLOCK : 0), currents(LEAKY ? steps * BLOCK : 0);
         for (long b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) {
             long m = b * BLOCK, n = M - m < BLOCK ? M - m : BLOCK;
@@ -180,16 +190,18 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
                 for (long i = 0; i < n; i++) grad_x[m + i] = store(total[i]);
             if (grad_first)
                 for (long i = 0; i < n; i++) grad_first[m + i] = grad_v[i];
+            if (b % FOLD == FOLD - 1) sum.fold();
         }
+        sum.fold();
     }
     for (long thread = 0; thread < threads; thread++) {
         Sums& sum = sums[thread];
         for (long i = 0; i < BLOCK && covered; i++) *covered += sum.covered[i];
-        for (long i = 0; i < BLOCK && square; i++) *square += sum.square[i];
-        for (long i = 0; i < BLOCK && grad_leak; i++) *grad_leak += sum.leak[i];
-        for (size_t i = 0; i < sum.gradient.size(); i++) {
-            gradient[i % C] += sum.gradient[i];
-            product[i % C] += sum.product[i];
+        for (long i = 0; i < BLOCK && square; i++) *square += sum.squares[i];
+        for (long i = 0; i < BLOCK && grad_leak; i++) *grad_leak += sum.leaks[i];
+        for (size_t i = 0; i < sum.gradients.size(); i++) {
+            gradient[i % C] += sum.gradients[i];
+            product[i % C] += sum.products[i];
         }
     }
 }

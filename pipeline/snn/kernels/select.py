@@ -57,7 +57,7 @@ def run(
 def _flatten(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """x as (T, M) in the order its elements lie in memory, and that order of the dimensions; copies if not dense."""
     order = (0, *sorted(range(1, x.dim()), key=lambda dim: (-x.stride(dim), dim)))
-    return x.permute(order).contiguous().flatten(1), order
+    return x.permute(order).contiguous().view(x.shape[0], -1), order
 
 
 def _restore(flat: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:
