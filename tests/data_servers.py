@@ -1,10 +1,11 @@
-"""Real servers to read shards from: HTTP that misbehaves as it is told to, and the S3 protocol."""
+"""Real servers to read shards from: HTTP that misbehaves as it is told to, and the S3 protocol, which may too."""
 
 import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,8 +19,8 @@ class FaultyServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, handler: type[BaseHTTPRequestHandler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or _Handler)
         self.folder, self.faults = folder, dict[str, list[str]]()
         self.requests: Counter[str] = Counter()
         self.release = threading.Event()
@@ -75,9 +76,54 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+class FaultyProxy(FaultyServer):
+    """Passes requests on to the server at `target`, host and port; `faults` may have cut and busy, of a GET."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        super().__init__(Path(), _Forwarder)
+        self.target = target
+
+
+class _Forwarder(BaseHTTPRequestHandler):
+    server: FaultyProxy  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        fault = ""
+        if self.command == "GET":
+            self.server.requests[name] += 1
+            planned = self.server.faults.get(name, [])
+            fault = planned.pop(0) if planned else ""
+        if fault == "busy":
+            return self.send_error(503)
+        target = HTTPConnection(*self.server.target)
+        target.request(self.command, self.path, headers=dict(self.headers))
+        answer = target.getresponse()
+        body = answer.read()
+        target.close()
+        self.send_response(answer.status)
+        for header, value in answer.getheaders():
+            if header.lower() not in ("connection", "server", "date"):
+                self.send_header(header, value)
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)  # and the connection is closed
+        return None
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, format: str, *args) -> None:
+        pass
+
+
 @contextmanager
 def serve(folder: Path) -> Iterator[FaultyServer]:
-    server = FaultyServer(folder)
+    with _running(FaultyServer(folder)) as server:
+        yield server
+
+
+@contextmanager
+def _running(server: FaultyServer) -> Iterator[FaultyServer]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -90,16 +136,20 @@ def serve(folder: Path) -> Iterator[FaultyServer]:
 
 
 @contextmanager
-def serve_s3(folder: Path, bucket: str) -> Iterator[str]:
-    """A folder's files in a bucket of moto's S3 server; sets where boto finds it, and yields the bucket's URL."""
+def serve_s3(folder: Path, bucket: str) -> Iterator[tuple[str, FaultyServer]]:
+    """A folder's files in a bucket of moto's S3 server, behind a proxy that can fail.
+
+    Sets where boto finds the proxy, and yields the bucket's URL and the proxy.
+    """
     import boto3
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": "",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -107,11 +157,14 @@ def serve_s3(folder: Path, bucket: str) -> Iterator[str]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
-        client = boto3.client("s3")
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
         client.create_bucket(Bucket=bucket)
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             client.upload_file(str(path), bucket, str(path.relative_to(folder)))
-        yield f"s3://{bucket}"
+        with _running(FaultyProxy((host, port))) as proxy:
+            os.environ["AWS_ENDPOINT_URL"] = proxy.url
+            S3FileSystem.clear_instance_cache()  # else a client of an earlier server is taken again
+            yield f"s3://{bucket}", proxy
     finally:
         server.stop()
         for name, value in before.items():

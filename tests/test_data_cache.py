@@ -76,10 +76,28 @@ def test_http_gives_the_same_pixels_as_local_and_each_shard_comes_once(origin, s
 
 
 def test_s3_gives_the_same_pixels_as_local(origin, tmp_path):
-    with serve_s3(origin, "shards") as url:
+    with serve_s3(origin, "shards") as (url, _):
         assert equal(pixels(config(url, tmp_path)), pixels(config(str(origin), tmp_path)))
         with pytest.raises(ConfigError, match="no shard set in s3://shards/elsewhere"):
             Manifest.load(f"{url}/elsewhere")
+
+
+def test_faults_of_s3_are_mended_by_our_retries_alone_and_those_that_stay_are_named(origin, tmp_path):
+    with serve_s3(origin, "shards") as (url, proxy):
+        proxy.faults = {"manifest.json": ["busy"], "train-000002.tar": ["cut"], "train-000003.npy": ["busy"]}
+        assert equal(pixels(config(url, tmp_path / "one")), pixels(config(str(origin), tmp_path)))
+        assert proxy.requests["train-000002.tar"] == proxy.requests["train-000003.npy"] == 2
+        assert proxy.requests["train-000002.npy"] == 1
+        for fault, cause in (("cut", "ClientPayloadError"), ("busy", "503|Service Unavailable")):
+            proxy.requests.clear()
+            proxy.faults["train-000001.tar"] = [fault] * 99
+            cache = open_cache(f"{url}/train", tmp_path / fault, retries=1)
+            with pytest.raises(DataError) as caught:
+                cache.hold(Manifest.load(f"{url}/train").shards[1])
+            failed = r"^s3://shards/train/train-000001\.tar could not be read in 2 attempts; the last failed with "
+            assert re.search(rf"{failed}.*({cause})", str(caught.value), re.DOTALL)
+            assert proxy.requests["train-000001.tar"] == 2  # the S3 client's own attempts would multiply with ours
+            cache.close()
 
 
 def test_other_protocols_of_fsspec_work(origin, tmp_path):

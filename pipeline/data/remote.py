@@ -131,9 +131,16 @@ def _file_system(url: str, timeout_s: float):
             "timeout": ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s),
         }
     elif protocol == "s3":
-        options["config_kwargs"] = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
+        options["config_kwargs"] = {
+            "connect_timeout": timeout_s,
+            "read_timeout": timeout_s,
+            "retries": {"total_max_attempts": 1},
+        }
     try:
-        return fsspec.filesystem(protocol, **options)
+        files = fsspec.filesystem(protocol, **options)
+        if protocol == "s3":
+            files.retries = 1  # its own five, by boto's five, would make minutes of timeouts hours
+        return files
     except ImportError as error:
         raise ConfigError(f"data.path={url!r} needs a package that is not installed: {error}") from None
     except ValueError as error:
