@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline import chi
 from pipeline.chi.attach import feeding_layers
+from pipeline.chi.by_step import by_time_step
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import readout, sew_resnet
@@ -243,3 +244,35 @@ def test_two_ranks_of_ddp_read_the_same_and_steer_alike():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "both ranks agree" in done.stdout
+
+
+def test_coverage_and_rate_of_every_time_step_average_to_those_of_the_step():
+    model = network()
+    optimizer = sgd(model)
+    pilot = chi.attach(model, optimizer, policy="fixed")
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(4, 3, 8, 8, generator=generator), torch.randint(10, (4,), generator=generator)
+    coverage, rate = by_time_step(model, images, pilot.neurons)
+    pilot.neurons.zero_counts()
+    readout.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    assert pilot.indicators is not None
+    assert coverage.shape == rate.shape == (6, 2)
+    assert coverage.mean(1).tolist() == pytest.approx(pilot.indicators.coverage.tolist(), abs=1e-6)
+    assert rate.mean(1).tolist() == pytest.approx(pilot.indicators.firing_rate.tolist(), abs=1e-6)
+    assert not torch.equal(coverage[:, 0], coverage[:, 1])
+
+
+def test_the_example_of_the_documentation_learns_and_steers():
+    done = subprocess.run(
+        [sys.executable, "docs/attach_example.py"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    accuracy = float(done.stdout.split()[1])
+    assert accuracy > 85
+    assert len((ROOT / "docs/attach_example.py").read_text().splitlines()) <= 40
