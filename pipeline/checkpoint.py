@@ -43,13 +43,15 @@ def average_buffers(engine) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-def gather(engine) -> dict[str, dict[str, torch.Tensor]]:
-    """Full parameters, momentum and buffers by name, on the CPU. Every rank calls it; it is a collective."""
+def gather(engine) -> dict[str, dict]:
+    """Full fp32 parameters, momentum and buffers by name, on the CPU. Every rank calls it; it is a collective."""
     average_buffers(engine)
     parameters, momentum = {}, {}
+    fp32 = masters(engine)
     for name, parameter in engine.module.named_parameters():
         if engine.zero_optimization_stage() == 0:
-            value, state = parameter.detach(), engine.optimizer.state[parameter].get(MOMENTUM)
+            value = fp32[parameter]
+            state = engine.optimizer.state[value].get(MOMENTUM)
         else:
             value, state = safe_get_full_fp32_param(parameter), safe_get_full_optimizer_state(parameter, MOMENTUM)
         assert value is not None
@@ -57,18 +59,23 @@ def gather(engine) -> dict[str, dict[str, torch.Tensor]]:
         if state is not None:
             momentum[name] = state.detach().cpu().clone()
     buffers = {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
-    return {"parameters": parameters, "momentum": momentum, "buffers": buffers}
+    return {"parameters": parameters, "momentum": momentum, "buffers": buffers, "loss_scale": _loss_scale(engine)}
 
 
-def scatter(engine, state: dict[str, dict[str, torch.Tensor]]) -> None:
+def scatter(engine, state: dict[str, dict]) -> None:
     """Puts `gather`'s result back into an engine of any world size, before its first step."""
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(state["buffers"][name])
+    for name, value in state.get("loss_scale", {}).items():
+        setattr(_scaler(engine), name, value)
     if engine.zero_optimization_stage() == 0:
+        fp32 = masters(engine)
         for name, parameter in engine.module.named_parameters():
             parameter.data.copy_(state["parameters"][name])
+            master = fp32[parameter]
+            master.data.copy_(state["parameters"][name])
             if name in state["momentum"]:
-                engine.optimizer.state[parameter][MOMENTUM] = state["momentum"][name].to(parameter.device)
+                engine.optimizer.state[master][MOMENTUM] = state["momentum"][name].to(parameter.device)
         return
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
@@ -85,7 +92,28 @@ def scatter(engine, state: dict[str, dict[str, torch.Tensor]]) -> None:
     optimizer.update_lp_params()
 
 
-def _scatter_partitions(engine, state: dict[str, dict[str, torch.Tensor]]) -> None:
+def masters(engine) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """ZeRO-0: the fp32 weight behind every parameter, which is itself but for fp16; empty at other stages."""
+    if engine.zero_optimization_stage():
+        return {}
+    if not engine.fp16_enabled():
+        return {parameter: parameter for parameter in engine.module.parameters()}
+    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return {half: full for halves, fulls in pairs for half, full in zip(halves, fulls, strict=True)}
+
+
+def _scaler(engine):
+    """What holds the dynamic loss scale of fp16, under one name in DeepSpeed's ZeRO and another without."""
+    return engine.optimizer.loss_scaler if engine.zero_optimization_stage() else engine.optimizer.loss_scale_config
+
+
+def _loss_scale(engine) -> dict[str, float]:
+    """The loss scale and the steps that its growth counts from; empty in another precision than fp16."""
+    names = ("cur_scale", "cur_iter", "last_overflow_iter") if engine.fp16_enabled() else ()
+    return {name: getattr(_scaler(engine), name) for name in names}
+
+
+def _scatter_partitions(engine, state: dict[str, dict]) -> None:
     """ZeRO-3: every rank takes its part. DeepSpeed's setters of whole parameters fail where they do not divide."""
     optimizer = engine.optimizer
     for flat in optimizer.fp32_partitioned_groups_flat:

@@ -200,11 +200,14 @@ class OptimConfig:
     """L2 penalty, at least 0."""
     warmup_epochs: float = 0.0
     """Linear warm-up before the cosine, in epochs, at least 0."""
+    clip: float = 0.0
+    """Largest L2 norm of the whole gradient, to which a larger one is scaled down; 0 does not clip. χ, participation
+    and the reported norms are of the gradient before it is clipped."""
 
     def __post_init__(self) -> None:
         _positive("optim.lr", self.lr)
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "a number in [0, 1)")
-        for name in ("weight_decay", "warmup_epochs"):
+        for name in ("weight_decay", "warmup_epochs", "clip"):
             got = getattr(self, name)
             _require(math.isfinite(got) and got >= 0, f"optim.{name}", got, "a number of at least 0")
 
@@ -216,7 +219,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights, the order and the augmentation, at least 0."""
     precision: str = "bf16"
-    """Arithmetic of the forward and backward pass: fp32, bf16 (autocast; parameters stay fp32)."""
+    """Arithmetic of the forward and backward pass: fp32; bf16 (autocast; parameters stay fp32); fp16 (with a dynamic
+    loss scale and fp32 master weights; membranes and batch normalisation stay fp32)."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, what the ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
     log_every: int = 10
@@ -229,7 +233,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive("train.epochs", self.epochs)
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
-        _one_of("train.precision", self.precision, ("fp32", "bf16"))
+        _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         _require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         for name in ("log_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.cores import cores_per_rank
+from pipeline.errors import ConfigError
 
 # DeepSpeed would compile a C++ operator that only its inference uses, and crash where there is no compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -65,6 +66,7 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
         "gradient_accumulation_steps": config.accumulation(world_size),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
+        "gradient_clipping": config.optim.clip,
         "zero_optimization": {
             "stage": config.train.zero_stage,
             "overlap_comm": False,
@@ -75,11 +77,23 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
     }
     if config.train.precision == "bf16":
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    if config.train.precision == "fp16":
+        # A loss scale of 0 is a dynamic one. Autocast is not used here: its loss scale never recovers in ZeRO-1.
+        settings["fp16"] = {"enabled": True, "auto_cast": True, "loss_scale": 0, "hysteresis": 1}
     return settings
 
 
 def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
-    """The engine that trains `model` (already on its device) with SGD."""
+    """The engine that trains `model` (already on its device) with SGD.
+
+    Raises:
+        ConfigError: fp16 on a device without it.
+    """
+    accelerator = get_accelerator()
+    if config.train.precision == "fp16" and not (accelerator and accelerator.is_fp16_supported()):
+        raise ConfigError(
+            "train.precision='fp16' is not allowed on this device, which does not compute in fp16; use bf16 or fp32"
+        )
     # DeepSpeed broadcasts weights as bytes of contiguous memory.
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -92,7 +106,18 @@ def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
         config=deepspeed_config(config, world_size, sum(p.numel() for p in parameters)),
         dist_init_required=False,
     )
+    if config.train.precision == "fp16" and config.train.zero_stage == 0:
+        scale_the_loss(engine)
     return engine
+
+
+def scale_the_loss(engine) -> None:
+    """Multiplies the loss by the loss scale before `engine.backward`.
+
+    DeepSpeed 0.19 divides the gradient by it at every stage, but multiplies the loss only from ZeRO-1 on.
+    """
+    backward = engine.backward
+    engine.backward = lambda loss: backward(loss * engine.optimizer.loss_scale)
 
 
 def learning_rate(config: Config, step: int, num_samples: int) -> float:

@@ -39,6 +39,7 @@ GAUGES = {
 COUNTERS = {
     "train_steps": "Optimizer steps done in this process",
     "train_samples": "Samples trained in this process",
+    "train_overflow_steps": "Optimizer steps of this process that an overflow of the fp16 gradient made no update of",
     "checkpoint_saves": "Checkpoints saved in this process",
 }
 PHASES = "train_phase_seconds"

@@ -62,6 +62,9 @@ class Progress:
         self, step: int, reading: Reading, *, widths, targets: list[float], learning_rate: float, wait_s: float
     ) -> None:
         """After each step; on every `log_every`-th it reads the step's tensors, the one time the host waits."""
+        if self._active and reading.skipped:
+            self.say(f"step {step} skipped: the fp16 gradient overflowed, so the loss scale was lowered")
+            self._exporter.count(train_overflow_steps=1)
         if not self._active or (step % self._config.train.log_every and step != self._num_steps):
             return
         now = time.monotonic()

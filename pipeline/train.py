@@ -112,7 +112,7 @@ def prepare(config: Config) -> Run:
         rank=place.rank,
         world_size=place.world_size,
         device=place.device,
-        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision],
     )
     classes = len(loader.manifest.classes)
     model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.image_size).to(place.device)

@@ -9,12 +9,14 @@ import contextlib
 import itertools
 import json
 import sys
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import nn
 
@@ -23,16 +25,18 @@ from pipeline.chi import bucket, partition
 from pipeline.chi.allreduce import SIGNALS, Tap
 from pipeline.chi.carrier import TapError
 from pipeline.chi.indicator import PER_LAYER
-from pipeline.config import Config, DataConfig, TrainConfig
+from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.engine import build
-from pipeline.errors import NonFiniteError
+from pipeline.errors import ConfigError, NonFiniteError
+from pipeline.snn import sew_resnet
 from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.neurons import Neuron, bind
 from pipeline.snn.readout import cross_entropy
 from pipeline.snn.sew_resnet import SpikingLayer
 
 T, MICRO_BATCH, STEPS = 3, 4, 2
-STAGES = (0, 1, 2, 3)
+STAGES, PRECISIONS = (0, 1, 2, 3), (("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("fp16", 2))
+CLIP = 0.01
 COLLECTIVES = (
     "all_reduce",
     "reduce",
@@ -81,16 +85,19 @@ def batches(rank: int, accumulation: int, step: int) -> list[tuple[torch.Tensor,
 def plain_gradient(engine, data: list, precision: str) -> dict[str, torch.Tensor]:
     """The gradient averaged over micro-batches and ranks, by a copy of the network that DeepSpeed does not know."""
     module = SparseNet()
+    if precision == "fp16":
+        module.half()
+    scale = engine.optimizer.loss_scale if precision == "fp16" else 1.0
     for ours, theirs in zip(module.parameters(), engine.module.parameters(), strict=True):
         full = safe_get_full_fp32_param(theirs)
         ours.data.copy_(theirs if full is None else full)
-    totals = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in module.named_parameters()}
     names, parameters = zip(*module.named_parameters(), strict=True)
     for images, labels in data:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = cross_entropy(module(images), labels)
-        for name, gradient in zip(names, torch.autograd.grad(loss / len(data), parameters), strict=True):
-            totals[name] += gradient
+            loss = cross_entropy(module(images.to(parameters[0].dtype)), labels)
+        for name, gradient in zip(names, torch.autograd.grad(loss * scale / len(data), parameters), strict=True):
+            totals[name] += gradient.float() / scale
     for total in totals.values():
         dist.all_reduce(total)
         total /= dist.get_world_size()
@@ -120,13 +127,14 @@ class Counter:
             setattr(dist, name, original)
 
 
-def make(stage: int, precision: str, accumulation: int, tapped: bool):
+def make(stage: int, precision: str, accumulation: int = 1, tapped: bool = True, clip: float = 0.0) -> Any:
     world_size = dist.get_world_size()
     torch.manual_seed(0)
     module = SparseNet()
     config = Config(
         recipe="matrix",
         data=DataConfig(global_batch=MICRO_BATCH * accumulation * world_size, micro_batch=MICRO_BATCH),
+        optim=OptimConfig(clip=clip),
         train=TrainConfig(zero_stage=stage, precision=precision),
     )
     engine = build(config, module, world_size)
@@ -149,7 +157,7 @@ def step(engine, data: list, tap: Tap | None, inspect=None) -> None:
 
 
 def case(stage: int, precision: str, accumulation: int) -> dict:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     engine, module, tap = make(stage, precision, accumulation, tapped=True)
     assert tap is not None
     result = {"stage": stage, "precision": precision, "accumulation": accumulation, "steps": []}
@@ -187,20 +195,16 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
                 "bad_samples": reading.signals[SIGNALS.index("bad_samples")].item(),
             }
         )
-    calls = []
-    for tapped in (True, False):
-        engine, module, tap = make(stage, precision, accumulation, tapped)
-        step(engine, batches(rank, accumulation, 0), tap)  # the first step holds the self-check
-        if tap is not None:
-            tap.read()
-        with Counter() as counter:
-            step(engine, batches(rank, accumulation, 1), tap)
-            if tap is not None:
-                tap.read()
-        calls.append((counter.calls, counter.bytes))
-    result["calls_with"], result["calls_without"] = calls[0][0], calls[1][0]
-    result["extra_bytes"] = calls[0][1] - calls[1][1]
-    result["world_size"] = world_size
+    with Counter() as counter:  # not in the first step, which holds the self-check
+        step(engine, batches(rank, accumulation, STEPS), tap)
+        tap.read()
+    bare, _, _ = make(stage, precision, accumulation, tapped=False)
+    for index in range(STEPS):
+        step(bare, batches(rank, accumulation, index), None)
+    with Counter() as bare_counter:
+        step(bare, batches(rank, accumulation, STEPS), None)
+    result["calls_with"], result["calls_without"] = counter.calls, bare_counter.calls
+    result["extra_bytes"] = counter.bytes - bare_counter.bytes
     return result
 
 
@@ -225,12 +229,122 @@ def guards(stage: int) -> dict:
     return said
 
 
-def resumes(stage: int) -> dict:
+def clipped(stage: int, precision: str) -> dict:
+    """One step with a clip that binds, beside the plain gradient."""
+    engine, _, tap = make(stage, precision, clip=CLIP)
+    assert tap is not None
+    data, before = batches(dist.get_rank(), 1, 0), parameters(engine)
+    plain = plain_gradient(engine, data, precision)
+    step(engine, data, tap)
+    indicators = tap.read().indicators
+    moved = torch.cat([(new - old).flatten() for old, new in zip(before, parameters(engine), strict=True)])
+    layers = [plain["conv1.weight"].double(), plain["conv2.weight"].double()]
+    return {
+        "stage": stage,
+        "precision": precision,
+        "chi": indicators.chi.tolist(),
+        "participation": indicators.participation.tolist(),
+        "grad_norm": indicators.grad_norm.tolist(),
+        "plain_chi": [(g != 0).double().mean().item() for g in layers],
+        "plain_participation": [(g.abs().sum() ** 2 / (g.numel() * (g * g).sum())).item() for g in layers],
+        "plain_norm": [g.norm().item() for g in layers],
+        "moved": moved.norm().item() / OptimConfig().lr,
+    }
+
+
+def overflows(stage: int) -> dict:
+    """fp16: a step whose gradient overflows, on rank 1 alone where there is one, and the step after it."""
+    engine, _, tap = make(stage, "fp16")
+    assert tap is not None
+    before, scale = parameters(engine), engine.optimizer.loss_scale
+    ((images, labels),) = batches(dist.get_rank(), 1, 0)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        images[:, 0] = 6e4
+    tap.signals[SIGNALS.index("stop")] = dist.get_rank()
+    step(engine, [(images, labels)], tap)
+    first = tap.read()
+    said = {
+        "stage": stage,
+        "skipped": first.skipped,
+        "defined": {name: getattr(first.indicators, name).isfinite().any().item() for name in PER_LAYER},
+        "stop": first.signals[SIGNALS.index("stop")].item(),
+        "unchanged": all(torch.equal(old, new) for old, new in zip(before, parameters(engine), strict=True)),
+        "scale_ratio": engine.optimizer.loss_scale / scale,
+    }
+    data = batches(dist.get_rank(), 1, 1)
+    plain = plain_gradient(engine, data, "fp16")
+    step(engine, data, tap)
+    second = tap.read()
+    fresh, _, its_tap = make(stage, "fp16")
+    assert its_tap is not None
+    step(fresh, data, its_tap)
+    alone = its_tap.read()
+    return said | {
+        "then_skipped": second.skipped,
+        "then_chi": second.indicators.chi.tolist(),
+        "then_norm": second.indicators.grad_norm.tolist(),
+        "plain_chi": [(plain[f"conv{i}.weight"] != 0).double().mean().item() for i in (1, 2)],
+        "plain_norm": [plain[f"conv{i}.weight"].double().norm().item() for i in (1, 2)],
+        "same_rates": torch.equal(second.indicators.firing_rate, alone.indicators.firing_rate),
+    }
+
+
+def sew(precision: str) -> dict:
+    """Two steps of the real network, with BatchNorm: the losses, and how far the running statistics went."""
+    torch.manual_seed(0)
+    module = sew_resnet.build(ModelConfig(), num_classes=4, image_size=8)
+    config = Config(
+        recipe="matrix",
+        data=DataConfig(global_batch=MICRO_BATCH * dist.get_world_size(), micro_batch=MICRO_BATCH, image_size=8),
+        train=TrainConfig(zero_stage=2, precision=precision),
+    )
+    engine = build(config, module, dist.get_world_size())
+    tap = Tap(engine, module.spiking_layers(), bind(module))
+    losses = []
+    for index in range(2):
+        step(engine, batches(dist.get_rank(), 1, index), tap)
+        reading = tap.read()
+        losses.append(reading.loss.item())
+    means = module.bn1.running_mean
+    assert means is not None
+    return {
+        "precision": precision,
+        "losses": losses,
+        "skipped": reading.skipped,
+        "chi": reading.indicators.network_chi.item(),
+        "bn_weight": str(module.bn1.weight.dtype),
+        "bn_mean": str(means.dtype),
+        "mean": means.norm().item(),
+        "tracked": int(module.bn1.num_batches_tracked),  # pyright: ignore[reportArgumentType]
+    }
+
+
+def refused() -> list[str]:
+    """What is said of fp16 by torch_autocast, and of fp16 on a device without it."""
+    said = []
+    engine, module, _ = make(1, "bf16", tapped=False)
+    engine._config.torch_autocast_dtype = torch.float16
+    with pytest.raises(ConfigError) as refusal:
+        Tap(engine, module.spiking_layers(), bind(module))
+    said.append(str(refusal.value))
+    compute_in_fp16(False)
+    with pytest.raises(ConfigError) as refusal:
+        make(1, "fp16")
+    return [*said, str(refusal.value)]
+
+
+def compute_in_fp16(claimed: bool) -> None:
+    """DeepSpeed wants fp16 instructions, which few CPUs have; torch computes without them, slowly."""
+    accelerator: Any = get_accelerator()
+    accelerator.is_fp16_supported = lambda: claimed
+
+
+def resumes(stage: int, precision: str) -> dict:
     """Whether an engine that takes over another's checkpoint makes the same next step, bit for bit."""
-    engine, _, tap = make(stage, "fp32", 1, tapped=True)
+    engine, _, tap = make(stage, precision)
     step(engine, batches(dist.get_rank(), 1, 0), tap)
     saved = checkpoint.gather(engine)
-    resumed, fresh, its_tap = make(stage, "fp32", 1, tapped=True)
+    resumed, fresh, its_tap = make(stage, precision)
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.data.fill_(7)  # what it started from is gone
@@ -238,13 +352,16 @@ def resumes(stage: int) -> dict:
     for one, its_own in ((engine, tap), (resumed, its_tap)):
         step(one, batches(dist.get_rank(), 1, 1), its_own)
     pairs = zip(parameters(engine), parameters(resumed), strict=True)
-    return {"stage": stage, "same": all(torch.equal(ours, theirs) for ours, theirs in pairs)}
+    return {"stage": stage, "precision": precision, "same": all(torch.equal(ours, theirs) for ours, theirs in pairs)}
 
 
 def parameters(engine) -> list[torch.Tensor]:
     """The whole fp32 parameters; a collective."""
-    full = [(safe_get_full_fp32_param(p), p) for p in engine.module.parameters()]
-    return [(parameter if whole is None else whole).detach().clone() for whole, parameter in full]
+    masters = checkpoint.masters(engine)
+    if masters:
+        return [master.detach().clone() for master in masters.values()]
+    whole = [safe_get_full_fp32_param(parameter) for parameter in engine.module.parameters()]
+    return [full.detach().clone() for full in whole if full is not None]
 
 
 def one_too_many() -> contextlib.ExitStack:
@@ -262,23 +379,30 @@ def one_too_many() -> contextlib.ExitStack:
     return faults
 
 
+def tell(kind: str, result: object) -> None:
+    if dist.get_rank() == 0:
+        print(f"{kind} {json.dumps(result)}", flush=True)
+
+
 def main() -> int:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     torch.set_num_threads(1)
-    for stage, precision, accumulation in itertools.product(STAGES, ("fp32", "bf16"), (1, 2)):
-        result = case(stage, precision, accumulation)
-        if dist.get_rank() == 0:
-            print("CASE " + json.dumps(result), flush=True)
+    compute_in_fp16(True)
+    for stage, (precision, accumulation) in itertools.product(STAGES, PRECISIONS):
+        tell("CASE", case(stage, precision, accumulation))
     for stage in STAGES:
-        result = guards(stage)
         everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, result)
-        if dist.get_rank() == 0:
-            print("GUARD " + json.dumps(everyone), flush=True)
-        result = resumes(stage)
-        if dist.get_rank() == 0:
-            print("RESUME " + json.dumps(result), flush=True)
+        dist.all_gather_object(everyone, guards(stage))
+        tell("GUARD", everyone)
+        dist.all_gather_object(everyone, overflows(stage))
+        tell("OVERFLOW", everyone)
+        for precision in ("fp32", "fp16"):
+            tell("CLIP", clipped(stage, precision))
+            tell("RESUME", resumes(stage, precision))
+    for precision in ("fp32", "fp16"):
+        tell("SEW", sew(precision))
+    tell("REFUSED", refused())
     dist.barrier()
     dist.destroy_process_group()
     return 0

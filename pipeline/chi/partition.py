@@ -73,6 +73,8 @@ class PartitionCarrier:
                 raise TapError("the optimizer stepped some of its groups only; this version is not supported")
             if not self._fp16:
                 raise NonFiniteError("the gradient is not finite")
+            if self._engine.optimizer.loss_scale <= 1:
+                raise NonFiniteError("the gradient is not finite in fp16, not even with a loss scale of 1")
             self._send(torch.full_like(self._sums, float("nan")))
         assert self._vector is not None
         if self._work is not None:

@@ -65,7 +65,7 @@ class Neuron(nn.Module):
         if not self.rule.leaky:
             return None
         if self.w is not None:
-            return self.w.sigmoid()[0]
+            return self.w.to(potential_dtype(self.w)).sigmoid()[0]
         if self._leak is None or self._leak.device != x.device:
             self._leak = torch.tensor(1 / self.tau, dtype=torch.float64, device=x.device)
         return self._leak

@@ -12,6 +12,7 @@ counts of spikes are taken twice.
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pipeline.snn.kernels import reference, twins
 from pipeline.snn.kernels.packing import Again
@@ -46,11 +47,22 @@ def run_reference(
         (T N, C, H, W) in y's dtype.
     """
     with torch.autocast(y.device.type, enabled=False):
-        x = bn(y.to(reference.potential_dtype(y)))
+        x = _normalised(y.to(reference.potential_dtype(y)), bn)
         steps = x[None].expand(num_steps, *x.shape) if static else x.unflatten(0, (num_steps, -1))
         spikes, _ = reference.run(steps, rule, width, amplitude, leak=leak, tally=tally)
         out = spikes.flatten(0, 1).to(y.dtype)
         return out if shortcut is None else out + shortcut
+
+
+def _normalised(y: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
+    """`bn(y)` in y's dtype, also where DeepSpeed has made the parameters fp16 beside fp32 statistics."""
+    if bn.weight is None or bn.weight.dtype == y.dtype:
+        return bn(y)
+    assert bn.momentum is not None
+    if bn.training and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    weight, bias = bn.weight.to(y.dtype), bn.bias.to(y.dtype)
+    return functional.batch_norm(y, bn.running_mean, bn.running_var, weight, bias, bn.training, bn.momentum, bn.eps)
 
 
 class _Fused(torch.autograd.Function):
@@ -160,11 +172,12 @@ def run(
         y = y.contiguous(memory_format=torch.channels_last)
         if shortcut is not None:
             shortcut = shortcut.to(y.dtype).contiguous(memory_format=torch.channels_last)
-        return _Fused.apply(y, bn.weight, bn.bias, shortcut, leak, width, amplitude, bn, call, again)
+        gamma, beta = bn.weight.float(), bn.bias.float()
+        return _Fused.apply(y, gamma, beta, shortcut, leak, width, amplitude, bn, call, again)
     return run_reference(y, bn, rule, width, amplitude, **arguments)
 
 
 def _plain(bn: nn.BatchNorm2d) -> bool:
-    """Affine in fp32, with running statistics and a fixed momentum: what the twins cover."""
+    """Affine in fp32 or fp16, with running statistics and a fixed momentum: what the twins cover."""
     fixed = bn.affine and bn.track_running_stats and bn.momentum is not None
-    return type(bn) is nn.BatchNorm2d and fixed and bn.weight.dtype == torch.float32
+    return type(bn) is nn.BatchNorm2d and fixed and bn.weight.dtype in (torch.float32, torch.float16)
