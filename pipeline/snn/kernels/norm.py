@@ -155,7 +155,15 @@ def run(
 
     With `again` the twins keep its source for the backward pass instead of y. The reference keeps y all the same: its
     gradient is autograd's.
+
+    Raises:
+        ValueError: y or the shortcut does not have the rows that `num_steps` asks for; training on a single value.
     """
+    if not static and y.shape[0] % num_steps:
+        raise ValueError(f"y of shape {tuple(y.shape)} does not hold num_steps={num_steps} steps; use (T N, C, H, W)")
+    wanted = (y.shape[0] * (num_steps if static else 1), *y.shape[1:])
+    if shortcut is not None and shortcut.shape != wanted:
+        raise ValueError(f"shortcut of shape {tuple(shortcut.shape)} is not allowed; use {wanted}")
     arguments = {"num_steps": num_steps, "static": static, "leak": leak, "shortcut": shortcut, "tally": tally}
     call_type = twins.choose(y, rule, num_steps) if _plain(bn) else None
     if call_type is not None:

@@ -29,8 +29,17 @@ def run(
 
     Returns:
         Spikes (T, ...) in x's dtype and memory format, and the potential (...) or None.
+
+    Raises:
+        ValueError: x holds neither one step nor T; v is not of x's shape without time.
     """
     T = x.shape[0] if num_steps is None else num_steps
+    if x.shape[0] not in (1, T):
+        raise ValueError(
+            f"x holds {x.shape[0]} steps and num_steps={T}; use {T}, or 1 for a current that stays the same"
+        )
+    if v is not None and v.shape != x.shape[1:]:
+        raise ValueError(f"v of shape {tuple(v.shape)} is not allowed; use {tuple(x.shape[1:])}, as x without its time")
     call_type = twins.choose(x, rule, T)
     if call_type is not None:
         flat, order = _flatten(x)
