@@ -262,7 +262,7 @@ from pipeline.config import DataConfig
 from pipeline.data.loader import Loader
 url, folder = sys.argv[1:]
 data = DataConfig(path=url, cache_dir=folder, image_size=24, global_batch=12, micro_batch=6, window_shards=2, threads=1,
-                  prefetch=1)
+                  prefetch=1, timeout_s=600)
 loader = Loader(data, seed=5, rank=0, world_size=1, device=torch.device("cpu"))
 next(next(loader.steps(0, 100)))
 raise SystemExit(7)
@@ -276,7 +276,7 @@ def test_a_crash_that_forgets_to_close_waits_for_no_download(server, tmp_path):
         [sys.executable, "-c", CRASHING, server.url, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
-        timeout=25,  # of the 30 s after which an attempt would fail
+        timeout=150,  # of the 600 s after which an attempt would fail
     )
     assert process.returncode == 7, process.stderr.decode()
 
