@@ -102,7 +102,7 @@ def test_pixels_of_real_photographs_do_not_depend_on_ranks_threads_or_resume(tmp
     assert same({at: whole[at] for at in range(24, 40, 2)}, collect(data, 3, 5, ranks=4))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(start=st.integers(0, 40), ranks=st.sampled_from([1, 2, 3, 6]))
 def test_it_resumes_at_any_step_on_any_number_of_ranks(drawn, start, ranks):
     resumed = collect(drawn, start, start + 1, ranks=ranks)
