@@ -42,14 +42,13 @@ def random_windows(
 ) -> Windows:
     """Training windows of samples `(n,)` whose sizes `(n, 2)` are heights and widths."""
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
-    draw = np.arange(TRIES)[None]
-    words = (seed, epochs[:, None], samples[:, None], _CROP)
-    area = height * width * (area_min + (1 - area_min) * _uniform(*words, 4 * draw))
-    ratio = np.exp(np.log(aspect) * (2 * _uniform(*words, 4 * draw + 1) - 1))
+    draws = _uniform(seed, epochs[:, None], samples[:, None], _CROP, np.arange(4 * TRIES)[None])
+    area = height * width * (area_min + (1 - area_min) * draws[:, 0::4])
+    ratio = np.exp(np.log(aspect) * (2 * draws[:, 1::4] - 1))
     crop_width, crop_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (crop_width >= 1) & (crop_width <= width) & (crop_height >= 1) & (crop_height <= height)
-    top = np.floor((height - crop_height + 1) * _uniform(*words, 4 * draw + 2))
-    left = np.floor((width - crop_width + 1) * _uniform(*words, 4 * draw + 3))
+    top = np.floor((height - crop_height + 1) * draws[:, 2::4])
+    left = np.floor((width - crop_width + 1) * draws[:, 3::4])
     first = fits.argmax(1)
     rows = np.arange(len(samples))
     boxes = np.stack((top, left, crop_height, crop_width), axis=2)[rows, first]
