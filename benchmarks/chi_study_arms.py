@@ -40,8 +40,21 @@ def _search(lr: float, **rest) -> list[Setting]:
     return [Setting(arm=arm, width=None, lr=lr, **settings, **rest) for arm, settings in arms.items()]
 
 
+def _confirm() -> list[Setting]:
+    """The best courses at the better learning rate, beside the best fixed width and atan."""
+    courses = {"chi 0.5 to 0.2": chi(0.5, 0.2), "chi 0.6 to 0.3": chi(0.6, 0.3), "chi 0.6 to 0.2": chi(0.6, 0.2)}
+    ours = [
+        Setting(arm=arm, width=None, policy=policy, lr=0.2, seed=seed)
+        for seed in (0, 1, 2)
+        for arm, policy in courses.items()
+    ]
+    known = [s for seed in (1, 2) for s in _rivals(0.2, seed=seed) if s.arm in ("fixed 1.0", "atan", "mpd_agl")]
+    return ours + known
+
+
 STAGES: dict[str, list[Setting]] = {
     "sweep": _rivals(0.1),
     "search": _search(0.1),
     "rates": [setting for lr in (0.2, 0.05) for setting in _rivals(lr)],
+    "confirm": _confirm(),
 }

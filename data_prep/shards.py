@@ -120,6 +120,8 @@ class _TarStream:
         self._digest.update(block)
         while block:
             block = block[os.write(self._file, block) :]
+        # Starts writing back what is dirty, so that finish() does not wait for all of it at once.
+        os.posix_fadvise(self._file, self._flushed, self._used, os.POSIX_FADV_DONTNEED)
         self._flushed += self._used
         self._used = 0
 
