@@ -10,10 +10,12 @@ benchmarks/results/chi_study_runs.jsonl.
 """
 
 import argparse
+import datetime
 import hashlib
 import json
 import math
 import os
+import platform
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -85,6 +87,31 @@ def table(stage: str) -> None:
         print(f"{arm:34} lr {lr:<5} {100 * mean:6.2f}  loss {loss:.3f}  n={len(records)}: {each}")
 
 
+def report(json_path: str | None, plot_path: str | None) -> None:
+    """The final stage's table, and with the paths given its file and the plot."""
+    import torch
+
+    from benchmarks import chi_study_report
+
+    every = finished()
+    rows = chi_study_report.rows([record for record in every if record["stage"] == "final"])
+    for row in rows:
+        goal = "" if row["goal"] is None else f"   goal {row['goal']:g}: {'met' if row['met'] else 'missed'}"
+        print(f"{row['name']:78} {row['value']:10.4g} {row['unit']:8}{goal}")
+    if json_path:
+        document = {
+            "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; no GPU was at hand",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "date": datetime.date.today().isoformat(),
+            "command": "python -m benchmarks.chi_study report",
+            "setting": "docs/chi_study.md; every run is a line of chi_study_runs.jsonl",
+            "rows": rows,
+        }
+        Path(json_path).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if plot_path:
+        chi_study_report.plot(every, plot_path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=("run", "table", "report"))
@@ -92,7 +119,11 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("build/chi_study"))
     parser.add_argument("--limit", type=int, help="do at most this many runs")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="write the final figures here")
+    parser.add_argument("--plot", metavar="FILE", help="draw the sweep and the final runs here")
     arguments = parser.parse_args()
+    if arguments.what != "report" and arguments.stage is None:
+        parser.error(f"{arguments.what} needs a stage: {', '.join(STAGES)}")
     if arguments.what == "run":
         import torch
 
@@ -100,6 +131,8 @@ def main() -> None:
         raise SystemExit(0 if do(arguments.stage, arguments.scratch, arguments.limit) else 3)
     if arguments.what == "table":
         table(arguments.stage)
+    if arguments.what == "report":
+        report(arguments.json, arguments.plot)
 
 
 if __name__ == "__main__":

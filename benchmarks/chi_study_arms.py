@@ -3,6 +3,8 @@
 from benchmarks.chi_study_run import Setting
 
 FIXED = {"policy": "fixed"}
+LOW = ("fixed 0.25", "fixed 0.5", "fixed 1.0", "atan")
+"""Arms that are tried at half the rate: the others were better at twice the rate than at once, or far behind."""
 
 
 def chi(target: float, target_end: float | None = None, **settings) -> dict:
@@ -55,6 +57,6 @@ def _confirm() -> list[Setting]:
 STAGES: dict[str, list[Setting]] = {
     "sweep": _rivals(0.1),
     "search": _search(0.1),
-    "rates": [setting for lr in (0.2, 0.05) for setting in _rivals(lr)],
+    "rates": _rivals(0.2) + [setting for setting in _rivals(0.05) if setting.arm in LOW],
     "confirm": _confirm(),
 }

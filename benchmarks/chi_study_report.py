@@ -1,0 +1,88 @@
+"""What the final stage of the χ study says: means, intervals, paired tests, the plot."""
+
+from collections import defaultdict
+
+import numpy as np
+from scipy import stats
+
+CHI, BASELINE, FIXED, RIVAL = "chi", "atan", "best fixed", "rival"
+
+
+def by_arm(records: list[dict]) -> dict[str, dict[int, float]]:
+    """Accuracy in % by arm and seed; the arm's role is the word before the colon."""
+    arms: dict[str, dict[int, float]] = defaultdict(dict)
+    for record in records:
+        arms[record["arm"].split(":")[0]][record["seed"]] = 100 * record["accuracy"]
+    return arms
+
+
+def paired(arms: dict[str, dict[int, float]], first: str, second: str) -> np.ndarray:
+    """Differences of the seeds that both have."""
+    seeds = sorted(arms[first].keys() & arms[second].keys())
+    return np.array([arms[first][seed] - arms[second][seed] for seed in seeds])
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval by Student's t."""
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+
+
+def rows(records: list[dict]) -> list[dict]:
+    """The table of the final stage in the benchmarks' row format."""
+    arms = by_arm(records)
+    names = {record["arm"].split(":")[0]: record["arm"].split(":")[1].strip() for record in records}
+    table = []
+
+    def add(name: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> None:
+        met = None if goal is None else bool(value >= goal if better == "higher" else value <= goal)
+        table.append({"name": name, "value": float(value), "unit": unit, "goal": goal, "better": better, "met": met})
+
+    for role, by_seed in arms.items():
+        mean, half = interval(np.array(list(by_seed.values())))
+        add(f"{role} ({names[role]}), test accuracy, n = {len(by_seed)}", mean, "%")
+        add(f"{role}, half of the 95 % interval", half, "points")
+    goals = {BASELINE: 2.05, FIXED: 0.0, RIVAL: 0.0}
+    for role, goal in goals.items():
+        difference = paired(arms, CHI, role)
+        mean, half = interval(difference)
+        add(f"chi control against {role} ({names[role]}), {len(difference)} pairs", mean, "points", goal)
+        add(f"chi control against {role}, half of the 95 % interval", half, "points")
+    difference = paired(arms, CHI, FIXED)
+    bound = difference.mean() - stats.t.ppf(0.95, len(difference) - 1) * stats.sem(difference)
+    add("chi control against best fixed, one-sided 95 % bound", bound, "points", -0.3)
+    difference = paired(arms, CHI, RIVAL)
+    add("chi control against rival, p of the paired t-test", stats.ttest_1samp(difference, 0).pvalue, "", 0.05, "lower")
+    return table
+
+
+def plot(every: list[dict], path: str) -> None:
+    """Left: the sweep over fixed widths; right: the final runs, a dot each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for lr, colour in ((0.05, "C0"), (0.1, "C1"), (0.2, "C2")):
+        runs = [r for r in every if r["stage"] in ("sweep", "rates") and r["lr"] == lr]
+        points = sorted((r["width"], 100 * r["accuracy"]) for r in runs if r["arm"].startswith("fixed"))
+        if points:
+            left.plot(*zip(*points, strict=True), "o-", color=colour, label=f"fixed, rate {lr}")
+        for r in runs:
+            if r["arm"] == "atan":
+                left.axhline(100 * r["accuracy"], color=colour, linestyle=":", linewidth=1)
+    left.set_xscale("log", base=2)
+    left.set(xlabel="fixed half-width", ylabel="held-out accuracy, %", title="One width for all layers (dotted: atan)")
+    left.legend(frameon=False, fontsize=8)
+    arms = by_arm([r for r in every if r["stage"] == "final"])
+    for place, by_seed in enumerate(arms.values()):
+        values = np.array(list(by_seed.values()))
+        jitter = np.random.default_rng(0).uniform(-0.12, 0.12, len(values))
+        right.plot(place + jitter, values, "o", alpha=0.5)
+        mean, half = interval(values)
+        right.errorbar(place, mean, half, color="black", capsize=6, marker="_")
+    right.set_xticks(range(len(arms)), list(arms))
+    right.set(ylabel="test accuracy, %", title="Final runs; χ from random starting widths")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
