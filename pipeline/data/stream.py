@@ -80,18 +80,20 @@ class Stream:
         self._reader = Background(1, name="shard-reader")
         self._decoder: _Decoder | None = None
         self.wait_s = 0.0
+        """Seconds in which no finished batch was there for whoever asked."""
 
     def run(self, indices: Sequence[int]) -> Iterator[Batch]:
         """The batches of `indices`, in order. One run at a time: a new one ends the one before."""
         if self._decoder is not None:
             self._decoder.close()
         decoder = self._decoder = _Decoder(
-            self._data, self._device, self._samples, self._prepare, self._reader, iter(indices)
+            self._data, self._device, self._samples, self._prepare, self._reader, iter(indices), self._dtype
         )
         for _ in indices:
             began = time.monotonic()
             batch, bad = decoder.next()
             self.wait_s += time.monotonic() - began
+            decoder.make_room()  # not timed: it wakes the decoder, which may take this core or the interpreter first
             for name, reason, instead in bad:
                 self._bad.met(name, reason, instead=instead)
             yield batch._replace(images=batch.images.to(self._dtype))
@@ -115,8 +117,9 @@ class _Decoder:
         prepare: Callable[[int], Request],
         reader: Background,
         indices: Iterator[int],
+        dtype: torch.dtype,
     ) -> None:
-        self._data, self._device, self._samples = data, device, samples
+        self._data, self._device, self._samples, self._dtype = data, device, samples, dtype
         self._prepare, self._reader, self._indices = prepare, reader, indices
         self._ahead = min(data.prefetch, GRAPH_AHEAD)
         self._reading: deque[Future[Request]] = deque()
@@ -134,8 +137,11 @@ class _Decoder:
         item = self._done.get()
         if isinstance(item, BaseException):
             raise item
-        self._room.release()
         return item
+
+    def make_room(self) -> None:
+        """Lets the decoder go on, after each `next`."""
+        self._room.release()
 
     def close(self) -> None:
         self._stopped = True
@@ -201,6 +207,9 @@ class _Decoder:
         self._again = deque(self._reader.submit(self._prepare, request.index).result() for request in self._lost)
 
     def _finished(self, images: Tensor, request: Request) -> tuple[Batch, list]:
+        # In this thread, so that the training loop finds the batch finished; on a GPU the copy belongs into its stream.
+        if self._device.type == "cpu":
+            images = images.to(self._dtype)
         batch = Batch(
             images=images,
             labels=torch.from_numpy(request.labels).to(self._device),
