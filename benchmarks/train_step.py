@@ -8,81 +8,41 @@ made on first use under build/peer, unless --peer names a Python that has torch 
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-PEER = ("torch==2.13.0", "numpy", "spikingjelly==2.0.0")
-SIDES = ("peer", "ours", "ours, not counting")
+from benchmarks import table
+from benchmarks.side import Side, peer_python
+
+SIDES = ("peer", "ours", "ours, not counting", "ours, checkpoint")
 GFLOP_PER_IMAGE = 2 * (3 * (3.664 - 0.118) * 4 + 2 * 0.118)
 """Executed by our side for one image, T=4: 3.664 GMAC forward in all, thrice that with the backward pass; the stem's
 0.118 GMAC run once and need no gradient for the images."""
 CONVOLUTIONS = ("aten::convolution_backward", "aten::mkldnn_convolution")
 
 
-def peer_python(given: str | None) -> str:
-    """A Python with the peer in it, made where there is none."""
-    if given:
-        return given
-    home = Path("build/peer")
-    python = home / "bin" / "python"
-    if not python.exists():
-        print(f"making the peer's environment in {home} …", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *PEER], check=True)
-    return str(python)
-
-
-class Side:
+class Trainer(Side):
     """A process that trains one step when asked."""
 
     def __init__(self, python: str, job: dict) -> None:
+        super().__init__(python, "train_step_side.py", job)
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peak_bytes = 0
-        script = str(Path(__file__).with_name("train_step_side.py"))
-        root = str(Path(__file__).resolve().parent.parent)
-        self.process = subprocess.Popen(
-            [python, script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": root},
-        )
-        self.torch = self._ask(job)["torch"]
-
-    def _ask(self, question: object) -> dict:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"a side of the benchmark ended with code {self.process.wait()}: {self.process.args}")
-        return json.loads(answer)
 
     def step(self) -> None:
-        answer = self._ask("step")
+        answer = self.ask("step")
         self.seconds.append(answer["seconds"])
         self.losses.append(answer["loss"])
         self.peak_bytes = answer["peak_bytes"]
 
     def profile(self) -> dict[str, float]:
         """Seconds of one more step, by operation."""
-        return self._ask("profile")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        return self.ask("profile")
 
 
 def matrix_rate(threads: int) -> float:
@@ -99,30 +59,28 @@ def matrix_rate(threads: int) -> float:
     return 2 * 2048**3 / best
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Side], dict[str, dict[str, float]]]:
+def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Trainer], dict[str, dict[str, float]]]:
     """Warm every side up twice, then step them in turn; the profile of one more step of each comes last."""
     weights = str(folder / "weights.pt")
     base = {"arch": "sew_resnet34", "T": 4, "batch": 4, "size": 224, "threads": arguments.threads}
     peer = peer_python(arguments.peer)
-    sides: dict[str, Side] = {}
+    sides: dict[str, Trainer] = {}
     try:
         for name in SIDES:
             first = not sides
             job = {**base, "side": name, "save": weights if first else "", "weights": "" if first else weights}
-            sides[name] = Side(peer if name == "peer" else sys.executable, job)
+            sides[name] = Trainer(peer if name == "peer" else sys.executable, job)
         for _ in range(2 + arguments.rounds):
             for name in SIDES:
                 sides[name].step()
         profiles = {name: sides[name].profile() for name in SIDES[:2]}
-        for side in sides.values():
-            side.close()
     finally:
         for side in sides.values():
-            side.process.kill()
+            side.close()
     return sides, profiles
 
 
-def rows(sides: dict[str, Side], profiles: dict[str, dict[str, float]], rate: float) -> list[dict]:
+def rows(sides: dict[str, Trainer], profiles: dict[str, dict[str, float]], rate: float) -> list[dict]:
     """The table of the benchmark."""
     median = {name: statistics.median(side.seconds[2:]) for name, side in sides.items()}
     # Pairs of neighbouring steps see the same machine: the median of their ratios is steadier than a ratio of medians.
@@ -130,7 +88,8 @@ def rows(sides: dict[str, Side], profiles: dict[str, dict[str, float]], rate: fl
     counting = zip(sides["ours"].seconds[2:], sides["ours, not counting"].seconds[2:], strict=True)
     work = GFLOP_PER_IMAGE * 1e9 * 4
     arithmetic = sum(profiles["ours"].get(name, 0.0) for name in CONVOLUTIONS)
-    table = [
+    checkpoint = zip(sides["ours, checkpoint"].seconds[2:], sides["ours"].seconds[2:], strict=True)
+    figures = [
         ("speed, ratio to the peer", statistics.median(a / b for a, b in pairs), "ratio", 1.7, "higher"),
         ("… if all but our convolutions were free", median["peer"] / arithmetic, "ratio", None, "higher"),
         ("images/s", 4 / median["ours"], "images/s", None, "higher"),
@@ -144,33 +103,15 @@ def rows(sides: dict[str, Side], profiles: dict[str, dict[str, float]], rate: fl
         ),
         ("peak resident memory", sides["ours"].peak_bytes, "bytes", None, "lower"),
         ("peak resident memory, peer", sides["peer"].peak_bytes, "bytes", None, "lower"),
+        ("peak resident memory, model.checkpoint", sides["ours, checkpoint"].peak_bytes, "bytes", None, "lower"),
+        ("time, model.checkpoint to without", statistics.median(a / b for a, b in checkpoint), "ratio", None, "lower"),
         ("share of the bf16 matrix rate", work / median["ours"] / rate, "ratio", 0.3, "higher"),
         ("bf16 matrix rate", rate, "FLOP/s", None, "higher"),
         ("cost of counting", statistics.median(a / b for a, b in counting) - 1, "ratio", 0.005, "lower"),
         ("loss of the first step", sides["ours"].losses[0], "nats", None, "lower"),
         ("loss of the first step, peer", sides["peer"].losses[0], "nats", None, "lower"),
     ]
-    return [
-        {
-            "name": name,
-            "value": value,
-            "unit": unit,
-            "goal": goal,
-            "better": better,
-            "met": None if goal is None else (value >= goal if better == "higher" else value <= goal),
-        }
-        for name, value, unit, goal, better in table
-    ]
-
-
-def hardware(threads: int) -> str:
-    """The processor's name and the cores used."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine()
-    return f"{name}, {threads} threads of {os.cpu_count()} cores; no GPU was at hand"
+    return [table.row(*figure) for figure in figures]
 
 
 def main() -> None:
@@ -186,23 +127,19 @@ def main() -> None:
         sides, profiles = measure(arguments, Path(folder))
     # The better of two, before and after: a busy moment must not make the share look better.
     rate = max(rate, matrix_rate(arguments.threads))
-    table = rows(sides, profiles, rate)
-    for row in table:
-        goal = "" if row["goal"] is None else f"   goal {row['goal']:g}: {'met' if row['met'] else 'missed'}"
-        print(f"{row['name']:42} {row['value']:14.4g} {row['unit']:10}{goal}")
+    lines = rows(sides, profiles, rate)
+    table.show(lines)
     if arguments.json:
-        report = {
-            "hardware": hardware(arguments.threads),
-            "versions": {"python": platform.python_version(), "torch": sides["ours"].torch, "spikingjelly": "2.0.0"},
-            "date": datetime.date.today().isoformat(),
-            "command": "python -m benchmarks.train_step" + (" --quick" if arguments.quick else ""),
-            "setting": "SEW-ResNet34, T=4, batch 4, 224 x 224, bf16 autocast, forward + backward + SGD with momentum",
-            "rows": table,
-            "profile_seconds": profiles,
-            "seconds": {name: side.seconds for name, side in sides.items()},
-        }
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+        table.write(
+            arguments.json,
+            lines,
+            hardware=f"{table.processor()}, {arguments.threads} threads of {os.cpu_count()} cores; no GPU was at hand",
+            versions={"torch": sides["ours"].torch, "spikingjelly": "2.0.0"},
+            command="python -m benchmarks.train_step" + (" --quick" if arguments.quick else ""),
+            setting="SEW-ResNet34, T=4, batch 4, 224 x 224, bf16 autocast, forward + backward + SGD with momentum",
+            profile_seconds=profiles,
+            seconds={name: side.seconds for name, side in sides.items()},
+        )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import types
 import torch
 
 
-def peer_network(arch: str, T: int):
-    """SpikingJelly's SEW-ResNet in multi-step mode, with its ATan surrogate and IF neurons, as its examples set it."""
+def peer_packages() -> tuple:
+    """SpikingJelly's functional, layer, neuron, surrogate and sew_resnet."""
     # It imports torchvision for a download helper; a torchvision that does not fit torch fails at that import.
     names = ("torchvision", "torchvision.models", "torchvision.models.utils")
     for name in names:
@@ -22,11 +22,18 @@ def peer_network(arch: str, T: int):
     sys.modules[names[2]].load_state_dict_from_url = None  # pyright: ignore[reportAttributeAccessIssue]
     from spikingjelly.activation_based import (  # pyright: ignore[reportMissingImports]
         functional,
+        layer,
         neuron,
         surrogate,
     )
     from spikingjelly.activation_based.model import sew_resnet  # pyright: ignore[reportMissingImports]
 
+    return functional, layer, neuron, surrogate, sew_resnet
+
+
+def peer_network(arch: str, T: int):
+    """SpikingJelly's SEW-ResNet in multi-step mode, with its ATan surrogate and IF neurons, as its examples set it."""
+    functional, _, neuron, surrogate, sew_resnet = peer_packages()
     network = getattr(sew_resnet, arch)(
         pretrained=False,
         cnf="ADD",
@@ -43,12 +50,12 @@ def peer_network(arch: str, T: int):
     return network, forward
 
 
-def our_network(arch: str, T: int, counted: bool):
+def our_network(arch: str, T: int, counted: bool, checkpoint: bool):
     """This project's network with the same neurons and surrogate."""
     from pipeline.config import ModelConfig
     from pipeline.snn import neurons, sew_resnet
 
-    model = ModelConfig(arch=arch, T=T, surrogate="atan", width=1 / torch.pi)
+    model = ModelConfig(arch=arch, T=T, surrogate="atan", width=1 / torch.pi, checkpoint=checkpoint)
     network = sew_resnet.build(model, num_classes=1000, image_size=224)
     if counted:
         neurons.bind(network)
@@ -62,7 +69,8 @@ def main() -> None:
     if job["side"] == "peer":
         network, forward = peer_network(job["arch"], job["T"])
     else:
-        network, forward = our_network(job["arch"], job["T"], job["side"] == "ours")
+        side = job["side"]
+        network, forward = our_network(job["arch"], job["T"], side != "ours, not counting", side == "ours, checkpoint")
     if job["weights"]:
         network.load_state_dict(torch.load(job["weights"], mmap=True))
     elif job["save"]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.neuron_bytes_side import kept, kept_by, our_ops
 from pipeline.config import ModelConfig
 from pipeline.snn import neurons, readout, sew_resnet
 from pipeline.snn.kernels import compiled
@@ -12,13 +13,6 @@ from pipeline.snn.kernels import compiled
 def require_compiler() -> None:
     if compiled.library(torch.zeros(1)) is None:
         pytest.skip(f"compiling does not work here: {compiled.why_not()}")
-
-
-def kept_by(function) -> int:
-    """Bytes allocated by a call and not freed when it returns, the results that the caller still holds included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    return sum(event.self_cpu_memory_usage for event in profile.key_averages())
 
 
 def train_once(checkpoint: bool, arch: str, images: torch.Tensor, dtype: torch.dtype, **fields):
@@ -43,6 +37,21 @@ def train_once(checkpoint: bool, arch: str, images: torch.Tensor, dtype: torch.d
     weights = sum(parameter.numel() for parameter in net.parameters()) * (2 if dtype == torch.bfloat16 else 0)
     results = {"logits": logits[0], **gradients, **buffers, **counters}
     return results, (kept - weights) / sum(state.neuron_steps)
+
+
+def test_the_fused_op_keeps_two_bytes_a_neuron_step_and_checkpointed_blocks_a_third_of_one():
+    """The kept bytes that docs/snn.md states, with the bf16 weights of two convolutions beside them."""
+    require_compiler()
+    T, N, C, size = 4, 2, 64, 28
+    y = torch.randn(T * N, C, size, size).bfloat16().contiguous(memory_format=torch.channels_last)
+    shortcut = (torch.rand(y.shape) < 0.2).to(y.dtype).contiguous(memory_format=torch.channels_last)
+    scalars = 40 * C * 4  # BN's statistics and affine map, by channel
+    for checkpoint, block in ((False, 2 + 0.3125), (True, 0.3125)):
+        ops = our_ops(T, C, checkpoint)
+        found = [{name: kept(op, lambda: None, y, shortcut) for name, op in ops.items()} for _ in range(2)][1]
+        weights = 2 * 2 * 9 * C * C
+        assert found.pop("block") == pytest.approx(block * 2 * y.numel() + weights, abs=scalars)
+        assert all(value == pytest.approx(2 * y.numel(), abs=scalars) for value in found.values())
 
 
 @pytest.mark.parametrize(

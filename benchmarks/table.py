@@ -1,0 +1,64 @@
+"""What benchmarks share: a row of their table with its goal, the table on the screen, the file of results."""
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+
+def row(name: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> dict:
+    """One figure; `better` is higher or lower, and says on which side of its goal a figure has to lie."""
+    met = None if goal is None else (value >= goal if better == "higher" else value <= goal)
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "better": better, "met": met}
+
+
+def show(rows: list[dict]) -> None:
+    """Print the table, a line a row."""
+    width = max(len(line["name"]) for line in rows)
+    for line in rows:
+        goal = "" if line["goal"] is None else f"   goal {line['goal']:g}: {'met' if line['met'] else 'missed'}"
+        print(f"{line['name']:{width}} {line['value']:12.4g} {line['unit']}{goal}")
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def write(
+    path: str | os.PathLike,
+    rows: list[dict],
+    *,
+    hardware: str,
+    versions: dict[str, str],
+    command: str,
+    setting: str,
+    **more: object,
+) -> None:
+    """Write the figures as JSON, with what they were measured on and how; Python's version and the date are added.
+
+    Args:
+        path: the file; its folder is made where there is none.
+        rows: from `row`.
+        hardware: processor and what of it was used, and what was not at hand.
+        versions: of the packages that matter.
+        command: that gives these figures again.
+        setting: what was measured, in a sentence.
+        more: anything else to keep, such as every single time.
+    """
+    report = {
+        "hardware": hardware,
+        "versions": {"python": platform.python_version()} | versions,
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "setting": setting,
+        "rows": rows,
+        **more,
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
