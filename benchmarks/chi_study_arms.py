@@ -54,9 +54,23 @@ def _confirm() -> list[Setting]:
     return ours + known
 
 
+def _floor() -> list[Setting]:
+    """A rectangle far too narrow: left alone, and steered by coverage or by an indicator that cannot see it starve."""
+    blind = chi(0.5, 0.5, indicator="participation", floor_coverage=0.1)
+    policies = {
+        "narrow, fixed": FIXED,
+        "narrow, coverage held": chi(0.5, 0.2),
+        "narrow, participation held, floor 0.1": blind,
+        "narrow, participation held, no floor": blind | {"floor_coverage": 0.0, "floor_rate": 0.0},
+    }
+    common = {"surrogate": "rectangle", "width": 0.02, "lr": 0.2, "epochs": 4}
+    return [Setting(arm=arm, policy=policy, **common) for arm, policy in policies.items()]
+
+
 STAGES: dict[str, list[Setting]] = {
     "sweep": _rivals(0.1),
     "search": _search(0.1),
     "rates": _rivals(0.2) + [setting for setting in _rivals(0.05) if setting.arm in LOW],
     "confirm": _confirm(),
+    "floor": _floor(),
 }

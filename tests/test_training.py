@@ -35,6 +35,7 @@ def arguments(digits: Path, run_dir: Path) -> list[str]:
         "--train.log_every": 1,
         "--train.checkpoint_every": 5,
         "--chi.interval": 2,
+        "--chi.calibrate": "true",
         "--metrics.port": 0,
     }
     return [str(word) for pair in settings.items() for word in pair]

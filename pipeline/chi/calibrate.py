@@ -23,7 +23,8 @@ def calibrated_widths(network: nn.Module, images: Tensor, neurons: NeuronState, 
     training = network.training
     try:
         with probed(neurons.neurons, lambda layer, u: seen[layer].append(u.abs().flatten())):
-            network.train()(images)
+            network.train()  # a DeepSpeed engine's returns None
+            network(images)
     finally:
         network.train(training)
         for name, buffer in network.named_buffers():
