@@ -65,10 +65,49 @@ def _floor() -> list[Setting]:
     return [Setting(arm=arm, policy=policy, **common) for arm, policy in policies.items()]
 
 
+FROZEN = chi(0.6, 0.2)
+"""The setting that the search ended with."""
+
+
+def _final() -> list[Setting]:
+    """The frozen arms at the test split: role and name. The baseline and the rival at every second seed."""
+    runs = []
+    for seed in range(20):
+        common = {"lr": 0.2, "seed": seed, "split": "test"}
+        runs.append(Setting(arm="chi: coverage 0.6 to 0.2, any start", width=None, policy=FROZEN, **common))
+        runs.append(Setting(arm="best fixed: triangle 1.0", width=1.0, policy=FIXED, **common))
+        if seed % 2 == 0:
+            atan = {"surrogate": "atan", "width": 0.31830988618379067, "policy": FIXED}
+            runs.append(Setting(arm="atan: alpha 2", **atan, **common))
+            mpd_agl = {"surrogate": "rectangle", "policy": {"policy": "mpd_agl"}}
+            runs.append(Setting(arm="rival: MPD-AGL", **mpd_agl, **common))
+    return runs
+
+
+def _transfer() -> list[Setting]:
+    """The frozen setting, untouched, at other T, another resolution and three times the depth."""
+    elsewhere = {
+        "T=2": {"T": 2},
+        "T=8": {"T": 8, "epochs": 4},
+        "27 layers": {"arch": "sew_cifar26", "epochs": 4, "num_images": 5_000},
+    }
+    runs = []
+    for seed in (0, 1):
+        for where, change in elsewhere.items():
+            common = {"lr": 0.2, "seed": seed, **change}
+            runs.append(Setting(arm=f"chi, {where}", width=None, policy=FROZEN, **common))
+            runs.append(Setting(arm=f"fixed 1.0, {where}", width=1.0, policy=FIXED, **common))
+            atan = {"surrogate": "atan", "width": 0.31830988618379067, "policy": FIXED}
+            runs.append(Setting(arm=f"atan, {where}", **atan, **common))
+    return runs
+
+
 STAGES: dict[str, list[Setting]] = {
     "sweep": _rivals(0.1),
     "search": _search(0.1),
     "rates": _rivals(0.2) + [setting for setting in _rivals(0.05) if setting.arm in LOW],
     "confirm": _confirm(),
     "floor": _floor(),
+    "final": _final(),
+    "transfer": _transfer(),
 }
