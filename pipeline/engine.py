@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -25,6 +26,23 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 
+TESTED = ((0, 19, 8), (0, 20, 0))
+"""DeepSpeed from the first version on and below the second: where it reduces gradients is not part of its API."""
+
+
+def refuse_untested_deepspeed() -> None:
+    """Raises ConfigError where DeepSpeed's version is outside `TESTED`."""
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", deepspeed.__version__)
+    version = tuple(int(number) for number in numbers.groups()) if numbers else ()
+    first, end = TESTED
+    if not first <= version < end:
+        allowed = f">={'.'.join(map(str, first))},<{'.'.join(map(str, end[:2]))}"
+        raise ConfigError(
+            f"deepspeed=={deepspeed.__version__} is not allowed: χ is read inside its gradient reduction, tested with "
+            f'{allowed}; run: pip install -c constraints.txt "deepspeed{allowed}"'
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where this process stands in the job."""
@@ -36,7 +54,12 @@ class Place:
 
 
 def join(config: Config) -> Place:
-    """Joins the other ranks (the launcher set RANK, LOCAL_RANK and WORLD_SIZE) and takes this rank's device."""
+    """Joins the other ranks (the launcher set RANK, LOCAL_RANK and WORLD_SIZE) and takes this rank's device.
+
+    Raises:
+        ConfigError: a version of DeepSpeed that was not tested.
+    """
+    refuse_untested_deepspeed()
     accelerator = get_accelerator()
     assert accelerator is not None
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

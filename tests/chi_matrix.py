@@ -2,7 +2,7 @@
 
 The network has no BatchNorm, a silent input channel and dead output channels, so that known weights get no gradient:
 0 < χ < 1. With more than one rank the second layer's weight lies across partitions. Each case prints one JSON line
-from rank 0.
+from rank 0. With the argument `short`, only few of the cases.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ from pipeline.snn.readout import cross_entropy
 from pipeline.snn.sew_resnet import SpikingLayer
 
 T, MICRO_BATCH, STEPS = 3, 4, 2
-STAGES, PRECISIONS = (0, 1, 2, 3), (("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("fp16", 2))
+STAGES, PRECISIONS = (0, 1, 2, 3), (("fp32", 1), ("fp32", 2), ("bf16", 2), ("fp16", 2))
+SHORT = (("fp32", 2), ("fp16", 1))
 CLIP = 0.01
 COLLECTIVES = (
     "all_reduce",
@@ -175,6 +176,10 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
         tap.signals[SIGNALS.index("bad_samples")] = rank + 1
         step(engine, data, tap, inspect)
         reading = tap.read()
+        while reading.skipped:  # fp16 starts with a loss scale that more ranks overflow
+            plain = plain_gradient(engine, data, precision)
+            step(engine, data, tap, inspect)
+            reading = tap.read()
         both = []
         for source in (plain, full):
             layers = [source["conv1.weight"].double(), source["conv2.weight"].double()]
@@ -389,9 +394,10 @@ def main() -> int:
     deepspeed.init_distributed("gloo", verbose=False)
     torch.set_num_threads(1)
     compute_in_fp16(True)
-    for stage, (precision, accumulation) in itertools.product(STAGES, PRECISIONS):
+    short = "short" in sys.argv
+    for stage, (precision, accumulation) in itertools.product(STAGES, SHORT if short else PRECISIONS):
         tell("CASE", case(stage, precision, accumulation))
-    for stage in STAGES:
+    for stage in () if short else STAGES:
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, guards(stage))
         tell("GUARD", everyone)
@@ -400,9 +406,10 @@ def main() -> int:
         for precision in ("fp32", "fp16"):
             tell("CLIP", clipped(stage, precision))
             tell("RESUME", resumes(stage, precision))
-    for precision in ("fp32", "fp16"):
-        tell("SEW", sew(precision))
-    tell("REFUSED", refused())
+    if not short:
+        for precision in ("fp32", "fp16"):
+            tell("SEW", sew(precision))
+        tell("REFUSED", refused())
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.chi.limbs import MAX_RANKS, pack, unpack
-from tests.conftest import launch
+from pipeline.errors import EXIT_USAGE
+from tests.conftest import ROOT, launch
 
 CLIP = 0.01  # of chi_matrix.py
 
 STAGES, LAYERS = (0, 1, 2, 3), 2
-PRECISIONS = (("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("fp16", 2))  # with accumulation; fp16 is slow here
+PRECISIONS = (("fp32", 1), ("fp32", 2), ("bf16", 2), ("fp16", 2))  # with accumulation; fp16 is slow here
 CASES = [(stage, *precision) for stage in STAGES for precision in PRECISIONS]
 # The plain count sums fp16 gradients in another order than DeepSpeed.
 ROUNDING = {"fp32": 1e-6, "bf16": 1e-6, "fp16": 1e-3}
@@ -36,14 +39,19 @@ def matrix(output) -> dict:
     return {(r["stage"], r["precision"], r["accumulation"]): r for r in lines(output, "CASE")}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_chi_equals_a_plain_count_and_deepspeeds_full_gradient(matrix, case):
-    for step in matrix[case]["steps"]:
+def assert_exact(result: dict) -> None:
+    for step in result["steps"]:
         for source in ("full", "plain"):
             assert step["chi"] == step[source]["chi"], source
             assert step["network_chi"] == step[source]["network_chi"]
-            rounding = 1e-6 if source == "full" else ROUNDING[case[1]]
+            rounding = 1e-6 if source == "full" else ROUNDING[result["precision"]]
             assert step["participation"] == pytest.approx(step[source]["participation"], rel=rounding)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chi_equals_a_plain_count_and_deepspeeds_full_gradient(matrix, case):
+    assert_exact(matrix[case])
+    for step in matrix[case]["steps"]:
         for chi in [*step["chi"], step["network_chi"]]:
             assert 0 < chi < 1
         # A third of the first layer's inputs is silent, and a third of its outputs is dead.
@@ -74,6 +82,22 @@ def test_the_same_gradient_in_more_micro_batches_counts_the_same_neuron_steps(ma
         for name in ("chi", "firing_rate", "coverage"):
             one, other = (matrix[(stage, "fp32", a)]["steps"][0][name] for a in (1, 2))
             assert one == pytest.approx(other, abs=0.2)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_other_numbers_of_ranks(ranks):
+    done = launch("tests/chi_matrix.py", "short", ranks=ranks)
+    assert done.returncode == 0, done.output
+    results = lines(done.output, "CASE")
+    assert len(results) == len(STAGES) * 2
+    for result in results:
+        assert_exact(result)
+        own = ranks > 1 and (result["stage"] >= 2 or result["precision"] == "fp16")
+        assert result["calls_with"] == result["calls_without"] + own
+        for step in result["steps"]:
+            assert 0 < step["network_chi"] < 1
+            assert step["bad_samples"] == sum(range(1, ranks + 1))
 
 
 def test_zero_stages_agree(matrix):
@@ -156,3 +180,26 @@ def test_packed_counts_survive_a_sum_and_an_average_over_ranks(counts, ranks):
         averaged += limbs / ranks
     averaged += limbs / ranks * (ranks - min(ranks, 50))
     assert unpack(averaged * ranks).tolist() == expected
+
+
+def test_a_version_of_deepspeed_that_was_not_tested_is_refused(digits, tmp_path):
+    for version in ("0.19.7", "0.20.0"):
+        code = (
+            f"import deepspeed; deepspeed.__version__ = {version!r}; import sys; from launch.train import main; "
+            "sys.exit(main(sys.argv[1:]))"
+        )
+        arguments = [
+            "--recipe",
+            "digits",
+            "--data.path",
+            str(digits),
+            "--run_dir",
+            str(tmp_path),
+            "--metrics.port",
+            "0",
+        ]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == EXIT_USAGE, done.stderr
+        assert f"error: deepspeed=={version} is not allowed: χ is read inside its gradient reduction" in done.stderr
+        assert "tested with >=0.19.8,<0.20; run: pip install" in done.stderr
+        assert "Traceback" not in done.stderr
