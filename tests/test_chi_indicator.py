@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.chi.indicator import gradient_sums, indicators
+from pipeline.snn.kernels import sums
 
 
 def test_sums_against_a_plain_count():
@@ -24,6 +25,40 @@ def test_sums_of_any_gradient(values):
     assert nnz == sum(value != 0 for value in values)
     assert magnitudes == pytest.approx(math.fsum(abs(value) for value in values), rel=1e-12)
     assert squares == pytest.approx(math.fsum(value * value for value in values), rel=1e-12)
+
+
+def layouts(gradient: torch.Tensor) -> list[torch.Tensor]:
+    """The same elements as they may lie: one behind another, channels last, and with gaps."""
+    if gradient.dim() != 4:
+        return [gradient]
+    with_gaps = torch.full((*gradient.shape[:3], 2 * gradient.shape[3]), 7.0, dtype=gradient.dtype)[..., ::2]
+    return [gradient, gradient.contiguous(memory_format=torch.channels_last), with_gaps.copy_(gradient)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(0,), (1,), (31,), (2**15,), (2**15 + 1,), (100_003,), (6, 5, 3, 3)])
+def test_one_pass_gives_the_sums_of_the_definition(shape, dtype):
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul_(1e-3).to(dtype)
+    gradient.view(-1)[::3] = 0
+    gradient.view(-1)[1::97] = torch.finfo(dtype).smallest_normal / 4  # a denormal is not zero
+    wide = gradient.double()
+    expected = [(wide != 0).sum().item(), wide.abs().sum().item(), wide.square().sum().item()]
+    for laid_out in layouts(gradient):
+        for run in (sums.run, sums.run_reference):
+            nnz, magnitudes, squares = run(laid_out).tolist()
+            assert nnz == expected[0]
+            assert magnitudes == pytest.approx(expected[1], rel=1e-12)
+            assert squares == pytest.approx(expected[2], rel=1e-12)
+
+
+def test_the_sums_are_the_same_bits_for_any_number_of_threads():
+    gradient = torch.randn(300_001, generator=torch.Generator().manual_seed(2))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(sums.run(gradient).tolist())
+    torch.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
 
 
 def test_an_overflowing_gradient_shows_in_the_sums():

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.snn.kernels import sums
+
 PER_LAYER = ("chi", "participation", "coverage", "firing_rate", "grad_norm")
 
 
 def gradient_sums(gradient: Tensor) -> Tensor:
     """`(3,)` float64: number of non-zero elements, Σ|g| and Σg² of a gradient of any shape."""
-    magnitudes = torch.linalg.vector_norm(gradient, 1, dtype=torch.float64)
-    norm = torch.linalg.vector_norm(gradient, 2, dtype=torch.float64)
-    return torch.stack((torch.count_nonzero(gradient).double(), magnitudes, norm.square()))
+    return sums.run(gradient)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,6 +46,7 @@ _SIGNATURES = {
     "channel_affine": (*[_pointer] * 5, *[_long] * 3),
     "pack": (*[_pointer] * 2, *[_long] * 3),
     "unpack": (*[_pointer] * 2, *[_long] * 3),
+    "gradient_sums": (*[_pointer] * 2, *[_long] * 2),
 }
 
 

@@ -275,3 +275,26 @@ extern "C" void unpack(const uint8_t* packed, real* out, long n, long bits, long
                 out[k * n + j0 + j] = store((float)((packed[j0 + j] >> (bits * k)) & ((1 << bits) - 1)));
     }
 }
+
+// Non-zero elements, sum |g| and sum g^2 in doubles. Parts of a fixed size, folded in order: the same bits for any number
+// of threads, since every rank has to see the same sums.
+extern "C" void gradient_sums(const real* g, double* out, long n, long threads) {
+    const long part = 1 << 15, parts = (n + part - 1) / part;
+    std::vector<double> sums(3 * parts);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long p = 0; p < parts; p++) {
+        long end = (p + 1) * part < n ? (p + 1) * part : n;
+        int32_t count = 0;
+        double magnitude = 0, square = 0;
+#pragma omp simd reduction(+ : count, magnitude, square)
+        for (long i = p * part; i < end; i++) {
+            double value = load(g[i]);
+            count += value != 0;
+            magnitude += std::fabs(value);
+            square += value * value;
+        }
+        sums[3 * p] = count, sums[3 * p + 1] = magnitude, sums[3 * p + 2] = square;
+    }
+    out[0] = out[1] = out[2] = 0;
+    for (long p = 0; p < 3 * parts; p++) out[p % 3] += sums[p];
+}
