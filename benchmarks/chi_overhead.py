@@ -8,19 +8,17 @@ median of neighbouring ratios. A profiled step of each counts collectives, and p
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import time
 from collections import Counter
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import table
+from benchmarks.table import row
 from pipeline.chi.allreduce import Tap
 from pipeline.chi.controller import start, steer
 from pipeline.chi.limbs import pack
@@ -103,49 +101,34 @@ def main() -> None:
             seconds[with_chi].append(sides[with_chi].step())
         print(f"pair {turn + 1}: with χ {seconds[True][-1]:.3f} s, without {seconds[False][-1]:.3f} s", flush=True)
     counts = {with_chi: side.count() for with_chi, side in sides.items()}
-    rows = table(seconds, counts, sides[True])
-    for row in rows:
-        goal = "" if row["goal"] is None else f"   goal {row['goal']:g}: {'met' if row['met'] else 'missed'}"
-        print(f"{row['name']:58} {row['value']:10.4g} {row['unit']:10}{goal}")
+    rows = rows_of(seconds, counts, sides[True])
+    table.show(rows)
     if arguments.json:
-        report = {
-            "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; no GPU",
-            "versions": {name: version(name) for name in ("torch", "deepspeed")},
-            "date": datetime.date.today().isoformat(),
-            "command": "python -m benchmarks.chi_overhead" + (" --quick" if arguments.quick else ""),
-            "setting": f"SEW-ResNet34, T=4, {image_size} x {image_size}, bf16, ZeRO-1, batch {MICRO} x {ACCUMULATION}",
-            "rows": rows,
-            "seconds": {"with chi": seconds[True], "without": seconds[False]},
-        }
-        Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
+        table.write(
+            arguments.json,
+            rows,
+            hardware=f"{table.processor()}, {torch.get_num_threads()} threads; no GPU was at hand",
+            versions={name: version(name) for name in ("torch", "deepspeed")},
+            command="python -m benchmarks.chi_overhead" + (" --quick" if arguments.quick else ""),
+            setting=f"SEW-ResNet34, T=4, {image_size} x {image_size}, bf16, ZeRO-1, batch {MICRO} x {ACCUMULATION}",
+            seconds={"with chi": seconds[True], "without": seconds[False]},
+        )
     leave()
 
 
-def table(seconds: dict[bool, list[float]], counts: dict[bool, Counter], side: Side) -> list[dict]:
+def rows_of(seconds: dict[bool, list[float]], counts: dict[bool, Counter], side: Side) -> list[dict]:
     ratios = [on / off for on, off in zip(seconds[True], seconds[False], strict=True)]
     added = counts[True] - counts[False]
     collectives = sum(count for name, count in added.items() if name.startswith("c10d::"))
-    reads = added["aten::_local_scalar_dense"]
-    num_layers = len(side.neurons.names)
     tail = 4 * (pack(side.tap._share().counts).numel() + 1)  # the counts' limbs, and the loss
-    rows = [
-        ("overhead of χ over a whole training step", 100 * (statistics.median(ratios) - 1), "%", 1.0),
-        ("… the fastest steps compared", 100 * (min(seconds[True]) / min(seconds[False]) - 1), "%", None),
-        ("collectives added per step", collectives, "calls", 0),
-        ("host reads added per step", reads, "reads", 0),
-        ("traffic added per step", tail / num_layers, "B/layer", 64),
-        ("seconds of a step without χ", statistics.median(seconds[False]), "s", None),
-    ]
+    fastest = 100 * (min(seconds[True]) / min(seconds[False]) - 1)
     return [
-        {
-            "name": name,
-            "value": value,
-            "unit": unit,
-            "goal": goal,
-            "better": "lower",
-            "met": None if goal is None else value <= goal,
-        }
-        for name, value, unit, goal in rows
+        row("overhead of χ over a whole training step", 100 * (statistics.median(ratios) - 1), "%", 1.0, "lower"),
+        row("… the fastest steps compared", fastest, "%", None, "lower"),
+        row("collectives added per step", collectives, "calls", 0, "lower"),
+        row("host reads added per step", added["aten::_local_scalar_dense"], "reads", 0, "lower"),
+        row("traffic added per step", tail / len(side.neurons.names), "B/layer", 64, "lower"),
+        row("seconds of a step without χ", statistics.median(seconds[False]), "s"),
     ]
 
 

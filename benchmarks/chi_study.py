@@ -10,17 +10,16 @@ benchmarks/results/chi_study_runs.jsonl.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import math
 import os
-import platform
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks import table as results
 from benchmarks.chi_study_arms import STAGES
 
 RUNS = Path(__file__).parent / "results/chi_study_runs.jsonl"
@@ -95,19 +94,16 @@ def report(json_path: str | None, plot_path: str | None) -> None:
 
     every = finished()
     rows = chi_study_report.rows([record for record in every if record["stage"] == "final"])
-    for row in rows:
-        goal = "" if row["goal"] is None else f"   goal {row['goal']:g}: {'met' if row['met'] else 'missed'}"
-        print(f"{row['name']:78} {row['value']:10.4g} {row['unit']:8}{goal}")
+    results.show(rows)
     if json_path:
-        document = {
-            "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; no GPU was at hand",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "date": datetime.date.today().isoformat(),
-            "command": "python -m benchmarks.chi_study report",
-            "setting": "docs/chi_study.md; every run is a line of chi_study_runs.jsonl",
-            "rows": rows,
-        }
-        Path(json_path).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        results.write(
+            json_path,
+            rows,
+            hardware=f"{results.processor()}, one core a run; no GPU was at hand",
+            versions={"torch": torch.__version__},
+            command="python -m benchmarks.chi_study report",
+            setting="docs/chi_study.md; every run is a line of chi_study_runs.jsonl",
+        )
     if plot_path:
         chi_study_report.plot(every, plot_path)
 

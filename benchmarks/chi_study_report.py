@@ -5,6 +5,8 @@ from collections import defaultdict
 import numpy as np
 from scipy import stats
 
+from benchmarks.table import row
+
 CHI, BASELINE, FIXED, RIVAL = "chi", "atan", "best fixed", "rival"
 
 
@@ -34,8 +36,7 @@ def rows(records: list[dict]) -> list[dict]:
     table = []
 
     def add(name: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> None:
-        met = None if goal is None else bool(value >= goal if better == "higher" else value <= goal)
-        table.append({"name": name, "value": float(value), "unit": unit, "goal": goal, "better": better, "met": met})
+        table.append(row(name, float(value), unit, goal, better))
 
     for role, by_seed in arms.items():
         mean, half = interval(np.array(list(by_seed.values())))

@@ -8,11 +8,9 @@ moment of the machine touches both sides. Where a goal is missed, the report say
 """
 
 import argparse
-import datetime
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks import table
+from benchmarks.table import row
 from tests.data_servers import serve
 from tests.data_sets import ROOT, drawn_jpeg, write_set
 
@@ -226,17 +226,6 @@ def data_wait(folder: Path, digits: Path, epochs: int) -> list[dict]:
     return [row("data wait in make train", statistics.mean(waits), "ratio", 0.02, "lower")]
 
 
-def row(name: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> dict:
-    met = None if goal is None else (value >= goal if better == "higher" else value <= goal)
-    return {"name": name, "value": value, "unit": unit, "goal": goal, "better": better, "met": met}
-
-
-def hardware(threads: int) -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {threads} of {os.cpu_count()} cores; no GPU was at hand: `mixed` decoding is not measured"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="1 round instead of 7, fewer epochs")
@@ -248,24 +237,21 @@ def main() -> None:
         rows, profile = compare(Path(name, "images"), threads, rounds)
         rows += resume(Path(name, "imagenet"), 1 if arguments.quick else 5)
         rows += data_wait(Path(name), Path(arguments.digits).resolve(), 3 if arguments.quick else 10)
-    for line in rows:
-        goal = "" if line["goal"] is None else f"   goal {line['goal']:g}: {'met' if line['met'] else 'missed'}"
-        print(f"{line['name']:62} {line['value']:12.4g} {line['unit']:9}{goal}")
+    table.show(rows)
     for name, parts in profile.items():
         spent = ", ".join(f"{part} {1e6 * seconds:.0f}" for part, seconds in sorted(parts.items()))
         print(f"CPU µs an image, {SIDES.get(name, 'its decoding alone')}: {spent}")
     if arguments.json:
-        report = {
-            "hardware": hardware(threads),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "date": datetime.date.today().isoformat(),
-            "command": "python -m benchmarks.loader" + (" --quick" if arguments.quick else ""),
-            "setting": "ilsvrc-mini's 400 training images over and over, 224² random-resized crops, batches of 64",
-            "rows": rows,
-            "profile_cpu_s_per_image": profile,
-        }
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.json).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        table.write(
+            arguments.json,
+            rows,
+            hardware=f"{table.processor()}, {threads} of {os.cpu_count()} cores; no GPU was at hand: `mixed` decoding "
+            "is not measured",
+            versions={name: version(name) for name in PACKAGES},
+            command="python -m benchmarks.loader" + (" --quick" if arguments.quick else ""),
+            setting="ilsvrc-mini's 400 training images over and over, 224² random-resized crops, batches of 64",
+            profile_cpu_s_per_image=profile,
+        )
 
 
 if __name__ == "__main__":

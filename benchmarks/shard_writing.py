@@ -10,13 +10,10 @@ beside the repository or in CHISPIKE_DATA the images are made up, and the table 
 """
 
 import argparse
-import datetime
 import hashlib
 import importlib.metadata
-import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -30,6 +27,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks import table
+from benchmarks.table import row
 from data_prep.images import inspect
 from data_prep.sources.tars import walk_tar
 
@@ -180,45 +179,24 @@ def measure(scratch: Path, folder: Path, rounds: int, processes: int) -> dict[st
     return seconds
 
 
-def table(seconds: dict[str, list[float]], num_images: int, num_bytes: int, processes: int) -> list[dict]:
+def rows_of(seconds: dict[str, list[float]], num_images: int, num_bytes: int, processes: int) -> list[dict]:
     def ratio(peer: str, our: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[peer], seconds[our], strict=True))
 
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    rows = [
-        ("copy without decode, against GNU tar", ratio("GNU tar", "ours, no decode"), "ratio", 0.9, "higher"),
-        ("… against GNU tar and a flush", ratio("GNU tar, flushed", "ours, no decode"), "ratio", 0.9, "higher"),
-        (f"decode check, against decoding alone on {processes}", ratio("decode only", "ours"), "ratio", 0.9, "higher"),
-        ("with decode check, against a ShardWriter loop", ratio("ShardWriter loop", "ours"), "ratio", 1.8, "higher"),
-        ("second run", median["ours, second run"], "s", 2.0, "lower"),
-        ("files rewritten by the second run", median["files rewritten"], "files", 0, "lower"),
-        ("copy without decode", num_bytes / median["ours, no decode"], "bytes/s", None, "higher"),
-        ("copy by GNU tar", num_bytes / median["GNU tar"], "bytes/s", None, "higher"),
-        ("with decode check", num_images / median["ours"], "images/s", None, "higher"),
-        ("decoding alone", num_images / median["decode only"], "images/s", None, "higher"),
-        ("ShardWriter loop", num_images / median["ShardWriter loop"], "images/s", None, "higher"),
-    ]  # fmt: skip
     return [
-        {
-            "name": name,
-            "value": value,
-            "unit": unit,
-            "goal": goal,
-            "better": better,
-            "met": None if goal is None else (value >= goal if better == "higher" else value <= goal),
-        }
-        for name, value, unit, goal, better in rows
+        row("copy without decode, against GNU tar", ratio("GNU tar", "ours, no decode"), "ratio", 0.9),
+        row("… against GNU tar and a flush", ratio("GNU tar, flushed", "ours, no decode"), "ratio", 0.9),
+        row(f"decode check, against decoding alone on {processes}", ratio("decode only", "ours"), "ratio", 0.9),
+        row("with decode check, against a ShardWriter loop", ratio("ShardWriter loop", "ours"), "ratio", 1.8),
+        row("second run", median["ours, second run"], "s", 2.0, "lower"),
+        row("files rewritten by the second run", median["files rewritten"], "files", 0, "lower"),
+        row("copy without decode", num_bytes / median["ours, no decode"], "bytes/s"),
+        row("copy by GNU tar", num_bytes / median["GNU tar"], "bytes/s"),
+        row("with decode check", num_images / median["ours"], "images/s"),
+        row("decoding alone", num_images / median["decode only"], "images/s"),
+        row("ShardWriter loop", num_images / median["ShardWriter loop"], "images/s"),
     ]
-
-
-def hardware(processes: int) -> str:
-    """The processor's name and the processes used."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine()
-    return f"{name}, {processes} processes on {os.cpu_count()} cores"
 
 
 def main() -> None:
@@ -239,27 +217,22 @@ def main() -> None:
         print(f"{num_images:,} {what}, {num_bytes / 1e9:.2f} GB")
         seconds = measure(scratch, folder, 1 if arguments.quick else 3, arguments.processes)
         parts = core_seconds(folder, scratch)
-    rows = table(seconds, num_images, num_bytes, arguments.processes)
-    for row in rows:
-        goal = "" if row["goal"] is None else f"   goal {row['goal']:g}: {'met' if row['met'] else 'missed'}"
-        print(f"{row['name']:60} {row['value']:14.4g} {row['unit']:10}{goal}")
+    rows = rows_of(seconds, num_images, num_bytes, arguments.processes)
+    table.show(rows)
     print("core-seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items()))
     if arguments.json:
-        report = {
-            "hardware": hardware(arguments.processes),
-            "versions": {
-                "python": platform.python_version(),
-                "tar": subprocess.run(["tar", "--version"], capture_output=True, text=True).stdout.split("\n")[0],
-                **{name: importlib.metadata.version(name) for name in ("pillow", "webdataset", "numpy")},
-            },
-            "date": datetime.date.today().isoformat(),
-            "command": "python -m benchmarks.shard_writing" + (" --quick" if arguments.quick else ""),
-            "setting": f"{num_images} {what}, {num_bytes} bytes, warm in the page cache",
-            "seconds": seconds,
-            "core_seconds": parts,
-            "rows": rows,
-        }
-        Path(arguments.json).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        tar = subprocess.run(["tar", "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+        packages = ("pillow", "webdataset", "numpy")
+        table.write(
+            arguments.json,
+            rows,
+            hardware=f"{table.processor()}, {arguments.processes} processes on {os.cpu_count()} cores",
+            versions={"tar": tar, **{name: importlib.metadata.version(name) for name in packages}},
+            command="python -m benchmarks.shard_writing" + (" --quick" if arguments.quick else ""),
+            setting=f"{num_images} {what}, {num_bytes} bytes, warm in the page cache",
+            seconds=seconds,
+            core_seconds=parts,
+        )
 
 
 if __name__ == "__main__":
