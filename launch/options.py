@@ -43,12 +43,18 @@ def _boolean(text: str) -> bool:
     raise ValueError(text)
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",") if part)
+
+
 _boolean.__name__ = "true or false"
-_CONVERTERS = {int: int, float: float, str: str, bool: _boolean}
+_numbers.__name__ = "list of numbers"
+_CONVERTERS = {int: int, float: float, str: str, bool: _boolean, tuple[float, ...]: _numbers}
+_METAVARS = {bool: "true|false", tuple[float, ...]: "number,…"}
 
 
 def _parser(default: Config) -> _Parser:
-    recipes = "\n".join(f"  {name:<10}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+    recipes = "\n".join(f"  {name:<25}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
     parser = _Parser(
         prog="launch/train.py",
         usage="deepspeed [LAUNCHER'S OPTIONS] launch/train.py --recipe NAME [--section.field VALUE …]",

@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, by parameter name, at any number of ranks.
 
     RUN/checkpoints/step-00000100/
-      state.pt        parameters, momentum and BatchNorm statistics by name; counters; the controller
+      state.pt        parameters, optimizer state and BatchNorm statistics by name; counters; the controller
       state.sha256    its hash
     RUN/checkpoints/latest     the name of the newest
 
@@ -28,7 +28,6 @@ from deepspeed.utils import (
 from torch.nn import functional
 
 log = logging.getLogger(__name__)
-MOMENTUM = "momentum_buffer"
 
 
 def average_buffers(engine) -> None:
@@ -44,22 +43,36 @@ def average_buffers(engine) -> None:
 
 
 def gather(engine) -> dict[str, dict]:
-    """Full fp32 parameters, momentum and buffers by name, on the CPU. Every rank calls it; it is a collective."""
+    """Full fp32 parameters, optimizer state and buffers by name, on the CPU. A collective: every rank calls it."""
     average_buffers(engine)
-    parameters, momentum = {}, {}
+    slots = _slots(engine)
+    if engine.zero_optimization_stage() in (1, 2):
+        # DeepSpeed links parameters to their state after its first group's first step, when other groups have none.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    parameters: dict[str, torch.Tensor] = {}
+    optimizer: dict[str, dict[str, torch.Tensor]] = {slot: {} for slot in slots}
     fp32 = masters(engine)
     for name, parameter in engine.module.named_parameters():
         if engine.zero_optimization_stage() == 0:
             value = fp32[parameter]
-            state = engine.optimizer.state[value].get(MOMENTUM)
+            state = {slot: engine.optimizer.state[value].get(slot) for slot in slots}
         else:
-            value, state = safe_get_full_fp32_param(parameter), safe_get_full_optimizer_state(parameter, MOMENTUM)
+            value = safe_get_full_fp32_param(parameter)
+            state = {slot: safe_get_full_optimizer_state(parameter, slot) for slot in slots}
         assert value is not None
         parameters[name] = value.detach().cpu().clone()
-        if state is not None:
-            momentum[name] = state.detach().cpu().clone()
+        for slot, tensor in state.items():
+            if tensor is not None:
+                optimizer[slot][name] = tensor.detach().cpu().clone()
     buffers = {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
-    return {"parameters": parameters, "momentum": momentum, "buffers": buffers, "loss_scale": _loss_scale(engine)}
+    return {
+        "parameters": parameters,
+        "optimizer": optimizer,
+        "updates": _updates(engine),
+        "buffers": buffers,
+        "loss_scale": _loss_scale(engine),
+    }
 
 
 def scatter(engine, state: dict[str, dict]) -> None:
@@ -74,22 +87,47 @@ def scatter(engine, state: dict[str, dict]) -> None:
             parameter.data.copy_(state["parameters"][name])
             master = fp32[parameter]
             master.data.copy_(state["parameters"][name])
-            if name in state["momentum"]:
-                engine.optimizer.state[master][MOMENTUM] = state["momentum"][name].to(parameter.device)
+            slots = {slot: of[name].to(parameter.device) for slot, of in state["optimizer"].items() if name in of}
+            if slots:
+                engine.optimizer.state[master].update(slots, **_step(state))
         return
-    optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         _scatter_partitions(engine, state)
         return
-    for partition in optimizer.single_partition_of_fp32_groups:
-        # Momentum exists only after a first step; zeros are what that step would start from.
-        optimizer.optimizer.state[partition][MOMENTUM] = torch.zeros_like(partition)
+    optimizer = engine.optimizer
+    _begin_state(optimizer, optimizer.single_partition_of_fp32_groups, state)
     optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         safe_set_full_fp32_param(parameter, state["parameters"][name].to(parameter.device))
-        if name in state["momentum"]:
-            safe_set_full_optimizer_state(parameter, state["momentum"][name].to(parameter.device), MOMENTUM)
+        for slot, of in state["optimizer"].items():
+            safe_set_full_optimizer_state(parameter, of[name].to(parameter.device), slot)
     optimizer.update_lp_params()
+
+
+def _slots(engine) -> list[str]:
+    """What the optimizer keeps for every element: momentum_buffer, or exp_avg and exp_avg_sq; none before a step."""
+    states = engine.basic_optimizer.state.items()
+    return sorted({slot for p, state in states for slot, v in state.items() if getattr(v, "shape", None) == p.shape})
+
+
+def _updates(engine) -> dict[str, float]:
+    """AdamW's count of updates, the same for every parameter, as `{"step": n}`; empty for SGD."""
+    counts = {float(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state}
+    assert len(counts) <= 1, counts
+    return {"step": counts.pop()} if counts else {}
+
+
+def _step(state: dict[str, dict]) -> dict[str, torch.Tensor]:
+    """The same, as torch keeps it beside every parameter: on the CPU, and not shared, since it is counted in place."""
+    return {name: torch.tensor(value) for name, value in state["updates"].items()}
+
+
+def _begin_state(optimizer, partitions: list[torch.Tensor], state: dict[str, dict]) -> None:
+    """Makes the optimizer's state, which exists only after a first step; what it holds is put in afterwards."""
+    for partition in partitions:
+        slots = {slot: torch.zeros_like(partition) for slot in state["optimizer"]}
+        if slots:
+            optimizer.optimizer.state[partition].update(slots, **_step(state))
 
 
 def masters(engine) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -116,8 +154,7 @@ def _loss_scale(engine) -> dict[str, float]:
 def _scatter_partitions(engine, state: dict[str, dict]) -> None:
     """ZeRO-3: every rank takes its part. DeepSpeed's setters of whole parameters fail where they do not divide."""
     optimizer = engine.optimizer
-    for flat in optimizer.fp32_partitioned_groups_flat:
-        optimizer.optimizer.state[flat][MOMENTUM] = torch.zeros_like(flat)
+    _begin_state(optimizer, optimizer.fp32_partitioned_groups_flat, state)
     optimizer.checkpoint_event_prologue()  # takes apart the small parameters, which are kept whole
     for name, parameter in engine.module.named_parameters():
 
@@ -128,8 +165,8 @@ def _scatter_partitions(engine, state: dict[str, dict]) -> None:
         value = part(state["parameters"][name])
         safe_set_local_fp32_param(parameter, value)
         parameter.ds_tensor.copy_(value)
-        if name in state["momentum"]:
-            safe_set_local_optimizer_state(parameter, part(state["momentum"][name]), MOMENTUM)
+        for slot, of in state["optimizer"].items():
+            safe_set_local_optimizer_state(parameter, part(of[name]), slot)
     optimizer.checkpoint_event_epilogue()
 
 

@@ -192,30 +192,76 @@ class ChiConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
+    name: str = "sgd"
+    """Optimizer: sgd, whose weight_decay is an L2 penalty; adamw, whose weight_decay is apart from the gradient."""
     lr: float = 0.1
-    """Peak learning rate of SGD, above 0."""
+    """Peak learning rate, above 0."""
     momentum: float = 0.9
-    """Momentum, in [0, 1)."""
+    """Momentum of sgd, in [0, 1)."""
+    nesterov: bool = False
+    """Nesterov's form of sgd's momentum."""
+    beta1: float = 0.9
+    """Memory of adamw's mean of the gradient, in [0, 1)."""
+    beta2: float = 0.999
+    """Memory of adamw's mean of the squared gradient, in [0, 1)."""
+    eps: float = 1e-8
+    """What adamw adds to the root of that mean, above 0."""
     weight_decay: float = 0.0
-    """L2 penalty, at least 0."""
+    """Decay of the weights, at least 0."""
+    decay_norm_and_neurons: bool = False
+    """Decay batch normalisations, biases and the neurons' own parameters too, and not only matrices and filters."""
+    schedule: str = "cosine"
+    """Learning rate after the warm-up: cosine to 0 at the end; step, times gamma at each milestone; constant."""
+    by_epoch: bool = False
+    """Let the schedule move at the start of each epoch only, and not at every step; the warm-up is by step."""
+    milestones: tuple[float, ...] = ()
+    """Where schedule step lowers the rate, in epochs from the start of the run, rising, as in 30,60,90."""
+    gamma: float = 0.1
+    """Factor of schedule step at each milestone, in (0, 1]."""
     warmup_epochs: float = 0.0
-    """Linear warm-up before the cosine, in epochs, at least 0."""
+    """Linear warm-up before the schedule, in epochs, at least 0."""
     clip: float = 0.0
     """Largest L2 norm of the whole gradient, to which a larger one is scaled down; 0 does not clip. χ, participation
     and the reported norms are of the gradient before it is clipped."""
 
     def __post_init__(self) -> None:
-        _positive("optim.lr", self.lr)
-        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "a number in [0, 1)")
+        _one_of("optim.name", self.name, ("sgd", "adamw"))
+        _one_of("optim.schedule", self.schedule, ("cosine", "step", "constant"))
+        for name in ("lr", "eps"):
+            _positive(f"optim.{name}", getattr(self, name))
+        for name in ("momentum", "beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "a number in [0, 1)")
+        _require(
+            not self.nesterov or (self.name == "sgd" and self.momentum > 0),
+            "optim.nesterov",
+            self.nesterov,
+            "it with optim.name sgd and an optim.momentum above 0",
+        )
         for name in ("weight_decay", "warmup_epochs", "clip"):
             got = getattr(self, name)
             _require(math.isfinite(got) and got >= 0, f"optim.{name}", got, "a number of at least 0")
+        _require(0 < self.gamma <= 1, "optim.gamma", self.gamma, "a number in (0, 1]")
+        rising = all(a < b < math.inf for a, b in zip((0.0, *self.milestones), self.milestones, strict=False))
+        _require(rising, "optim.milestones", self.milestones, "epochs above 0 that rise, as in 30,60,90")
+        _require(
+            bool(self.milestones) == (self.schedule == "step"),
+            "optim.milestones",
+            self.milestones,
+            "at least one epoch with optim.schedule step, and none with another",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     epochs: float = 20.0
     """Length of the run, in passes over the training split, above 0."""
+    loss: str = "ce"
+    """Loss: ce, the cross-entropy of the logits' mean over time; tet, the mean of every time step's own, with a pull
+    of all logits towards 1 (temporal efficient training)."""
+    tet_lambda: float = 0.001
+    """Weight of tet's pull, in [0, 1]; its cross-entropies weigh 1 - tet_lambda."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes while training, in [0, 1)."""
     seed: int = 0
     """Seed of the initial weights, the order and the augmentation, at least 0."""
     precision: str = "bf16"
@@ -232,6 +278,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive("train.epochs", self.epochs)
+        _one_of("train.loss", self.loss, ("ce", "tet"))
+        _require(0 <= self.tet_lambda <= 1, "train.tet_lambda", self.tet_lambda, "a number in [0, 1]")
+        got = self.label_smoothing
+        _require(0 <= got < 1, "train.label_smoothing", got, "a number in [0, 1)")
         _require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
         _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         _require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")

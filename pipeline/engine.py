@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from pipeline.config import Config
+from pipeline.config import Config, OptimConfig
 from pipeline.cores import cores_per_rank
 from pipeline.errors import ConfigError
 
@@ -107,7 +107,7 @@ def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> di
 
 
 def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
-    """The engine that trains `model` (already on its device) with SGD.
+    """The engine that trains `model` (already on its device) with the configured optimizer.
 
     Raises:
         ConfigError: fp16 on a device without it.
@@ -119,19 +119,39 @@ def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
         )
     # DeepSpeed broadcasts weights as bytes of contiguous memory.
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        parameters, lr=config.optim.lr, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
-    )
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, world_size, sum(p.numel() for p in parameters)),
+        optimizer=optimizer_of(config.optim, model),
+        config=deepspeed_config(config, world_size, num_parameters),
         dist_init_required=False,
     )
     if config.train.precision == "fp16" and config.train.zero_stage == 0:
         scale_the_loss(engine)
     return engine
+
+
+def optimizer_of(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """torch's SGD or AdamW over the parameters of `model`; without weight decay they are one group."""
+    groups = parameter_groups(optim, model)
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov)
+
+
+def parameter_groups(optim: OptimConfig, model: nn.Module) -> list[dict]:
+    """Trainable parameters with the weight decay of each group.
+
+    Matrices and filters decay; vectors (scales and shifts of a batch normalisation, biases, a neuron layer's learned
+    time constant) only with `optim.decay_norm_and_neurons`. A group that would be empty is left out.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if optim.weight_decay == 0 or optim.decay_norm_and_neurons:
+        return [{"params": parameters, "weight_decay": optim.weight_decay}]
+    decaying = [p for p in parameters if p.dim() > 1]
+    others = [p for p in parameters if p.dim() <= 1]
+    groups = [{"params": decaying, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def scale_the_loss(engine) -> None:
@@ -144,12 +164,22 @@ def scale_the_loss(engine) -> None:
 
 
 def learning_rate(config: Config, step: int, num_samples: int) -> float:
-    """Linear warm-up, then cosine to 0; a function of the position alone, so a resumed run continues it exactly."""
+    """The rate of step `step`, from 0; a function of the position alone, so a resumed run continues it exactly.
+
+    Linear warm-up, then `optim.schedule`: cosine falls to 0 over what is left of the run.
+    """
+    optim, global_batch = config.optim, config.data.global_batch
     steps = config.num_steps(num_samples)
-    warmup = config.optim.warmup_epochs * num_samples / config.data.global_batch
+    warmup = optim.warmup_epochs * num_samples / global_batch
     if step < warmup:
-        return config.optim.lr * (step + 1) / (warmup + 1)
-    return 0.5 * config.optim.lr * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+        return optim.lr * (step + 1) / (warmup + 1)
+    # In steps from the start; by epoch, where the epoch began, which need not be a whole step.
+    position = step * global_batch // num_samples * num_samples / global_batch if optim.by_epoch else step
+    if optim.schedule == "constant":
+        return optim.lr
+    if optim.schedule == "step":
+        return optim.lr * optim.gamma ** sum(position * global_batch >= m * num_samples for m in optim.milestones)
+    return 0.5 * optim.lr * (1 + math.cos(math.pi * max(0.0, position - warmup) / max(1.0, steps - warmup)))
 
 
 def set_learning_rate(engine, value: float) -> None:

@@ -69,7 +69,7 @@ def loop(run: Run) -> int:
         set_learning_rate(engine, rate)
         for batch in micro_batches:
             logits = engine(batch.images)
-            loss = readout.cross_entropy(logits, batch.labels)
+            loss = readout.loss(config.train, logits, batch.labels)
             tap.observe(loss, logits, batch.labels)
             tap.signals[BAD] = run.loader.bad.count
             engine.backward(loss)  # after the last micro-batch it reduces the gradients, and χ rides along

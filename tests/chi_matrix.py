@@ -128,14 +128,14 @@ class Counter:
             setattr(dist, name, original)
 
 
-def make(stage: int, precision: str, accumulation: int = 1, tapped: bool = True, clip: float = 0.0) -> Any:
+def make(stage: int, precision: str, accumulation: int = 1, tapped: bool = True, **optim: Any) -> Any:
     world_size = dist.get_world_size()
     torch.manual_seed(0)
     module = SparseNet()
     config = Config(
         recipe="matrix",
         data=DataConfig(global_batch=MICRO_BATCH * accumulation * world_size, micro_batch=MICRO_BATCH),
-        optim=OptimConfig(clip=clip),
+        optim=OptimConfig(**optim),
         train=TrainConfig(zero_stage=stage, precision=precision),
     )
     engine = build(config, module, world_size)
@@ -344,12 +344,12 @@ def compute_in_fp16(claimed: bool) -> None:
     accelerator.is_fp16_supported = lambda: claimed
 
 
-def resumes(stage: int, precision: str) -> dict:
+def resumes(stage: int, precision: str, **optim: Any) -> dict:
     """Whether an engine that takes over another's checkpoint makes the same next step, bit for bit."""
-    engine, _, tap = make(stage, precision)
+    engine, _, tap = make(stage, precision, **optim)
     step(engine, batches(dist.get_rank(), 1, 0), tap)
     saved = checkpoint.gather(engine)
-    resumed, fresh, its_tap = make(stage, precision)
+    resumed, fresh, its_tap = make(stage, precision, **optim)
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.data.fill_(7)  # what it started from is gone
@@ -357,7 +357,13 @@ def resumes(stage: int, precision: str) -> dict:
     for one, its_own in ((engine, tap), (resumed, its_tap)):
         step(one, batches(dist.get_rank(), 1, 1), its_own)
     pairs = zip(parameters(engine), parameters(resumed), strict=True)
-    return {"stage": stage, "precision": precision, "same": all(torch.equal(ours, theirs) for ours, theirs in pairs)}
+    return {
+        "stage": stage,
+        "precision": precision,
+        "slots": {slot: sorted(tensors) for slot, tensors in saved["optimizer"].items()},
+        "groups": len(engine.basic_optimizer.param_groups),
+        "same": all(torch.equal(ours, theirs) for ours, theirs in pairs),
+    }
 
 
 def parameters(engine) -> list[torch.Tensor]:
@@ -405,7 +411,11 @@ def main() -> int:
         tell("OVERFLOW", everyone)
         for precision in ("fp32", "fp16"):
             tell("CLIP", clipped(stage, precision))
-            tell("RESUME", resumes(stage, precision))
+            tell("RESUME SGD", resumes(stage, precision))
+            if precision == "fp32" or stage == 0:
+                # Some weights decay and some do not, so DeepSpeed holds two groups, each in partitions of its own.
+                tell("RESUME ADAMW", resumes(stage, precision, name="adamw", lr=0.01, weight_decay=0.1))
+    tell("RESUME PLAIN", resumes(1, "fp32", momentum=0.0))
     if not short:
         for precision in ("fp32", "fp16"):
             tell("SEW", sew(precision))

@@ -119,9 +119,23 @@ def test_no_rank_updates_from_a_gradient_that_is_nan_or_was_miscounted(output):
         assert rank["miscounted left the weights alone"]
 
 
-def test_a_checkpoint_goes_back_into_every_stage_bit_for_bit(output):
-    pairs = itertools.product(STAGES, ("fp32", "fp16"))
-    assert lines(output, "RESUME") == [{"stage": s, "precision": p, "same": True} for s, p in pairs]
+@pytest.mark.parametrize(
+    ("optimizer", "slots", "groups", "engines"),
+    [
+        ("SGD", ["momentum_buffer"], 1, list(itertools.product(STAGES, ("fp32", "fp16")))),
+        ("ADAMW", ["exp_avg", "exp_avg_sq"], 2, [(0, "fp32"), (0, "fp16"), (1, "fp32"), (2, "fp32"), (3, "fp32")]),
+        ("PLAIN", [], 1, [(1, "fp32")]),  # SGD without momentum remembers nothing
+    ],
+)
+def test_a_checkpoint_goes_back_into_every_stage_bit_for_bit(output, optimizer, slots, groups, engines):
+    results = lines(output, f"RESUME {optimizer}")
+    assert [(result["stage"], result["precision"]) for result in results] == engines
+    for result in results:
+        assert list(result["slots"]) == slots
+        for names in result["slots"].values():
+            assert names == ["conv1.weight", "conv2.weight", "fc.bias", "fc.weight"]
+        assert result["groups"] == groups
+        assert result["same"], result
 
 
 def test_clipping_changes_the_update_and_neither_chi_nor_the_reported_norm(output):

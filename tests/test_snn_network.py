@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import energy, neurons, readout, sew_resnet, state_dicts
 from pipeline.snn.archs import ARCHS
@@ -164,6 +164,14 @@ def test_losses_match_their_formulas():
     mean = -torch.log_softmax(logits.mean(0), -1)[range(4), labels].mean()
     assert readout.cross_entropy(logits, labels).item() == pytest.approx(float(mean), rel=1e-12)
     assert readout.cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
+    targets = 0.8 * nn.functional.one_hot(labels, 5).double() + 0.2 / 5
+    smooth_ce = -(targets * torch.log_softmax(logits.mean(0), -1)).sum(-1).mean().item()
+    smooth_tet = -(targets * torch.log_softmax(logits, -1)).sum(-1).mean().item()
+    ce, tet = TrainConfig(label_smoothing=0.2), TrainConfig(label_smoothing=0.2, loss="tet", tet_lambda=0.0)
+    assert readout.loss(ce, logits, labels).item() == pytest.approx(smooth_ce, rel=1e-12)
+    assert readout.loss(tet, logits, labels).item() == pytest.approx(smooth_tet, rel=1e-12)
+    pulled = readout.loss(TrainConfig(loss="tet", tet_lambda=0.1), logits, labels)
+    assert pulled.item() == pytest.approx(float(wanted), rel=1e-12)
     with pytest.raises(ValueError, match=r"lam=2 is not allowed; use a number in \[0, 1\]"):
         readout.tet(logits, labels, lam=2)
 

@@ -3,21 +3,33 @@
 import torch
 from torch.nn import functional
 
+from pipeline.config import TrainConfig
 
-def cross_entropy(logits_TNK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+
+def loss(train: TrainConfig, logits_TNK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """The loss that a configuration names, of one micro-batch; a scalar."""
+    if train.loss == "tet":
+        return tet(logits_TNK, labels_N, lam=train.tet_lambda, smoothing=train.label_smoothing)
+    return cross_entropy(logits_TNK, labels_N, smoothing=train.label_smoothing)
+
+
+def cross_entropy(logits_TNK: torch.Tensor, labels_N: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy of the mean over time, `CE(mean_t o_t, y)`, averaged over the batch.
 
     Args:
         logits_TNK: o, (T, N, K), any floating dtype; summed in fp32 (fp64 for fp64).
         labels_N: class numbers, (N,) int64.
+        smoothing: the share ε of the target that is spread over all K classes, `(1 - ε) 1[k = y] + ε / K`; in [0, 1).
 
     Returns:
         A scalar in fp32 (fp64 for fp64).
     """
-    return functional.cross_entropy(_widened(logits_TNK).mean(0), labels_N)
+    return functional.cross_entropy(_widened(logits_TNK).mean(0), labels_N, label_smoothing=smoothing)
 
 
-def tet(logits_TNK: torch.Tensor, labels_N: torch.Tensor, lam: float = 1e-3, mean: float = 1.0) -> torch.Tensor:
+def tet(
+    logits_TNK: torch.Tensor, labels_N: torch.Tensor, lam: float = 1e-3, mean: float = 1.0, smoothing: float = 0.0
+) -> torch.Tensor:
     """Temporal efficient training: `(1 - lam) mean_t CE(o_t, y) + lam MSE(o, mean)`.
 
     Every time step has to classify by itself; the second term pulls all logits to the constant `mean`.
@@ -28,6 +40,7 @@ def tet(logits_TNK: torch.Tensor, labels_N: torch.Tensor, lam: float = 1e-3, mea
         labels_N: class numbers, (N,) int64.
         lam: weight of the second term, in [0, 1].
         mean: the constant that logits are pulled to.
+        smoothing: of the targets, as in `cross_entropy`.
 
     Returns:
         A scalar in fp32 (fp64 for fp64).
@@ -40,7 +53,7 @@ def tet(logits_TNK: torch.Tensor, labels_N: torch.Tensor, lam: float = 1e-3, mea
     logits = _widened(logits_TNK)
     T = logits.shape[0]
     # Equal batch sizes at every step: the mean over (T, N) is the mean over t of the mean over N.
-    step_ce = functional.cross_entropy(logits.flatten(0, 1), labels_N.repeat(T))
+    step_ce = functional.cross_entropy(logits.flatten(0, 1), labels_N.repeat(T), label_smoothing=smoothing)
     return (1 - lam) * step_ce + lam * (logits - mean).square().mean()
 
 
