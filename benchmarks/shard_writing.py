@@ -116,7 +116,7 @@ def gnu_tar(folder: Path, out: Path, *, flush: bool) -> float:
 
 def core_seconds(folder: Path, scratch: Path) -> dict[str, float]:
     """Processor time of each thing that packing has to do to every byte, one after the other in this process."""
-    spent = dict.fromkeys(("read the files", "SHA-256", "write", "decode"), 0.0)
+    spent: dict[str, float] = dict.fromkeys(("read the files", "SHA-256", "write", "decode"), 0.0)
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
         began = time.process_time()
