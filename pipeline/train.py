@@ -90,7 +90,7 @@ def loop(run: Run) -> int:
         )
         run.neurons.widths.copy_(run.controller.widths)
         run.step += 1
-        stop, bad = reading.signals[STOP].item() > 0, int(reading.signals[BAD].item())
+        stop, bad = reading.signals.tolist()  # in the order of SIGNALS; the one value a step that the host waits for
         if run.loader.too_many_bad(bad, run.step):  # the same on every rank
             refuse_bad(run, bad)
         if stop or run.step % config.train.checkpoint_every == 0 or run.step == run.num_steps:

@@ -65,7 +65,7 @@ def launch(script: str, *arguments: str, ranks: int = 2, **environment: str) -> 
     """Runs `script` as `start` does, to its end."""
     process = start(script, *arguments, ranks=ranks, **environment)
     try:
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
         kill(process)
         raise

@@ -29,26 +29,34 @@ class BucketCarrier:
         self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
         self._sums = watched.zeros()
         self._tail: Tensor | None = None
-        zero1 = engine.zero_optimization_stage() == 1
-        owner = engine.optimizer if zero1 else engine
-        layout = self._zero1_layout if zero1 else self._zero0_layout
-        owner.allreduce_bucket = self._counted(owner.allreduce_bucket, layout, averages=not zero1)
+        self._zero1 = engine.zero_optimization_stage() == 1
+        owner = engine.optimizer if self._zero1 else engine
+        layout = self._zero1_layout if self._zero1 else self._zero0_layout
+        owner.allreduce_bucket = self._counted(owner.allreduce_bucket, layout, averages=not self._zero1)
 
     def before_step(self) -> None:
-        """Refuses a gradient that is not finite, and a first one that DeepSpeed counts otherwise."""
+        """Refuses a gradient that is not finite, and a first one that DeepSpeed counts otherwise.
+
+        The host waits for the answer in ZeRO-0 alone: in ZeRO-1 DeepSpeed itself looks, and makes no update.
+        """
         if self._tail is None:
             raise TapError("DeepSpeed reduced no gradient through allreduce_bucket; this version is not supported")
-        finite = torch.isfinite(self._sums).all(1)
-        if not finite.all():
-            names = [name for name, ok in zip(self._watched.names, finite.tolist(), strict=True) if not ok]
-            raise NonFiniteError(f"the gradient of {names[0]} and of {len(names) - 1} more parameters is not finite")
+        if not self._zero1:
+            self._require_finite()
         if self._unchecked:
             self._watched.compare(self._sums[:, 0], self._watched.full_counts())
             self._unchecked = False
 
     def after_step(self) -> Total:
-        """The step's totals; the next step starts from zero."""
+        """The step's totals; the next step starts from zero.
+
+        Raises:
+            NonFiniteError: DeepSpeed (ZeRO-1) made no update, since the gradient was not finite.
+        """
         assert self._tail is not None
+        if self._zero1 and self._engine.optimizer.overflow:
+            self._require_finite()
+            raise NonFiniteError("the norm of the gradient is not finite")
         total = Total(
             sums=self._sums[self._watched.layers],
             nnz=self._sums[:, 0].sum(),
@@ -57,6 +65,12 @@ class BucketCarrier:
         )
         self._sums, self._tail = self._watched.zeros(), None
         return total
+
+    def _require_finite(self) -> None:
+        finite = torch.isfinite(self._sums).all(1)
+        if not finite.all():
+            names = [name for name, ok in zip(self._watched.names, finite.tolist(), strict=True) if not ok]
+            raise NonFiniteError(f"the gradient of {names[0]} and of {len(names) - 1} more parameters is not finite")
 
     def _counted(self, reduce: Callable[..., Tensor], layout: Callable, averages: bool) -> Callable[..., Tensor]:
         def allreduce_bucket(bucket: list[Tensor], *args, **kwargs) -> Tensor:
