@@ -7,6 +7,7 @@ import difflib
 import inspect
 import textwrap
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from launch.recipes import RECIPES
 from pipeline.config import Config
@@ -63,6 +64,14 @@ def _parser(default: Config) -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", required=True, choices=sorted(RECIPES), help="the configuration to start from")
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="RANKS",
+        help="only show configuration, steps, parameters and memory for so many ranks [those of this machine]",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     for field in dataclasses.fields(Config):
         value = getattr(default, field.name)
@@ -77,13 +86,25 @@ def _parser(default: Config) -> _Parser:
 
 
 def _add(group, name: str, kind, default: object, doc: str) -> None:
-    metavar = "true|false" if kind is bool else kind.__name__
+    metavar = _METAVARS.get(kind, kind.__name__)
     text = f"{doc} [{default}]".replace("%", "%%")
-    group.add_argument(f"--{name}", type=_CONVERTERS[kind], default=argparse.SUPPRESS, metavar=metavar, help=text)
+    names = [f"--{name}"] if "." in name else sorted({f"--{name.replace('_', '-')}", f"--{name}"})
+    group.add_argument(*names, dest=name, type=_CONVERTERS[kind], default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+class Command(NamedTuple):
+    config: Config
+    dry_run: int | None
+    """Only describe the run, on so many ranks; 0 takes those that this machine would start. None trains."""
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The configuration that `arguments` ask for.
+    """The configuration that `arguments` ask for; raises as `command` does."""
+    return command(arguments).config
+
+
+def command(arguments: Sequence[str]) -> Command:
+    """What `arguments` ask for.
 
     Raises:
         ConfigError: an unknown option or recipe, or an impossible value; the message is one line.
@@ -101,6 +122,9 @@ def parse(arguments: Sequence[str]) -> Config:
     for option, value in vars(namespace).items():
         section, _, field = option.rpartition(".")
         sections.setdefault(section, {})[field] = value
-    top = {k: v for k, v in sections.pop("", {}).items() if k not in ("recipe", "local_rank")}
+    top = {k: v for k, v in sections.pop("", {}).items() if k not in ("recipe", "local_rank", "dry_run")}
     changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
-    return dataclasses.replace(config, **top, **changed)
+    dry_run = namespace.dry_run
+    if dry_run is not None and dry_run < 0:
+        raise ConfigError(f"--dry-run {dry_run} is not allowed; use a number of ranks, or none for this machine's")
+    return Command(dataclasses.replace(config, **top, **changed), dry_run)

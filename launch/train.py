@@ -10,8 +10,9 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 
-from launch.options import parse
+from launch.options import command
 from pipeline import run_folder
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
@@ -28,7 +29,11 @@ def main(arguments: list[str]) -> int:
     if rank != 0:  # what it says is of the machine (no compiler, say), and rank 0 has said it
         logging.getLogger("pipeline.snn").setLevel(logging.ERROR)
     try:
-        config = parse(arguments)
+        config, dry_run = command(arguments)
+        if dry_run is not None:
+            from launch.dry_run import show
+
+            return show(config, dry_run) if rank == 0 else EXIT_DONE
         finished = preflight(config, rank)
         if finished is not None:
             if rank == 0:
@@ -57,6 +62,8 @@ def preflight(config: Config, rank: int) -> dict | None:
     for split in ("train", "val"):
         Manifest.load(f"{config.data.path}/{split}")  # a URL too
     finished = run_folder.admit(config)
+    if config.init_from and not (Path(config.run_dir) / "checkpoints").exists() and not Path(config.init_from).exists():
+        raise ConfigError(f"init_from={config.init_from!r} does not exist; name a run's folder or a file of weights")
     if finished is None and rank == 0:
         check_port(config)
     return finished

@@ -202,15 +202,20 @@ KEEP = 2  # the newest, and the one to fall back to should it be damaged
 
 def load_newest(run_dir: Path) -> dict | None:
     """The newest checkpoint that is whole, or None; a damaged one is named and passed over."""
-    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            expected = (folder / "state.sha256").read_text().strip()
-            if _digest(folder / "state.pt") == expected:
-                return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            reason = "its hash does not match"
-        except OSError as error:
-            reason = error.strerror or str(error)
-        log.warning("checkpoint %s is damaged (%s) and passed over", folder, reason)
+    folders = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
+    return next((state for folder in folders if (state := load(folder)) is not None), None)
+
+
+def load(folder: Path) -> dict | None:
+    """One checkpoint, on the CPU; None, and a warning, where it is damaged."""
+    try:
+        expected = (folder / "state.sha256").read_text().strip()
+        if _digest(folder / "state.pt") == expected:
+            return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        reason = "its hash does not match"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    log.warning("checkpoint %s is damaged (%s) and passed over", folder, reason)
     return None
 
 

@@ -308,6 +308,9 @@ class Config:
     """Name of the recipe that this configuration started from."""
     run_dir: str = "runs/digits"
     """Folder of the run: config, metrics, checkpoints, report. A run that stands there is resumed."""
+    init_from: str = ""
+    """Weights to start from instead of fresh ones: another run's folder or checkpoint, a safetensors file, or a state
+    dict in our names, SpikingJelly's or the original SEW-ResNet code's; a run that is resumed does not read it."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     chi: ChiConfig = field(default_factory=ChiConfig)

@@ -12,7 +12,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from pipeline import checkpoint, report, run_folder
+from pipeline import checkpoint, init_from, report, run_folder
 from pipeline.chi.allreduce import SIGNALS, Tap
 from pipeline.chi.calibrate import calibrated_widths
 from pipeline.chi.controller import ControllerState, start, start_at, steer, targets_at
@@ -119,6 +119,11 @@ def prepare(config: Config) -> Run:
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
+    saved = checkpoint.load_newest(Path(config.run_dir))
+    if config.init_from and saved is None:
+        matched = init_from.load(model, config.init_from)
+        if place.rank == 0:
+            print(matched, flush=True)
     engine = build(config, model, place.world_size)
     neurons, layers = bind(model), model.spiking_layers()
     tap = Tap(
@@ -129,7 +134,6 @@ def prepare(config: Config) -> Run:
         self_check=config.chi.self_check,
     )
     controller, step = start(len(layers), config.model.width, place.device), 0
-    saved = checkpoint.load_newest(Path(config.run_dir))
     if saved is not None:
         loader.load_state_dict(saved["loader"])
         checkpoint.scatter(engine, saved["model"])

@@ -23,6 +23,7 @@ ALLOWED = {
     "pipeline.chi": CONFIG | {"pipeline.snn"},
     "pipeline.engine": CONFIG,
     "pipeline.checkpoint": CONFIG,
+    "pipeline.init_from": CONFIG | {"pipeline.checkpoint", "pipeline.snn"},
     "pipeline.metrics": CONFIG,
     "pipeline.run_folder": CONFIG,
     "pipeline.evaluate": CONFIG | {"pipeline.data"},

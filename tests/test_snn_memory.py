@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks.neuron_bytes_side import kept, kept_by, our_ops
 from pipeline.config import ModelConfig
-from pipeline.snn import neurons, readout, sew_resnet
+from pipeline.snn import footprint, neurons, readout, sew_resnet
 from pipeline.snn.kernels import compiled
 
 
@@ -116,3 +116,30 @@ def test_a_backward_pass_frees_what_was_kept_while_the_loss_lives():
     step()
     # Of 6.4 million neuron-steps; the forward pass alone keeps some 2 MB of packed spikes.
     assert kept_by(step) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "fields"),
+    [
+        ("sew_cifar20", torch.float32, {}),
+        ("sew_cifar20", torch.float32, {"T": 16, "checkpoint": True}),
+        ("sew_resnet18", torch.bfloat16, {}),
+        ("sew_tiny", torch.bfloat16, {"connect": "iand"}),
+    ],
+)
+def test_the_footprint_by_shapes_is_what_a_step_keeps(arch, dtype, fields):
+    require_compiler()
+    model, shape = ModelConfig(arch=arch, **fields), (16, 3, 32, 32)
+    with torch.device("meta"):
+        counted = footprint.of(sew_resnet.build(model, num_classes=5, image_size=32), shape, dtype.itemsize)
+    net, images, logits = sew_resnet.build(model, num_classes=5, image_size=32), torch.randn(shape), []
+    state = neurons.bind(net)
+
+    def forward() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits.append(net(images))
+
+    kept = kept_by(forward)
+    copies = sum(parameter.numel() for parameter in net.parameters()) * (2 if dtype == torch.bfloat16 else 0)
+    assert counted.neuron_steps == sum(state.neuron_steps)
+    assert counted.kept_bytes + copies == pytest.approx(kept, rel=0.05)

@@ -218,3 +218,31 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_repeated
     assert again.returncode == EXIT_DONE, again.output
     assert f"resumed from the checkpoint after step {said[1]}" in again.output
     assert_same_result(run_dir, straight)
+
+
+def test_a_run_starts_from_the_weights_of_another(digits, straight, tmp_path):
+    """With AdamW and TET, for two steps of next to no length: the weights must be the ones that it was given."""
+    settings = {
+        "--init-from": straight.run_dir,
+        "--train.epochs": 1.5 * 128 / Manifest.load(digits / "train").num_samples,
+        "--train.loss": "tet",
+        "--optim.name": "adamw",
+        "--optim.lr": 1e-12,
+        "--optim.weight_decay": 0.01,
+    }
+    words = [str(word) for pair in settings.items() for word in pair]
+    done = launch("launch/train.py", *arguments(digits, tmp_path / "run"), *words, ranks=1)
+    assert done.returncode == EXIT_DONE, done.output
+    ours, theirs = load_newest(tmp_path / "run"), load_newest(straight.run_dir)
+    assert ours is not None
+    assert theirs is not None
+    given, taken = theirs["model"]["parameters"], ours["model"]["parameters"]
+    total = len(given) + len(ours["model"]["buffers"])
+    assert done.output.count(f"init_from: {total} of {total} tensors from {straight.run_dir}") == 1
+    for name, tensor in given.items():
+        assert torch.allclose(taken[name], tensor, rtol=0, atol=1e-9), name
+    assert {slot: of.keys() for slot, of in ours["model"]["optimizer"].items()} == {
+        "exp_avg": given.keys(),
+        "exp_avg_sq": given.keys(),
+    }
+    assert ours["model"]["updates"] == {"step": 2.0}

@@ -1,0 +1,90 @@
+"""`--dry-run`: what a command would train, and on how much, without starting ranks or making the run's folder."""
+
+import json
+import os
+
+import torch
+
+from launch.devices import num_ranks
+from pipeline.config import Config
+from pipeline.data.manifest import Manifest
+from pipeline.engine import deepspeed_config
+from pipeline.errors import EXIT_DONE, ConfigError, DataError
+from pipeline.run_folder import flatten
+from pipeline.snn import footprint, sew_resnet
+
+CLASSES = 1000
+"""What the network is built for where the data are not here to tell."""
+
+
+def show(config: Config, ranks: int) -> int:
+    """Prints the report for `ranks` ranks, or for those that this machine would start where it is 0."""
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", "0")) or num_ranks(config.data, torch.cuda.device_count())
+    print("\n".join(report(config, ranks)), flush=True)
+    return EXIT_DONE
+
+
+def report(config: Config, ranks: int) -> list[str]:
+    """The lines.
+
+    Raises:
+        ConfigError: the batch does not divide over the ranks, or the network cannot be built.
+    """
+    data, accumulation = config.data, config.accumulation(ranks)
+    try:
+        manifest, missing = Manifest.load(f"{data.path}/train"), ""
+    except (ConfigError, DataError) as error:
+        manifest, missing = None, str(error)
+    num_classes = len(manifest.classes) if manifest else CLASSES
+    with torch.device("meta"):
+        network = sew_resnet.build(config.model, num_classes=num_classes, image_size=data.image_size)
+    num_parameters = sum(p.numel() for p in network.parameters())
+    lines = ["configuration"]
+    lines += [f"  {name} = {value!r}" for name, value in flatten(config.to_dict()).items()]
+    settings = json.dumps(deepspeed_config(config, ranks, num_parameters), indent=2)
+    lines += ["DeepSpeed", *(f"  {line}" for line in settings.splitlines())]
+    batch = f"{data.global_batch} = {ranks} ranks x {accumulation} micro-batches x {data.micro_batch}"
+    lines += [f"batch       {batch}"]
+    if manifest:
+        steps = config.num_steps(manifest.num_samples)
+        lines += [f"steps       {steps}: {config.train.epochs:g} epochs of {manifest.num_samples} samples"]
+    else:
+        lines += [f"steps       not known: {missing}"]
+    assumed = "" if manifest else ", assumed"
+    lines += [f"parameters  {num_parameters:,} ({num_classes} classes{assumed})"]
+    parts = memory(config, network, num_parameters, ranks)
+    lines += ["memory per GPU, estimated from shapes"]
+    lines += [f"  {name:<42}{size / 2**20:>12,.1f} MiB" for name, size in parts.items()]
+    lines += [f"  {'sum':<42}{sum(parts.values()) / 2**20:>12,.1f} MiB"]
+    lines += [
+        "  not counted: the device's own context, convolution workspaces, decoded batches that wait, the allocator's "
+        "slack"
+    ]
+    return lines
+
+
+def memory(config: Config, network: sew_resnet.SEWResNet, num_parameters: int, ranks: int) -> dict[str, int]:
+    """Bytes on each of `ranks` ranks, by what they hold.
+
+    Parameters and gradients are fp32, fp16 with precision fp16. ZeRO ≥ 1 and fp16 hold fp32 masters apart from them,
+    ZeRO ≥ 1 the update's gradient in fp32 too; what a stage shares is divided by the ranks. The bucket is the flat copy
+    of all gradients that is reduced. Under bf16 autocast the weights' bf16 copies live as long as the activations.
+    """
+    stage, precision = config.train.zero_stage, config.train.precision
+    number = 2 if precision == "fp16" else 4
+    share = num_parameters / (ranks if stage else 1)
+    slots = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
+    masters = 4 * share if stage or precision == "fp16" else 0
+    side = config.data.image_size
+    itemsize = 4 if precision == "fp32" else 2
+    layers = footprint.of(network, (config.data.micro_batch, network.in_channels, side, side), itemsize)
+    parts = {
+        "parameters": number * num_parameters / (ranks if stage == 3 else 1),
+        "gradients": number * num_parameters / (ranks if stage >= 2 else 1) + (4 * share if stage else 0),
+        "gradient bucket": number * num_parameters,
+        f"optimizer ({config.optim.name}, ZeRO-{stage})": masters + 4 * slots * share,
+        "bf16 copies of weights": 2 * num_parameters if precision == "bf16" else 0,
+        "activations kept for the backward pass": layers.kept_bytes,
+        "the largest layer's backward pass": layers.working_bytes,
+    }
+    return {name: round(size) for name, size in parts.items() if size}

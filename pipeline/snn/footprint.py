@@ -1,0 +1,63 @@
+"""What a training step of a network keeps for its backward pass, counted from shapes: no memory is touched.
+
+By layer, as kernels/norm.py and kernels/packing.py keep it: the convolution's output in the precision of the forward
+pass (with `model.checkpoint` not even that), and the convolution's input at 1 bit a spike or 4 bits a sum of spikes.
+The stem keeps the images and its one output for all T; the pooling 2 bytes an output; AND and IAND both their inputs.
+Where no fused kernel runs (float64, no compiler on the CPU) the reference keeps several times more.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.snn.kernels.packing import bits_for
+from pipeline.snn.sew_resnet import SEWResNet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """Of one micro-batch."""
+
+    neuron_steps: int
+    """T times the neurons of all layers and images."""
+    kept_bytes: int
+    """From the forward pass to the backward pass."""
+    working_bytes: int
+    """While the backward pass is in its largest layer: the gradients of its output and input, its input unpacked."""
+
+
+def of(network: SEWResNet, images: tuple[int, ...], itemsize: int) -> Footprint:
+    """The footprint of a training step on one micro-batch.
+
+    Args:
+        network: one on the meta device.
+        images: shape of the micro-batch, (N, C, H, W) or (T, N, C, H, W).
+        itemsize: bytes of a number in the forward pass, 2 or 4.
+    """
+    static = len(images) == 4
+    frames = torch.empty(images, device="meta") if static else torch.empty(images, device="meta").flatten(0, 1)
+    x = network.conv1(frames)
+    outputs = x.numel()
+    kept = frames.numel() * itemsize
+    if static:
+        x = x.repeat(network.T, 1, 1, 1)
+    layers = [x.numel()]  # neuron-steps
+    if isinstance(network.maxpool, nn.MaxPool2d):
+        x = network.maxpool(x)
+        kept += 2 * x.numel()
+    for _, block in network.blocks():
+        inputs = x
+        for index, (neuron, conv, _) in enumerate(block.feeds()):
+            shortcut = neuron == "downsample_sn"  # its input is the block's, which is kept once
+            if not shortcut:
+                bits = (block.bits_in if index == 0 else bits_for(1)) or 8 * itemsize
+                kept += x.numel() * bits // 8
+            output = conv(inputs if shortcut else x)
+            x = x if shortcut else output
+            outputs += output.numel()
+            layers.append(output.numel())
+        if block.connect != "add":
+            kept += 2 * x.numel() * itemsize
+    kept += 0 if network.checkpoint else outputs * itemsize
+    return Footprint(neuron_steps=sum(layers), kept_bytes=kept, working_bytes=3 * max(layers) * itemsize)
