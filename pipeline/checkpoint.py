@@ -1,19 +1,8 @@
-"""Checkpoints: whole or absent, by parameter name, at any number of ranks.
+"""An engine's state, by parameter name, for a checkpoint that loads at any number of ranks.
 
-    RUN/checkpoints/step-00000100/
-      state.pt        parameters, optimizer state and BatchNorm statistics by name; counters; the controller
-      state.sha256    its hash
-    RUN/checkpoints/latest     the name of the newest
-
-A checkpoint is written to a temporary folder, fsynced, then renamed, so a kill at any moment leaves the one before
-it. DeepSpeed's own are not used: theirs do not load at another world size, and a kill during a save breaks them.
+`checkpoint_files.py` puts it on the disk. DeepSpeed's own checkpoints are not used: theirs do not load at another world
+size, and a kill during a save breaks them.
 """
-
-import hashlib
-import logging
-import os
-import shutil
-from pathlib import Path
 
 import deepspeed.comm as dist
 import torch
@@ -26,8 +15,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch.nn import functional
-
-log = logging.getLogger(__name__)
 
 
 def average_buffers(engine) -> None:
@@ -168,68 +155,3 @@ def _scatter_partitions(engine, state: dict[str, dict]) -> None:
         for slot, of in state["optimizer"].items():
             safe_set_local_optimizer_state(parameter, part(of[name]), slot)
     optimizer.checkpoint_event_epilogue()
-
-
-def save(run_dir: Path, step: int, state: dict) -> Path:
-    """Writes a checkpoint from rank 0; when it returns, the checkpoint is on the disk whole."""
-    root = run_dir / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{step:08d}"
-    temporary = root / f".{final.name}.tmp"
-    for leftover in root.glob(".*.tmp"):
-        shutil.rmtree(leftover)
-    temporary.mkdir()
-    torch.save(state, temporary / "state.pt")
-    digest = _digest(temporary / "state.pt")
-    (temporary / "state.sha256").write_text(digest + "\n")
-    for path in (temporary / "state.pt", temporary / "state.sha256", temporary):
-        _fsync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    pointer = root / ".latest.tmp-file"
-    pointer.write_text(final.name + "\n")
-    _fsync(pointer)
-    os.replace(pointer, root / "latest")
-    _fsync(root)
-    for old in sorted(root.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
-    return final
-
-
-KEEP = 2  # the newest, and the one to fall back to should it be damaged
-
-
-def load_newest(run_dir: Path) -> dict | None:
-    """The newest checkpoint that is whole, or None; a damaged one is named and passed over."""
-    folders = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
-    return next((state for folder in folders if (state := load(folder)) is not None), None)
-
-
-def load(folder: Path) -> dict | None:
-    """One checkpoint, on the CPU; None, and a warning, where it is damaged."""
-    try:
-        expected = (folder / "state.sha256").read_text().strip()
-        if _digest(folder / "state.pt") == expected:
-            return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        reason = "its hash does not match"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    log.warning("checkpoint %s is damaged (%s) and passed over", folder, reason)
-    return None
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,13 +1,16 @@
 """Exact accuracy and loss over a split: every sample counts once, at any number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import deepspeed.comm as dist
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loader import Batch
+from pipeline.snn import energy
+from pipeline.snn.energy import Energy
 
 
 class Evaluation(NamedTuple):
@@ -23,11 +26,92 @@ def evaluate(engine, batches: Iterable[Batch], device: torch.device) -> Evaluati
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, samples
     engine.eval()
     for batch in batches:
-        logits = engine(batch.images).float().mean(0)
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        hits = logits.argmax(1) == batch.labels
-        sums += torch.stack([(value.double() * batch.valid).sum() for value in (losses, hits, batch.valid)])
+        logits_NK, losses_N = _answers(engine(batch.images), batch)
+        hits = logits_NK.argmax(1) == batch.labels
+        sums += torch.stack([(value.double() * batch.valid).sum() for value in (losses_N, hits, batch.valid)])
     engine.train()
-    dist.all_reduce(sums)
+    torch.distributed.all_reduce(sums)
     loss, correct, samples = sums.tolist()
     return Evaluation(loss=loss / samples, accuracy=correct / samples, num_samples=round(samples))
+
+
+def _answers(logits_TNK: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The mean over time, (N, K) fp32, and each sample's cross-entropy, (N,)."""
+    logits_NK = logits_TNK.float().mean(0)
+    return logits_NK, F.cross_entropy(logits_NK, batch.labels, reduction="none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detail:
+    """What one process finds out about a split."""
+
+    loss: float
+    """Mean cross-entropy, in nats."""
+    top5: float | None
+    """In [0, 1]; None with five classes or fewer."""
+    confusion: Tensor
+    """(K, K) int64: samples by class (rows) and by the network's answer (columns)."""
+    energy: Energy
+    """Operations for one sample and firing rates: means over `num_measured` samples."""
+    num_measured: int
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        return self.confusion.diagonal().sum().item() / self.num_samples
+
+
+@torch.no_grad()
+def evaluate_in_detail(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    num_classes: int,
+    measure_every: int = 1,
+    said: Callable[[int], None] = lambda _: None,
+) -> Detail:
+    """Runs `network`, in evaluation mode, over every batch of a split.
+
+    Args:
+        network: images to logits (T, N, K), on the device of the batches.
+        batches: of `evaluation_batches`; what is not `valid` does not count.
+        num_classes: K.
+        measure_every: firing rates and energy are measured, in a pass of its own, over one batch of so many.
+        said: called with the number of samples after every batch.
+
+    Raises:
+        ValueError: no sample was valid.
+    """
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    dtype = next(network.parameters()).dtype
+    loss, top5, due = 0.0, 0, 0
+    measured: list[tuple[Energy, int]] = []
+    for index, batch in enumerate(batches):
+        valid = batch.valid
+        if not valid.any():
+            continue
+        images = batch.images.to(dtype)
+        logits_NK, losses_N = (each[valid] for each in _answers(network(images), batch))
+        labels_N = batch.labels[valid]
+        loss += losses_N.double().sum().item()
+        pairs = labels_N * num_classes + logits_NK.argmax(1)
+        confusion += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes).cpu()
+        best = logits_NK.topk(min(5, num_classes), dim=1).indices
+        top5 += int((best == labels_N[:, None]).sum())
+        if index >= due:
+            measured.append((energy.measure(network, images[valid]), len(labels_N)))
+            due = index + measure_every
+        said(int(confusion.sum()))
+    num_samples = int(confusion.sum())
+    if num_samples == 0:
+        raise ValueError("no sample of the split is valid")
+    return Detail(
+        loss=loss / num_samples,
+        top5=top5 / num_samples if num_classes > 5 else None,
+        confusion=confusion,
+        energy=energy.average(measured),
+        num_measured=sum(count for _, count in measured),
+    )

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline import checkpoint
+from pipeline import checkpoint_files
 from pipeline.errors import ConfigError
 from pipeline.snn import state_dicts
 from pipeline.snn.sew_resnet import SEWResNet
@@ -52,8 +52,8 @@ def read(path: str) -> dict[str, torch.Tensor]:
     """The state dict at `path`, on the CPU, whatever it is wrapped in."""
     try:
         if Path(path).is_dir():
-            saved = checkpoint.load(Path(path)) if (Path(path) / "state.pt").exists() else None
-            saved = saved or checkpoint.load_newest(Path(path))
+            saved = checkpoint_files.load(Path(path)) if (Path(path) / "state.pt").exists() else None
+            saved = saved or checkpoint_files.load_newest(Path(path))
             if saved is None:
                 raise ConfigError(f"init_from={path!r} holds no whole checkpoint; name a run's folder or a file")
         elif path.endswith(".safetensors"):

@@ -1,11 +1,12 @@
 """The run's folder: what it holds, whether a run may go on in it. Nothing but the standard library.
 
 RUN/config.json     the resolved configuration
-RUN/run.json        versions, commit, seed, data identity, layers, start times
+RUN/run.json        versions, commit, seed, data identity, classes, layers
 RUN/metrics.jsonl   one record a logged step (metrics.py)
 RUN/checkpoints/    (checkpoint.py)
 RUN/summary.json    the result; its presence means that the run has finished
 RUN/report.html     the result in pictures (report.py)
+RUN/evaluations/    what python -m launch.evaluate found, by checkpoint and split
 """
 
 import importlib.metadata
@@ -14,7 +15,9 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
@@ -73,8 +76,51 @@ def admit(config: Config) -> dict | None:
     return _read(folder / "summary.json")
 
 
+class Stored(NamedTuple):
+    """What a run's folder says of it."""
+
+    folder: Path
+    config: Config
+    about: dict
+    """run.json, see `describe`."""
+    summary: dict | None
+    """summary.json; None where the run has not finished."""
+
+
+def read(folder: Path) -> Stored:
+    """The run in `folder`, finished or not.
+
+    Raises:
+        ConfigError: there is none, or it was written by another version of this program.
+    """
+    config, about = _read(folder / "config.json"), _read(folder / "run.json")
+    if config is None or about is None:
+        raise ConfigError(f"{folder} holds no run (no config.json and run.json); name a run folder such as runs/digits")
+    try:
+        return Stored(folder, _config(Config, config), about, _read(folder / "summary.json"))
+    except TypeError as error:
+        raise ConfigError(f"{folder}/config.json is not of this version ({error})") from None
+
+
+def _config(kind: type, document: dict):
+    """`to_dict`'s inverse; fields that came after the document was written take their defaults."""
+    defaults = {field.name: field.default_factory for field in fields(kind)}
+    sections = {
+        name: _config(defaults[name], value)  # pyright: ignore[reportArgumentType]
+        for name, value in document.items()
+        if is_dataclass(defaults.get(name))
+    }
+    return kind(**{**document, **sections})
+
+
 def describe(
-    config: Config, *, data_identity: str, layers: Sequence[str], num_parameters: int, world_size: int
+    config: Config,
+    *,
+    data_identity: str,
+    classes: Sequence[str],
+    layers: Sequence[str],
+    num_parameters: int,
+    world_size: int,
 ) -> None:
     """Writes config.json and run.json."""
     folder = Path(config.run_dir)
@@ -83,6 +129,7 @@ def describe(
         "commit": _commit(),
         "seed": config.train.seed,
         "data_identity": data_identity,
+        "classes": list(classes),
         "num_parameters": num_parameters,
         "world_size": world_size,
         "cpu": platform.processor() or platform.machine(),
@@ -91,6 +138,16 @@ def describe(
     }
     write_json(folder / "config.json", config.to_dict())
     write_json(folder / "run.json", description)
+
+
+def evaluation_path(folder: Path, step: int, split: str) -> Path:
+    """Where the evaluation of a checkpoint with the run's own settings lies."""
+    return folder / "evaluations" / f"step-{step:08d}-{split}.json"
+
+
+def read_evaluation(folder: Path, step: int, split: str) -> dict | None:
+    """That evaluation, or None where nobody has made it."""
+    return _read(evaluation_path(folder, step, split))
 
 
 def write_json(path: Path, document: dict) -> None:
@@ -103,8 +160,10 @@ def write_json(path: Path, document: dict) -> None:
 def _read(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); change its permissions") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); remove the folder, or choose another --run_dir") from None
 

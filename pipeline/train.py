@@ -12,7 +12,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from pipeline import checkpoint, init_from, report, run_folder
+from pipeline import checkpoint, checkpoint_files, init_from, report, run_folder
 from pipeline.chi.allreduce import SIGNALS, Tap
 from pipeline.chi.calibrate import calibrated_widths
 from pipeline.chi.controller import ControllerState, start, start_at, steer, targets_at
@@ -119,7 +119,7 @@ def prepare(config: Config) -> Run:
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
-    saved = checkpoint.load_newest(Path(config.run_dir))
+    saved = checkpoint_files.load_newest(Path(config.run_dir))
     if config.init_from and saved is None:
         matched = init_from.load(model, config.init_from)
         if place.rank == 0:
@@ -145,6 +145,7 @@ def prepare(config: Config) -> Run:
         run_folder.describe(
             config,
             data_identity=loader.manifest.identity,
+            classes=loader.manifest.classes,
             layers=neurons.names,
             num_parameters=num_parameters,
             world_size=place.world_size,
@@ -237,7 +238,7 @@ def save(run: Run) -> None:
         "config": run.config.to_dict(),
     }
     if run.place.rank == 0:
-        checkpoint.save(Path(run.config.run_dir), run.step, state)
+        checkpoint_files.save(Path(run.config.run_dir), run.step, state)
     run.progress.saved(run.step, time.monotonic() - began)
 
 

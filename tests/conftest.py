@@ -27,6 +27,14 @@ def digits(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def straight(digits, tmp_path_factory):
+    """A finished run, see training_runs.py; copy it before you change anything in it."""
+    from tests.training_runs import run_and_scrape  # it starts the launcher by this file's functions
+
+    return run_and_scrape(digits, tmp_path_factory.mktemp("straight") / "run")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -23,11 +23,15 @@ ALLOWED = {
     "pipeline.chi": CONFIG | {"pipeline.snn"},
     "pipeline.engine": CONFIG,
     "pipeline.checkpoint": CONFIG,
-    "pipeline.init_from": CONFIG | {"pipeline.checkpoint", "pipeline.snn"},
+    "pipeline.init_from": CONFIG | {"pipeline.checkpoint_files", "pipeline.snn"},
+    "pipeline.checkpoint_files": BASE,
     "pipeline.metrics": CONFIG,
     "pipeline.run_folder": CONFIG,
-    "pipeline.evaluate": CONFIG | {"pipeline.data"},
-    "pipeline.report": CONFIG | {"pipeline.chi", "pipeline.metrics"},
+    "pipeline.trained": CONFIG | {"pipeline.checkpoint_files", "pipeline.snn"},
+    "pipeline.evaluate": CONFIG | {"pipeline.data", "pipeline.snn"},
+    "pipeline.page": set(),
+    "pipeline.comparison": CONFIG | {"pipeline.metrics", "pipeline.page", "pipeline.run_folder"},
+    "pipeline.report": CONFIG | {"pipeline.chi", "pipeline.comparison", "pipeline.metrics", "pipeline.page"},
     "pipeline.progress": CONFIG | {"pipeline.chi", "pipeline.metrics"},
     "pipeline.train": {"pipeline"},
     "launch": {"pipeline", "launch"},
@@ -85,7 +89,10 @@ def test_the_rule_sees_a_forbidden_import(tmp_path):
 
 
 def test_checking_a_command_line_loads_no_torch():
-    code = "import sys; import launch.train; assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules"
+    code = (
+        "import sys; import launch.train, launch.evaluate, launch.export; "
+        "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

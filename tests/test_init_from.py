@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import checkpoint, init_from
+from pipeline import checkpoint_files, init_from
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import sew_resnet, state_dicts
@@ -37,7 +37,7 @@ def written(form: str, net: nn.Module, folder: Path) -> Path:
         torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, path)
     else:
         parts = {"parameters": dict(net.named_parameters()), "buffers": dict(net.named_buffers())}
-        step = checkpoint.save(folder, 7, {"step": 7, "model": {**parts, "optimizer": {}, "updates": {}}})
+        step = checkpoint_files.save(folder, 7, {"step": 7, "model": {**parts, "optimizer": {}, "updates": {}}})
         path = {"run": folder, "checkpoint": step, "state": step / "state.pt"}[form]
     return path
 

@@ -6,71 +6,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.checkpoint import load_newest
+from pipeline.checkpoint_files import load_newest
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.metrics import read_journal
 from tests.conftest import ROOT, kill, launch, start
-
-STEPS = 14
-
-
-def arguments(digits: Path, run_dir: Path) -> list[str]:
-    # Half a batch short of STEPS, since the number of steps is rounded up.
-    epochs = (STEPS - 0.5) * 128 / Manifest.load(digits / "train").num_samples
-    settings = {
-        "--recipe": "digits",
-        "--data.path": digits,
-        "--run_dir": run_dir,
-        "--train.epochs": epochs,
-        "--train.log_every": 1,
-        "--train.checkpoint_every": 5,
-        "--chi.interval": 2,
-        "--chi.calibrate": "true",
-        "--metrics.port": 0,
-    }
-    return [str(word) for pair in settings.items() for word in pair]
-
-
-class Finished(NamedTuple):
-    run_dir: Path
-    output: str
-    scraped: str
-
-
-def read_until(process: subprocess.Popen[str], pattern: str) -> tuple[str, re.Match]:
-    """Reads the launcher's output up to the first line that matches; fails with the output when it ends before."""
-    seen = ""
-    assert process.stdout
-    for line in process.stdout:
-        seen += line
-        if match := re.search(pattern, line):
-            return seen, match
-    raise AssertionError(f"the job ended before {pattern!r}:\n{seen}")
-
-
-@pytest.fixture(scope="module")
-def straight(digits, tmp_path_factory) -> Finished:
-    """A run that nothing disturbs, scraped over HTTP in its middle."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    process = start("launch/train.py", *arguments(digits, run_dir))
-    beginning, address = read_until(process, r"metrics at (http://\S+)")
-    middle, _ = read_until(process, r"^step +4/")
-    with urllib.request.urlopen(address[1], timeout=10) as response:
-        scraped = response.read().decode()
-    rest, _ = process.communicate(timeout=200)
-    output = beginning + middle + rest
-    assert process.returncode == EXIT_DONE, output
-    return Finished(run_dir, output, scraped)
+from tests.training_runs import STEPS, Finished, arguments, read_until
 
 
 def decisions(run_dir: Path) -> list[dict]:

@@ -12,6 +12,7 @@ counted exactly, with those that padding and stride cut off left out. Energies o
 are from Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,27 @@ def _connections(module: nn.Conv2d | nn.Linear, x: torch.Tensor) -> torch.Tensor
     return covering * (module.out_channels // module.groups)
 
 
+def average(parts: Sequence[tuple[Energy, int]]) -> Energy:
+    """The mean over all samples, from each part's means and number of samples; at least one part."""
+    total = sum(count for _, count in parts)
+
+    def mean(of: Callable[[Energy], float]) -> float:
+        return sum(of(part) * count for part, count in parts) / total
+
+    first = parts[0][0]
+    layers = tuple(
+        LayerEnergy(
+            name=layer.name,
+            macs=mean(lambda part, i=i: part.layers[i].macs),
+            acs=mean(lambda part, i=i: part.layers[i].acs),
+            input_rate=None if layer.input_rate is None else mean(lambda part, i=i: part.layers[i].input_rate or 0.0),
+        )
+        for i, layer in enumerate(first.layers)
+    )
+    rates = {name: mean(lambda part, name=name: part.firing_rates[name]) for name in first.firing_rates}
+    return Energy(layers=layers, firing_rates=rates)
+
+
 @torch.no_grad()
 def measure(network: nn.Module, images: torch.Tensor) -> Energy:
     """Count one evaluation forward pass.
@@ -98,7 +120,8 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
             x = inputs[0].double()
             if isinstance(module, nn.Linear) and pooled:
                 x = pooled[-1].double()
-            connections = _connections(module, x.float()).double()
+            with torch.autocast(x.device.type, enabled=False):  # bf16 would round counts above 256
+                connections = _connections(module, x.float()).double()
             is_spikes = bool(rates) and bool((x >= 0).all()) and torch.equal(x, x.round())
             operations = (x * connections if is_spikes else torch.ones_like(x) * connections).sum().item() / N
             rate = x.mean().item() if is_spikes else None

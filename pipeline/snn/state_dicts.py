@@ -73,12 +73,26 @@ def load(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     network.load_state_dict(given)
 
 
-def save_safetensors(network: nn.Module, path: str | os.PathLike) -> None:
-    """Write the network's weights and BN statistics to a safetensors file, under our names."""
+def save_safetensors(
+    network: nn.Module,
+    path: str | os.PathLike,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    original: bool = False,
+) -> None:
+    """Write the network's weights and BN statistics to a safetensors file.
+
+    Args:
+        network: what `load` fills.
+        path: of the file, which is replaced.
+        metadata: goes into the file's header, beside the format.
+        original: under the names of the original SEW-ResNet code, and not under ours.
+    """
     from safetensors.torch import save_file
 
-    weights = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
-    save_file(weights, path, metadata={"format": "pt"})
+    weights = to_original(network.state_dict()) if original else network.state_dict()
+    copies = {name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}
+    save_file(copies, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def load_safetensors(network: nn.Module, path: str | os.PathLike) -> None:

@@ -1,0 +1,210 @@
+"""A checkpoint on a split, exactly, in one plain process:  python -m launch.evaluate runs/digits --json digits.json
+
+Prints accuracy, loss, the confusion matrix, firing rates and the 45 nm energy estimate. What a run's own settings give
+on one of its own splits is kept in RUN/evaluations/ too, where `launch.export` finds it.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch import command
+from launch.evaluation_table import SHOWN, table
+from pipeline import run_folder
+from pipeline.config import Config
+from pipeline.data.manifest import MANIFEST_NAME, Manifest
+from pipeline.data.remote import is_remote, join
+from pipeline.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pipeline.evaluate import Detail
+    from pipeline.trained import Trained
+
+MEASURED = 512  # samples whose operations are counted, of a larger split: it takes several times a forward pass
+PAUSE_S = 10.0  # between two lines of progress
+
+
+def main(arguments: list[str]) -> None:
+    parser = command.run_parser("evaluate", "Evaluates a run's checkpoint on a split: every sample once.")
+    parser.add_argument("--data", metavar="DIR", help="folder or URL of the shard sets [the run's data.path]")
+    parser.add_argument("--split", default="val", help="the shard set in it [val]")
+    parser.add_argument("--T", type=int, help="time steps [the run's]")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images [the run's]")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="arithmetic [the run's]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
+    options = parser.parse_args(arguments)
+    stored = run_folder.read(options.run)
+    config = override(stored.config, options)
+    manifest = find_split(config.data.path, options.split)
+    check_classes(manifest, stored.about.get("classes"), config.data.path)
+    if options.json and not options.json.parent.is_dir():
+        raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
+
+    from pipeline import trained  # torch is imported here, after everything cheap was checked
+
+    checkpoint = trained.load(options.run, config, step=options.checkpoint)
+    if checkpoint.num_classes != len(manifest.classes):
+        raise ConfigError(
+            f"{join(config.data.path, options.split)} has {len(manifest.classes)} classes, but the network of "
+            f"{options.run} tells {checkpoint.num_classes} apart; use data of the same classes"
+        )
+    result = evaluated(checkpoint, config, manifest, options)
+    print(table(result))
+    if options.json:
+        write(options.json, result)
+    if config == stored.config:
+        keep(result, options.run)
+
+
+def override(config: Config, options) -> Config:
+    """The run's configuration with what the command line changes in it."""
+    data, model, train = config.data, config.model, config.train
+    if options.image_size is not None:
+        # A larger shorter side before the central crop grows in proportion.
+        resize = round(data.eval_resize * options.image_size / data.image_size)
+        data = dataclasses.replace(data, image_size=options.image_size, eval_resize=resize)
+    if options.data is not None:
+        data = dataclasses.replace(data, path=options.data)
+    if options.T is not None:
+        model = dataclasses.replace(model, T=options.T)
+    if options.precision is not None:
+        train = dataclasses.replace(train, precision=options.precision)
+    return dataclasses.replace(config, data=data, model=model, train=train)
+
+
+def find_split(path: str, split: str) -> Manifest:
+    """The manifest of a split; where a local folder has others, the error names them."""
+    folder = join(path, split)
+    if not is_remote(path) and not (Path(folder) / MANIFEST_NAME).is_file():
+        others = sorted(file.parent.name for file in Path(path).glob(f"*/{MANIFEST_NAME}"))
+        if others:
+            raise ConfigError(f"{path} has no split {split!r}; use --split {' or '.join(others)}")
+        raise ConfigError(f"no shard set in {folder} (no {MANIFEST_NAME}); name the folder of one with --data DIR")
+    manifest = Manifest.load(folder)
+    if manifest.num_samples == 0:
+        raise DataError(f"{folder} holds no samples; make the shards again")
+    return manifest
+
+
+def check_classes(manifest: Manifest, trained_on: list[str] | None, path: str) -> None:
+    """Refuses data whose labels mean something else than in training; an older run does not say its classes."""
+    if trained_on is None or list(manifest.classes) == trained_on:
+        return
+    if len(manifest.classes) != len(trained_on):
+        what = f"{len(manifest.classes)} classes, but the run was trained on {len(trained_on)}"
+    else:
+        label = next(i for i, name in enumerate(trained_on) if manifest.classes[i] != name)
+        what = f"{manifest.classes[label]!r} as class {label}, where the run was trained on {trained_on[label]!r}"
+    raise ConfigError(f"{join(path, manifest.split)} has {what}; use data of the same classes")
+
+
+def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options) -> dict:
+    """Runs the network over the split; the result as it is written to JSON."""
+    import torch
+
+    from pipeline.cores import cores_per_rank
+    from pipeline.data.loader import evaluation_batches
+    from pipeline.evaluate import evaluate_in_detail
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(cores_per_rank())
+    precision = config.train.precision
+    if precision == "fp16" and device.type == "cpu":
+        print("the CPU does not compute in fp16: fp32 is used", file=sys.stderr)
+        precision = "fp32"
+    network = checkpoint.network.to(device, torch.float16 if precision == "fp16" else torch.float32)
+    total, began = manifest.num_samples, time.monotonic()
+    where = f"{join(config.data.path, options.split)}: {total} samples, {precision} on {device.type}"
+    print(f"evaluating {options.run} after step {checkpoint.step} on {where}", file=sys.stderr, flush=True)
+    said_at = began
+
+    def said(done: int) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= PAUSE_S:
+            said_at = time.monotonic()
+            rate = done / (said_at - began)
+            print(f"{done} of {total} samples, {rate:.0f} a second", file=sys.stderr, flush=True)
+
+    num_batches = -(-total // config.data.micro_batch)
+    with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        detail = evaluate_in_detail(
+            network,
+            evaluation_batches(config.data, rank=0, world_size=1, device=device, split=options.split),
+            num_classes=checkpoint.num_classes,
+            measure_every=max(1, num_batches * config.data.micro_batch // MEASURED),
+            said=said,
+        )
+    return {
+        "run": str(options.run),
+        "step": checkpoint.step,
+        "data": config.data.path,
+        "split": options.split,
+        "data_identity": manifest.identity,
+        "T": config.model.T,
+        "image_size": config.data.image_size,
+        "precision": precision,
+        "device": device.type,
+        **numbers(detail, manifest.classes, network),
+    }
+
+
+def numbers(detail: "Detail", classes: tuple[str, ...], network) -> dict:
+    """The figures of an evaluation, ready for JSON: an undefined number is null."""
+    confusion = detail.confusion
+    counts, hits = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+    feeds = {id(layer.weight): layer.name for layer in network.spiking_layers()}
+    neurons = {name.removesuffix(".weight"): feeds.get(id(weight)) for name, weight in network.named_parameters()}
+    layers = [
+        {
+            "layer": layer.name,
+            "macs": layer.macs,
+            "acs": layer.acs,
+            "input_rate_ratio": layer.input_rate,
+            "energy_nanojoule": layer.picojoule / 1000,
+            "neurons": neurons[layer.name],
+            "firing_rate_ratio": detail.energy.firing_rates.get(neurons[layer.name] or ""),
+        }
+        for layer in detail.energy.layers
+    ]
+    return {
+        "num_samples": detail.num_samples,
+        "eval_accuracy_ratio": detail.accuracy,
+        "eval_top5_accuracy_ratio": detail.top5,
+        "eval_loss": detail.loss if math.isfinite(detail.loss) else None,
+        "classes": [
+            {"name": name, "num_samples": count, "accuracy_ratio": hit / count if count else None}
+            for name, count, hit in zip(classes, counts, hits, strict=True)
+        ],
+        "confusion": confusion.tolist() if len(classes) <= SHOWN else None,
+        "energy": {
+            "microjoule": detail.energy.microjoule,
+            "num_samples": detail.num_measured,
+            "layers": layers,
+        },
+    }
+
+
+def write(path: Path, document: dict) -> None:
+    try:
+        run_folder.write_json(path, document)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from None
+
+
+def keep(result: dict, run: Path) -> None:
+    """Writes RUN/evaluations/step-STEP-SPLIT.json; says so where the folder cannot be written."""
+    path = run_folder.evaluation_path(run, result["step"], result["split"])
+    try:
+        path.parent.mkdir(exist_ok=True)
+        run_folder.write_json(path, result)
+    except OSError as error:
+        print(f"{path} is not kept ({error.strerror})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(command.run(main))

@@ -1,0 +1,109 @@
+"""A run's weights as one safetensors file with a model card beside it:
+
+python -m launch.export runs/digits digits.safetensors      writes digits.safetensors and digits.md
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from launch import command
+from pipeline import run_folder
+from pipeline.errors import ConfigError
+from pipeline.metrics import read_journal
+from pipeline.run_folder import Stored
+
+
+def main(arguments: list[str]) -> None:
+    parser = command.run_parser("export", "Writes a run's checkpoint as a safetensors file with a model card.")
+    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="the file; OUT.md becomes its model card")
+    parser.add_argument(
+        "--names",
+        choices=("ours", "original"),
+        default="ours",
+        help="names of the tensors: ours and SpikingJelly's, or the original SEW-ResNet code's [ours]",
+    )
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    options = parser.parse_args(arguments)
+    out, card = options.out, options.out.with_suffix(".md")
+    check_place(out, card, options.force)
+    stored = run_folder.read(options.run)
+
+    from launch import model_card
+    from pipeline import trained  # torch is imported here, after everything cheap was checked
+    from pipeline.snn import state_dicts
+
+    checkpoint = trained.load(options.run, stored.config, step=options.checkpoint)
+    about = facts(stored, checkpoint.step, checkpoint.num_classes)
+    evaluation = run_folder.read_evaluation(options.run, checkpoint.step, "val")
+    if evaluation is None:
+        print(
+            f"the card will say nothing of energy: {options.run} has no evaluation after step {checkpoint.step}; "
+            f"python -m launch.evaluate {options.run} --checkpoint {checkpoint.step} makes one",
+            file=sys.stderr,
+        )
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary_card = card.with_name(f".{card.name}.tmp")
+    try:
+        state_dicts.save_safetensors(
+            checkpoint.network, temporary, metadata=metadata, original=options.names == "original"
+        )
+        temporary_card.write_text(model_card.text(stored, about, evaluation, out), encoding="utf-8")
+        os.replace(temporary, out)
+        os.replace(temporary_card, card)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another place") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+        temporary_card.unlink(missing_ok=True)
+    print(f"{out}\n{card}")
+
+
+def check_place(out: Path, card: Path, force: bool) -> None:
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out} is not allowed as the file to write; use a name that ends in .safetensors")
+    if not out.parent.is_dir():
+        raise ConfigError(f"there is no folder {out.parent}; make it first")
+    for path in (out, card):
+        if path.exists() and not force:
+            raise ConfigError(f"{path} is there already; choose another name, or replace it with --force")
+
+
+def facts(stored: Stored, step: int, num_classes: int) -> dict:
+    """What goes into the file's header: words as they are, all else as JSON."""
+    config, about = stored.config, stored.about
+    return {
+        "recipe": config.recipe,
+        "step": step,
+        "arch": config.model.arch,
+        "T": config.model.T,
+        "image_size": config.data.image_size,
+        "num_classes": num_classes,
+        "classes": about.get("classes"),
+        "data_identity": about["data_identity"],
+        "metrics": metrics(stored, step),
+        "config": config.to_dict(),
+        "versions": about["versions"],
+        "commit": about["commit"],
+    }
+
+
+def metrics(stored: Stored, step: int) -> dict:
+    """What the run's own files say of the weights after `step`: its evaluation there, and its last training record."""
+    found: dict = {}
+    for record in read_journal(stored.folder / "metrics.jsonl"):
+        if record["step"] <= step and "train_loss" in record:
+            found |= {name: record[name] for name in ("train_loss", "train_accuracy_ratio")}
+        if record["step"] == step and "eval_loss" in record:
+            found |= {name: record[name] for name in ("eval_loss", "eval_accuracy_ratio")}
+    evaluation = run_folder.read_evaluation(stored.folder, step, "val")
+    if evaluation is not None:
+        found |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+        found["energy_microjoule"] = evaluation["energy"]["microjoule"]
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(command.run(main))

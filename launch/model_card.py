@@ -1,0 +1,142 @@
+"""The model card beside exported weights: Markdown, written from what the run's folder says."""
+
+import json
+from pathlib import Path
+
+from launch.evaluation_table import percent
+from pipeline.data.graph import MEAN, STD
+from pipeline.metrics import read_journal
+from pipeline.run_folder import Stored
+
+LISTED = 40  # classes, at most, in the card; the file's header has all
+NEURONS = {"if": "IF", "lif": "LIF", "plif": "PLIF"}
+
+
+def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path) -> str:
+    """The card of `weights`.
+
+    Args:
+        stored: the run.
+        about: what the file's header says, see `launch.export`.
+        evaluation: of these weights on the validation split, by `launch.evaluate`; None where there is none.
+        weights: the safetensors file.
+    """
+    model = stored.config.model
+    layers = len(stored.about["layers"])
+    sections = [
+        f"# {about['recipe']}: {model.arch}, T = {model.T}",
+        f"A spiking network for images, trained with chispike: {layers} layers of {NEURONS[model.neuron]} neurons, "
+        f"{stored.about['num_parameters']:,} parameters, {about['num_classes']} classes. "
+        f"Weights after optimizer step {about['step']}.",
+        "## Result\n" + _result(about["metrics"], evaluation),
+        "## To load it\n" + _loading(stored, about, weights),
+        "## Images\n" + _images(stored),
+        "## Classes\n" + _classes(about, evaluation),
+        "## Layers\n" + _layers(stored, about["step"], evaluation),
+        "## Training\n" + _training(stored, about),
+        "## Configuration\n```json\n" + json.dumps(about["config"], indent=2, ensure_ascii=False) + "\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _rows(*rows: list) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _result(metrics: dict, evaluation: dict | None) -> str:
+    rows = [["", ""]]
+    if "eval_loss" in metrics:
+        rows.append(["validation accuracy, top-1", percent(metrics["eval_accuracy_ratio"])])
+        if metrics.get("eval_top5_accuracy_ratio") is not None:
+            rows.append(["validation accuracy, top-5", percent(metrics["eval_top5_accuracy_ratio"])])
+        rows.append(["validation loss, nats", _number(metrics["eval_loss"], 4)])
+    else:
+        rows.append(["validation", "not evaluated after this step"])
+    if evaluation is not None:
+        rows.append(["validation samples, each once", evaluation["num_samples"]])
+        rows.append(["computed in", f"{evaluation['precision']} on {evaluation['device']}"])
+        rows.append(["energy an image, estimated for 45 nm", f"{metrics['energy_microjoule']:.3f} µJ"])
+    if "train_loss" in metrics:
+        rows.append(["training loss of the last logged batch, nats", _number(metrics["train_loss"], 4)])
+    return _rows(*rows)
+
+
+def _loading(stored: Stored, about: dict, weights: Path) -> str:
+    model, size = stored.config.model, stored.config.data.image_size
+    names = ["arch", "T", "connect", "neuron", "v_th", "reset", *(["tau"] if model.neuron != "if" else [])]
+    settings = ", ".join(f"{name}={getattr(model, name)!r}" for name in names)
+    return f"""```python
+from pipeline.config import ModelConfig
+from pipeline.snn import sew_resnet, state_dicts
+network = sew_resnet.build(ModelConfig({settings}), num_classes={about["num_classes"]}, image_size={size}).eval()
+state_dicts.load_safetensors(network, {weights.name!r})
+logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
+```"""
+
+
+def _images(stored: Stored) -> str:
+    data = stored.config.data
+    return (
+        f"RGB; the shorter side resized to {data.eval_resize or data.image_size} pixels, the central square of "
+        f"{data.image_size} cut out. Of 8-bit levels, the mean {MEAN} of each channel is taken away and the "
+        f"rest divided by {STD}. The same image is shown at every time step."
+    )
+
+
+def _classes(about: dict, evaluation: dict | None) -> str:
+    names = about["classes"] or (evaluation and [kind["name"] for kind in evaluation["classes"]])
+    if not names:
+        return f"{about['num_classes']}; their names are in the manifest of the data."
+    rest = f"\n\n{len(names) - LISTED} more are in the file's header." if len(names) > LISTED else ""
+    if evaluation is None:
+        return _rows(["label", "class"], *([i, name] for i, name in enumerate(names[:LISTED]))) + rest
+    kinds = enumerate(evaluation["classes"][:LISTED])
+    rows = [[i, kind["name"], kind["num_samples"], percent(kind["accuracy_ratio"])] for i, kind in kinds]
+    return _rows(["label", "class", "validation samples", "right"], *rows) + rest
+
+
+def _layers(stored: Stored, step: int, evaluation: dict | None) -> str:
+    journal = read_journal(stored.folder / "metrics.jsonl")
+    logged = [record for record in journal if "train_loss" in record and record["step"] <= step]
+    nothing = [None] * len(stored.about["layers"])
+    last = logged[-1] if logged else {"layer_surrogate_width": nothing, "layer_firing_rate_ratio": nothing}
+    operations = {layer["neurons"]: layer for layer in evaluation["energy"]["layers"]} if evaluation else {}
+    rows = [["neurons", "surrogate's width", "firing rate, training", "firing rate, validation", "energy, nJ"]]
+    for name, width, rate in zip(
+        stored.about["layers"], last["layer_surrogate_width"], last["layer_firing_rate_ratio"], strict=True
+    ):
+        found = operations.get(name, {"firing_rate_ratio": None, "energy_nanojoule": None})
+        rates = [_number(value, 4) for value in (width, rate, found["firing_rate_ratio"])]
+        rows.append([name, *rates, _number(found["energy_nanojoule"], 1)])
+    if not evaluation:
+        return _rows(*rows)
+    energy = evaluation["energy"]
+    return _rows(*rows) + (
+        f"\n\nMeans of {energy['num_samples']} validation samples. Energy is of the convolution that feeds the "
+        "neurons, 0.9 pJ an accumulation and 4.6 pJ a multiply-accumulate; the total has the last layer's too."
+    )
+
+
+def _training(stored: Stored, about: dict) -> str:
+    config, run = stored.config, stored.about
+    chi = config.chi
+    steered = (
+        chi.policy if chi.policy != "chi" else f"{chi.indicator} held at {chi.target:g}, at the end {chi.target_end:g}"
+    )
+    return _rows(
+        ["", ""],
+        ["recipe", about["recipe"]],
+        ["data", f"{config.data.path}, manifest of the training split {about['data_identity']}"],
+        ["epochs, batch", f"{config.train.epochs:g}, {config.data.global_batch}"],
+        ["learning rate, momentum", f"{config.optim.lr:g}, {config.optim.momentum:g}"],
+        ["surrogate", f"{config.model.surrogate}; {steered}"],
+        ["precision, ranks, seed", f"{config.train.precision}, {run['world_size']}, {run['seed']}"],
+        ["commit", about["commit"]],
+        ["versions", ", ".join(f"{name} {version}" for name, version in about["versions"].items())],
+    )

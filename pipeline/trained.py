@@ -1,0 +1,40 @@
+"""A run's checkpoint as a plain network: no ranks, no DeepSpeed."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline import checkpoint_files
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.snn import sew_resnet, state_dicts
+
+
+class Trained(NamedTuple):
+    step: int
+    """Optimizer steps behind the weights."""
+    num_classes: int
+    network: sew_resnet.SEWResNet
+    """In evaluation mode, in fp32, on the CPU."""
+
+
+def load(run_dir: Path, config: Config, *, step: int | None = None) -> Trained:
+    """The network of the checkpoint after `step`; the newest whole one where `step` is None.
+
+    `config` is the run's, or has another `model.T` or `data.image_size`.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it does not fit `config`.
+        DataError: it is damaged.
+    """
+    found = checkpoint_files.load_newest(run_dir) if step is None else checkpoint_files.load_step(run_dir, step)
+    if found is None:
+        raise ConfigError(f"{run_dir} has no whole checkpoint; the first comes after train.checkpoint_every steps")
+    weights = {**found["model"]["parameters"], **found["model"]["buffers"]}
+    network = sew_resnet.build(
+        config.model, num_classes=len(weights["fc.weight"]), image_size=config.data.image_size
+    ).eval()
+    try:
+        state_dicts.load(network, weights)
+    except ValueError as error:
+        raise ConfigError(f"the checkpoint after step {found['step']} of {run_dir}: {error}") from None
+    return Trained(found["step"], len(weights["fc.weight"]), network)
