@@ -1,12 +1,11 @@
 """A run folder → report.html: one file, pictures inside, opens without a network.
 
-`python -m pipeline.report RUN` makes it at any time, also while the run goes on.
+`python -m pipeline.report RUN` makes it at any time, also while the run goes on; with more runs it makes one page that
+shows them side by side (comparison.py).
 """
 
 import argparse
-import base64
 import html
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -20,10 +19,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from pipeline import comparison
 from pipeline.chi import guards
 from pipeline.config import ChiConfig
 from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_USAGE
 from pipeline.metrics import layer_labels, read_journal
+from pipeline.page import document, picture, points, table
 
 HEATMAPS = {
     "layer_chi": "χ",
@@ -33,6 +34,10 @@ HEATMAPS = {
     "layer_participation_ratio": "participation",
     "layer_gradient_norm": "log₁₀ of the gradient's norm",
 }
+
+LAYERS = """<p>Rows are spiking layers, the first on top. χ is the proportion of a layer's weights with a non-zero
+gradient; coverage is the fraction of its neuron-steps that lie within the surrogate's width of the threshold;
+participation is the effective proportion of its weights that receive gradient.</p>"""
 
 
 def training_records(run_dir: Path) -> list[dict]:
@@ -84,23 +89,6 @@ def heatmaps(run_dir: Path, layers: Sequence[str]) -> Figure:
     return figure
 
 
-def _picture(figure: Figure, text: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
-
-
-def _table(pairs: dict) -> str:
-    rows = "".join(f"<tr><th>{html.escape(str(k))}<td>{html.escape(str(v))}" for k, v in pairs.items())
-    return f"<table>{rows}</table>"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(line)}" for line in lines) + "</ul>"
-
-
 def write(run_dir: Path, summary: dict) -> Path:
     """Writes RUN/report.html from the run's files and its result."""
     run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
@@ -118,26 +106,19 @@ def write(run_dir: Path, summary: dict) -> Path:
         "commit": run["commit"],
         **run["versions"],
     }
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(run_dir.name)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-img {{ max-width: 100% }} th {{ text-align: left; font-weight: 600; padding-right: 2rem }}
-pre {{ background: #f5f5f5; padding: 1rem; overflow-x: auto }}
-</style>
-<h1>{html.escape(run_dir.name)}</h1>
-{_table(result)}
-<h2>Learning</h2>{_picture(curves(run_dir), "loss and accuracy over steps")}
-<h2>Layers</h2>
-<p>Rows are spiking layers, the first on top. χ is the proportion of a layer's weights with a non-zero gradient;
-coverage is the fraction of its neuron-steps that lie within the surrogate's width of the threshold; participation is
-the effective proportion of its weights that receive gradient.</p>
-{_picture(heatmaps(run_dir, run["layers"]), "χ and its companions by layer and step")}
-{_list(found or ["nothing to report: no layer starves, stands at a limit, or fails to answer its width"])}
-<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>
-</html>
-"""
+    text = document(
+        run_dir.name,
+        table(result),
+        "<h2>Learning</h2>",
+        picture(curves(run_dir), "loss and accuracy over steps"),
+        "<h2>Layers</h2>",
+        LAYERS,
+        picture(heatmaps(run_dir, run["layers"]), "χ and its companions by layer and step"),
+        points(found or ["nothing to report: no layer starves, stands at a limit, or fails to answer its width"]),
+        f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>",
+    )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -154,16 +135,24 @@ def replay(run_dir: Path) -> int:
     return EXIT_INTERNAL if differing else EXIT_DONE
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.report", description="run folder → report.html")
-    parser.add_argument("run_dir", type=Path, help="folder of a run, also of one that is still going on")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="page of several runs [comparison.html beside them]")
     parser.add_argument("--replay", action="store_true", help="make every decision on the widths again, and compare")
-    arguments = parser.parse_args()
-    run_dir = arguments.run_dir
-    if not (run_dir / "run.json").exists() or not training_records(run_dir):
-        print(f"{run_dir} holds no run with a logged step; name a run folder such as runs/digits", file=sys.stderr)
+    options = parser.parse_args(arguments)
+    run_dir = options.runs[0]
+    for folder in options.runs:
+        if not (folder / "run.json").exists() or not training_records(folder):
+            print(f"{folder} holds no run with a logged step; name a run folder such as runs/digits", file=sys.stderr)
+            return EXIT_USAGE
+    if len(options.runs) > 1 and options.replay:
+        print("--replay looks at one run; name one", file=sys.stderr)
         return EXIT_USAGE
-    if arguments.replay:
+    if len(options.runs) > 1:
+        print(comparison.write(options.runs, options.out or run_dir.parent / "comparison.html"))
+        return EXIT_DONE
+    if options.replay:
         return replay(run_dir)
     summary = run_dir / "summary.json"
     print(write(run_dir, json.loads(summary.read_text()) if summary.exists() else {}))
@@ -171,4 +160,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))
