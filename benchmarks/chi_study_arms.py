@@ -81,7 +81,7 @@ def _final() -> list[Setting]:
             runs.append(Setting(arm="atan: alpha 2", **atan, **common))
             mpd_agl = {"surrogate": "rectangle", "policy": {"policy": "mpd_agl"}}
             runs.append(Setting(arm="rival: MPD-AGL", **mpd_agl, **common))
-    return runs
+    return sorted(runs, key=lambda setting: setting.arm.startswith(("atan", "rival")))
 
 
 def _transfer() -> list[Setting]:
