@@ -187,7 +187,8 @@ class ChiConfig:
             f"a number above chi.width_min={self.width_min}",
         )
         _positive("chi.width_end", self.width_end)
-        _require(self.calibrate is False or self.policy == "chi", "chi.calibrate", self.calibrate, "it with policy chi")
+        holds_coverage = self.policy == "chi" and self.indicator == "coverage"
+        _require(not self.calibrate or holds_coverage, "chi.calibrate", True, "it with policy chi, indicator coverage")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -229,6 +229,9 @@ def test_a_wrong_setting_is_refused(settings, said):
 def test_what_cannot_be_steered_is_refused():
     with pytest.raises(ConfigError, match=r"coverage is undefined for the surrogate 'atan'.*triangle or rectangle"):
         chi.attach(network(surrogate="atan"), sgd(nn.Linear(1, 1)), steps=3)
+    model = network()
+    with pytest.raises(ConfigError, match="use it with policy chi, indicator coverage"):
+        chi.attach(model, sgd(model), policy="fixed").calibrate(torch.rand(4, 3, 8, 8))
     with pytest.raises(ValueError, match="no spiking layer"):
         chi.attach(nn.Linear(1, 1), sgd(nn.Linear(1, 1)), steps=3)
     orphan = nn.Sequential(Foreign(chi.Surrogate()), nn.Linear(2, 2))

@@ -51,6 +51,9 @@ class Pilot:
 
     def calibrate(self, images: Tensor) -> None:
         """Before the first step: widths that put the coverage of this batch at the target, on every rank alike."""
+        if self.config.policy != "chi" or self.config.indicator != "coverage":
+            raise ConfigError("chi.attach: calibrate() sets coverage to its target; use it with policy chi, indicator "
+                              "coverage")  # fmt: skip
         targets = controller.targets_at(self.config, 0.0, len(self.layers))
         widths = calibrated_widths(self._network, images, self.neurons, targets)
         if self._is_reduced:
