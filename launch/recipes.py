@@ -34,7 +34,7 @@ def digits() -> Config:
 
 
 def cifar10() -> Config:
-    """SEW-ResNet20, 20 spiking layers, T=4, on CIFAR-10 at 32 x 32.
+    """SEW-ResNet20, 21 spiking layers, T=4, on CIFAR-10 at 32 x 32.
 
     python -m data_prep imagefolder cifar10-images.tar.gz data/cifar10
     deepspeed --num_accelerators 2 launch/train.py --recipe cifar10
