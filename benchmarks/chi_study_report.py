@@ -55,7 +55,7 @@ def rows(records: list[dict]) -> list[dict]:
     t = difference.mean() / stats.sem(difference)
     add(
         "chi control against rival, p of the paired t-test",
-        2 * stats.t.sf(abs(t), len(difference) - 1),
+        float(2 * stats.t.sf(abs(t), len(difference) - 1)),
         "",
         0.05,
         "lower",
