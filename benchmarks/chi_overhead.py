@@ -51,7 +51,7 @@ class Side:
             sums = bucket.gradient_sums
             bucket.gradient_sums = lambda gradient: self.timed(sums, gradient)
             self.spread = Spread(config.chi, layers, self.neurons)
-            self.controller = start(len(layers), config.model.width, torch.device("cpu"))
+            self.controller = start(self.neurons.widths)
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(MICRO, 3, image_size, image_size, generator=generator).bfloat16()
         self.labels = torch.randint(1000, (MICRO,), generator=generator)

@@ -125,8 +125,7 @@ def write(run_dir: Path, summary: dict) -> Path:
 def replay(run_dir: Path) -> int:
     """Makes every decision of the run again from the evidence in its journal; 0 where all widths are the same."""
     config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    start = config["model"]["width"]
-    steps = guards.replay(ChiConfig(**config["chi"]), start, read_journal(run_dir / "metrics.jsonl"))
+    steps = guards.replay(ChiConfig(**config["chi"]), read_journal(run_dir / "metrics.jsonl"))
     differing = [step for step, recorded, again in steps if recorded != again]
     for step, recorded, again in steps:
         widths = " ".join(f"{width:.4f}" for width in again)

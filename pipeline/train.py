@@ -15,7 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from pipeline import checkpoint, checkpoint_files, init_from, report, run_folder
 from pipeline.chi.allreduce import SIGNALS, Tap
 from pipeline.chi.calibrate import calibrated_widths
-from pipeline.chi.controller import ControllerState, start, start_at, steer, targets_at
+from pipeline.chi.controller import ControllerState, start, steer, targets_at
 from pipeline.chi.spread import Spread
 from pipeline.config import Config
 from pipeline.data.loader import Loader, evaluation_batches
@@ -133,7 +133,7 @@ def prepare(config: Config) -> Run:
         has_coverage=config.model.surrogate in ("triangle", "rectangle"),
         self_check=config.chi.self_check,
     )
-    controller, step = start(len(layers), config.model.width, place.device), 0
+    controller, step = start(neurons.widths), 0
     if saved is not None:
         loader.load_state_dict(saved["loader"])
         checkpoint.scatter(engine, saved["model"])
@@ -191,7 +191,7 @@ def begin(
     batches.close()
     widths = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, len(neurons.names)))
     dist.broadcast(widths, 0)
-    controller = start_at(controller, widths.clamp(config.chi.width_min, config.chi.width_max))
+    controller = start(widths.clamp(config.chi.width_min, config.chi.width_max))
     neurons.widths.copy_(controller.widths)
     return controller
 

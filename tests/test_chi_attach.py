@@ -113,6 +113,17 @@ def test_calibration_puts_the_first_coverage_at_the_target_and_leaves_the_networ
     assert pilot.indicators.coverage.tolist() == pytest.approx([0.3] * 6, abs=0.01)
 
 
+def test_a_schedule_begins_at_the_model_s_own_width():
+    model = network(width=2.0)
+    optimizer = sgd(model)
+    pilot = chi.attach(model, optimizer, steps=4, policy="schedule", width_end=0.5, interval=1)
+    widths = []
+    for seed in range(4):
+        step(model, optimizer, seed)
+        widths.append(pilot.neurons.widths[0].item())
+    assert widths == pytest.approx([2**0.5, 1.0, 0.5**0.5, 0.5])
+
+
 @pytest.mark.parametrize(("policy", "expected"), [("mpd_agl", 2**0.5), ("ds_atgo", None)])
 def test_the_rivals_steer_too(policy, expected):
     model = network(surrogate="rectangle")

@@ -6,12 +6,10 @@ import math
 import pytest
 import torch
 
-from pipeline.chi.controller import start, start_at, steer
+from pipeline.chi.controller import start, steer
 from pipeline.chi.guards import findings, record_of, replay
 from pipeline.chi.policies import Evidence
 from pipeline.config import ChiConfig
-
-CPU = torch.device("cpu")
 
 
 def journal_of(config: ChiConfig, state, evidence, num_steps: int) -> list[dict]:
@@ -41,19 +39,19 @@ def test_every_decision_is_made_again_bit_for_bit(policy):
             indicator=seen.indicator, coverage=seen.coverage, firing_rate=seen.firing_rate, spread=widths.sqrt()
         )
 
-    begun = start_at(start(3, 2.0, CPU), torch.tensor([0.3, 1.0, 3.0]))
-    steps = replay(config, 2.0, journal_of(config, begun, evidence, 40))
+    begun = start(torch.tensor([0.3, 1.0, 3.0]))
+    steps = replay(config, journal_of(config, begun, evidence, 40))
     assert [step for step, _, _ in steps] == list(range(3, 40, 3))
     assert all(recorded == again for _, recorded, again in steps)
     other = ChiConfig(policy=policy, interval=3, target_slope=0.1, target=0.6, width_end=0.3)
     if policy != "ds_atgo":
-        again = replay(other, 2.0, journal_of(config, begun, evidence, 40))
+        again = replay(other, journal_of(config, begun, evidence, 40))
         assert all(recorded != made for _, recorded, made in again)
 
 
 def test_nothing_is_found_where_all_is_well():
     config = ChiConfig(interval=1)
-    assert findings(config, ["a", "b"], journal_of(config, start(2, 1.0, CPU), gaussian, 60)) == []
+    assert findings(config, ["a", "b"], journal_of(config, start(torch.full((2,), 1.0)), gaussian, 60)) == []
     assert findings(config, ["a", "b"], []) == []
 
 
@@ -64,7 +62,7 @@ def test_a_layer_that_starved_and_came_back_is_named_with_the_step():
         return Evidence(indicator=torch.erf(widths / math.sqrt(2)), coverage=coverage, firing_rate=rate)
 
     config = ChiConfig(interval=1, indicator="participation")
-    begun = start_at(start(2, 1.0, CPU), torch.tensor([1.0, 0.05]))
+    begun = start(torch.tensor([1.0, 0.05]))
     found = findings(config, ["first", "second"], journal_of(config, begun, evidence, 60))
     # Coverage 0.01 of the second is a width of 0.25: eight decisions of a quarter each from 0.05.
     assert found == ["second: fell below its floor, was widened, and is above it since step 8"]
@@ -79,7 +77,7 @@ def test_a_silent_layer_and_one_that_does_not_answer_are_named():
             indicator=deaf, coverage=gaussian(widths).coverage, firing_rate=torch.tensor([0.2, 0.0]).double()
         )
 
-    found = findings(config, ["deaf", "silent"], journal_of(config, start(2, 0.1, CPU), evidence, 25))
+    found = findings(config, ["deaf", "silent"], journal_of(config, start(torch.full((2,), 0.1)), evidence, 25))
     assert any(line.startswith("deaf: its width moved by a factor of ") for line in found)
     assert any(line.startswith("silent: below its floor in 25 of 25 decisions") for line in found)
 
@@ -91,5 +89,5 @@ def test_a_layer_at_a_limit_is_named():
         low = torch.full_like(widths, 0.3)
         return Evidence(indicator=low, coverage=low, firing_rate=low)
 
-    found = findings(config, ["wide"], journal_of(config, start(1, 1.0, CPU), evidence, 30))
+    found = findings(config, ["wide"], journal_of(config, start(torch.full((1,), 1.0)), evidence, 30))
     assert found == ["wide: at the widest width allowed, 1, for 20 decisions"]

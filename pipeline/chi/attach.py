@@ -33,15 +33,18 @@ class Pilot:
         self.config, self.num_steps, self.step, self._network = config, steps, 0, network
         self.neurons: NeuronState = bind(network)
         """Widths and counters of the spiking layers."""
+        for neuron in self.neurons.neurons:
+            if config.policy == "chi" and config.indicator == "coverage" and not neuron.rule.bounded:
+                raise ConfigError(f"chi.attach: coverage is undefined for the surrogate {neuron.rule.shape!r}, whose "
+                                  "support is unbounded; use triangle or rectangle, or policy fixed")  # fmt: skip
         self.layers: list[SpikingLayer] = feeding_layers(network, self.neurons)
         """The spiking layers with the weights that feed them, in forward order."""
         self.indicators: Indicators | None = None
         """What the last step measured."""
-        device = self.neurons.widths.device
-        self.controller: ControllerState = controller.start(len(self.layers), 1.0, device)
-        self.controller = controller.start_at(self.controller, self.neurons.widths)
+        self.controller: ControllerState = controller.start(self.neurons.widths)
         self._parameters = [p for p in network.parameters() if p.requires_grad]
-        self._weights = torch.tensor([layer.weight.numel() for layer in self.layers], device=device)
+        numbers = [layer.weight.numel() for layer in self.layers]
+        self._weights = torch.tensor(numbers, device=self.neurons.widths.device)
         self._spread = Spread(config, self.layers, self.neurons)
         self._reduced: Tensor | None = None
         self._hook = optimizer.register_step_pre_hook(self._before_step)
@@ -59,7 +62,7 @@ class Pilot:
         if self._is_reduced:
             dist.broadcast(widths, 0)
         widths.clamp_(self.config.width_min, self.config.width_max)
-        self.controller = controller.start_at(self.controller, widths)
+        self.controller = controller.start(widths)
         self.neurons.widths.copy_(self.controller.widths)
 
     def state_dict(self) -> dict:
@@ -173,11 +176,6 @@ def attach(
             f"chi.attach: steps is missing, over which policy={config.policy!r} moves; give the optimizer steps of the "
             "run, or a target_end equal to target"
         )
-    if config.policy == "chi" and config.indicator == "coverage":
-        for neuron in bind(model).neurons:
-            if not neuron.rule.bounded:
-                raise ConfigError(f"chi.attach: coverage is undefined for the surrogate {neuron.rule.shape!r}, whose "
-                                  "support is unbounded; use triangle or rectangle, or policy fixed")  # fmt: skip
     return Pilot(model, optimizer, config, steps or 1)
 
 

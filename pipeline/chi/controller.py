@@ -28,8 +28,8 @@ FLOOR_STEP = math.log(1.25)
 class ControllerState:
     """What the controller remembers between steps; it is saved with every checkpoint."""
 
-    start: float
-    """Width at the start of the run, which a schedule begins from."""
+    start: Tensor
+    """`(L,)` float64, ln w_ℓ at the start of the run, which a schedule begins from."""
     log_width: Tensor
     """`(L,)` float64, ln w_ℓ."""
     total: Tensor
@@ -43,25 +43,19 @@ class ControllerState:
         return self.log_width.exp().float()
 
     def to_dict(self) -> dict:
-        log_width, total = self.log_width.cpu(), self.total.cpu()
-        return {"start": self.start, "log_width": log_width, "total": total, "count": self.count}
+        tensors = {name: getattr(self, name).cpu() for name in ("start", "log_width", "total")}
+        return {**tensors, "count": self.count}
 
     @classmethod
     def from_dict(cls, state: dict, device: torch.device) -> "ControllerState":
-        log_width, total = state["log_width"].to(device), state["total"].to(device)
-        return cls(start=float(state["start"]), log_width=log_width, total=total, count=int(state["count"]))
+        tensors = {name: state[name].to(device) for name in ("start", "log_width", "total")}
+        return cls(**tensors, count=int(state["count"]))
 
 
-def start(num_layers: int, width: float, device: torch.device) -> ControllerState:
-    """The state before the first step, all `num_layers` widths at `width`."""
-    log_width = torch.full((num_layers,), math.log(width), dtype=torch.float64, device=device)
-    total = torch.zeros(3, num_layers, dtype=torch.float64, device=device)
-    return ControllerState(start=width, log_width=log_width, total=total, count=0)
-
-
-def start_at(state: ControllerState, widths: Tensor) -> ControllerState:
-    """The state with `widths` `(L,)` instead of its own."""
-    return replace(state, log_width=widths.to(state.log_width).log())
+def start(widths: Tensor) -> ControllerState:
+    """The state before the first step, from the layers' first `widths` `(L,)`."""
+    log_width = widths.double().log()
+    return ControllerState(start=log_width, log_width=log_width, total=log_width.new_zeros(3, len(widths)), count=0)
 
 
 def targets_at(config: ChiConfig, progress: float, num_layers: int) -> list[float]:
@@ -93,7 +87,7 @@ def steer(
     return replace(state, log_width=log_width, total=torch.zeros_like(total), count=0), mean
 
 
-def decide(config: ChiConfig, start: float, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:
+def decide(config: ChiConfig, start: Tensor, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:
     """ln w `(L,)` after a decision on `mean`; what is not finite leaves its layer's width where it is."""
     policy = _hold if config.policy == "chi" else policies.TABLE[config.policy]
     moved = policy(config, start, log_width, mean, progress)
@@ -106,7 +100,7 @@ def starved(config: ChiConfig, mean: Evidence) -> Tensor:
     return (mean.coverage < config.floor_coverage) | (mean.firing_rate < config.floor_rate)
 
 
-def _hold(config: ChiConfig, start: float, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:
+def _hold(config: ChiConfig, start: Tensor, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:
     targets = torch.tensor(targets_at(config, progress, len(log_width)), dtype=torch.float64, device=log_width.device)
     change = config.eta * torch.nan_to_num(targets - mean.indicator, nan=0.0, posinf=0.0, neginf=0.0)
     return log_width + torch.where(starved(config, mean), change.clamp_min(FLOOR_STEP), change)

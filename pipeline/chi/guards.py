@@ -49,9 +49,10 @@ def evidence_of(record: dict) -> Evidence:
     )
 
 
-def replay(config: ChiConfig, start: float, journal: Sequence[dict]) -> list[tuple[int, list[float], list[float]]]:
+def replay(config: ChiConfig, journal: Sequence[dict]) -> list[tuple[int, list[float], list[float]]]:
     """Every decision made again from its own evidence: `(step, w as journalled, w as decided now)`."""
     records = decisions_of(journal)
+    start = torch.tensor(records[0]["decision_log_width"], dtype=torch.float64) if records else torch.empty(0)
     steps = []
     for before, record in itertools.pairwise(records):
         log_width = torch.tensor(before["decision_log_width"], dtype=torch.float64)

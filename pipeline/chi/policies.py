@@ -1,9 +1,10 @@
 """Who sets the widths when χ does not: a schedule, and two published rivals, behind one interface.
 
-A policy is `(config, start, log_width, evidence, progress) -> log_width`, pure, on `(L,)` float64 tensors, asked at
-every decision; controller.py clamps what it says, and keeps a layer's width where it says something that is not finite.
+A policy is `(config, start, log_width, evidence, progress) -> log_width`, pure, on `(L,)` float64 tensors (`start` is
+ln w before the first step), asked at every decision; controller.py clamps what it says, and keeps a layer's width where
+it says something that is not finite.
 
-    schedule   log w from the run's first width to `width_end`, linear in the position
+    schedule   log w from the layer's first width to `width_end`, linear in the position
     mpd_agl    w = √(1 + λ²) γ̄ v_th       λ what the potential keeps per step (IF: 1, LIF: 1 - 1/τ), γ̄ = mean |γ| of the
                batch normalisation in front: with x ~ N(0, (γ v_th)²) it is the deviation of the potential at t = 2
     ds_atgo    w = √E[(h - v_th)²], averaged exponentially over decisions
@@ -18,7 +19,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pipeline.config import ChiConfig
@@ -40,22 +40,21 @@ class Evidence:
     """Of the potential, of the last step: √(1 + λ²) γ̄ v_th for mpd_agl, √E[(h - v_th)²] for ds_atgo; else None."""
 
 
-def schedule(config: ChiConfig, start: float, log_width: Tensor, evidence: Evidence, progress: float) -> Tensor:
-    wanted = math.log(start) + (math.log(config.width_end) - math.log(start)) * progress
-    return torch.full_like(log_width, wanted)
+def schedule(config: ChiConfig, start: Tensor, log_width: Tensor, evidence: Evidence, progress: float) -> Tensor:
+    return start + (math.log(config.width_end) - start) * progress
 
 
-def mpd_agl(config: ChiConfig, start: float, log_width: Tensor, evidence: Evidence, progress: float) -> Tensor:
+def mpd_agl(config: ChiConfig, start: Tensor, log_width: Tensor, evidence: Evidence, progress: float) -> Tensor:
     assert evidence.spread is not None
     return evidence.spread.log()
 
 
-def ds_atgo(config: ChiConfig, start: float, log_width: Tensor, evidence: Evidence, progress: float) -> Tensor:
+def ds_atgo(config: ChiConfig, start: Tensor, log_width: Tensor, evidence: Evidence, progress: float) -> Tensor:
     assert evidence.spread is not None
     return (DS_ATGO_MEMORY * log_width.exp() + (1 - DS_ATGO_MEMORY) * evidence.spread).log()
 
 
-TABLE: dict[str, Callable[[ChiConfig, float, Tensor, Evidence, float], Tensor]] = {
+TABLE: dict[str, Callable[[ChiConfig, Tensor, Tensor, Evidence, float], Tensor]] = {
     "schedule": schedule,
     "mpd_agl": mpd_agl,
     "ds_atgo": ds_atgo,
