@@ -148,7 +148,13 @@ def rows_of(seconds: dict[str, list[float]], own: float, added: Counter, side: S
         row("… of nothing, measured in the same way", against_without("without, again"), "%"),
         row("time inside χ's own calls, of a whole step", 100 * own, "%", 1.0, "lower"),
         row("collectives added per step", collectives, "calls", 0, "lower"),
-        row("host reads added per step", added["aten::_local_scalar_dense"], "reads", 0, "lower"),
+        row(
+            "host reads added per step, by measuring and steering",
+            added["aten::_local_scalar_dense"],
+            "reads",
+            0,
+            "lower",
+        ),
         row("traffic added per step", tail / len(side.neurons.names), "B/layer", 64, "lower"),
         row("seconds of a step without χ", statistics.median(seconds["without"]), "s"),
     ]
