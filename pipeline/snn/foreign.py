@@ -1,6 +1,6 @@
 """Our surrogate for neurons of other libraries: they compute u = h - v_th and call it for the spike.
 
-    neuron.IFNode(surrogate_function=Surrogate("triangle"))      # SpikingJelly, step_mode "s" or "m", backend "torch"
+    neuron.IFNode(surrogate_function=Surrogate("triangle"))      # SpikingJelly 2.0, step_mode "s" or "m"
 
 Width, amplitude and counters are a layer's scalars in device memory, as for `neurons.Neuron`; `neurons.bind` gives
 them.
