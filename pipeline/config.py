@@ -1,27 +1,19 @@
 """Everything that can be set, with its unit and range. Nothing but the standard library.
 
 A `Config` is built once, in the entry point, from a recipe and its overrides, and then only read. The string under
-each field is its documentation; `launch/options.py` prints it for `--help`.
+each field is its documentation; `launch/options.py` prints it for `--help`. The sections for the network and χ are in
+config_network.py.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from pipeline.config_checks import one_of, positive, require
+from pipeline.config_network import ChiConfig, ModelConfig
 from pipeline.errors import ConfigError
 
-
-def _require(ok: bool, name: str, got: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name}={got!r} is not allowed; use {allowed}")
-
-
-def _one_of(name: str, got: str, allowed: tuple[str, ...]) -> None:
-    _require(got in allowed, name, got, "one of " + ", ".join(allowed))
-
-
-def _positive(name: str, got: float) -> None:
-    _require(math.isfinite(got) and got > 0, name, got, "a number above 0")
+__all__ = ["ChiConfig", "Config", "DataConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,132 +55,31 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "global_batch", "micro_batch", "prefetch"):
-            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
+            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
         for name in ("window_shards", "eval_resize", "threads", "cache_bytes", "retries"):
-            _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer of at least 0")
-        _positive("data.timeout_s", self.timeout_s)
+            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer of at least 0")
+        positive("data.timeout_s", self.timeout_s)
         for name in ("max_bad_ratio", "hw_decoder_load"):
-            _require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "a number in [0, 1]")
-        _require(0 < self.crop_area_min <= 1, "data.crop_area_min", self.crop_area_min, "a number in (0, 1]")
-        _require(
+            require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "a number in [0, 1]")
+        require(0 < self.crop_area_min <= 1, "data.crop_area_min", self.crop_area_min, "a number in (0, 1]")
+        require(
             math.isfinite(self.crop_aspect) and self.crop_aspect >= 1,
             "data.crop_aspect",
             self.crop_aspect,
             "a number of at least 1",
         )
-        _require(
+        require(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,
             "data.eval_resize",
             self.eval_resize,
             f"0 or at least data.image_size={self.image_size}",
         )
-        _require(
+        require(
             self.global_batch % self.micro_batch == 0,
             "data.global_batch",
             self.global_batch,
             f"a multiple of data.micro_batch={self.micro_batch}",
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    arch: str = "sew_tiny"
-    """Name of the network: sew_tiny, or sew_resnet with 18, 34, 50, 101 or 152 behind it."""
-    T: int = 4
-    """Time steps, at least 1."""
-    connect: str = "add"
-    """How a block joins its residual: add, and, iand."""
-    neuron: str = "if"
-    """Neuron model: if, lif, plif (lif whose tau is learned, one for each layer)."""
-    tau: float = 2.0
-    """Membrane time constant of lif, in time steps, at least 1; plif starts from it and needs more than 1."""
-    v_th: float = 1.0
-    """Firing threshold, above 0."""
-    reset: str = "hard"
-    """What a spike does to the potential: hard sets it to 0, soft subtracts v_th."""
-    detach_reset: bool = True
-    """No gradient flows through a spike's reset of the potential."""
-    zero_init_residual: bool = False
-    """Start every block as its shortcut: the last batch normalisation of its branch begins at 0."""
-    surrogate: str = "triangle"
-    """Shape of the surrogate gradient: triangle, rectangle, atan, sigmoid."""
-    scale: str = "area"
-    """Normalisation of the surrogate: area (integral 1), peak (maximum 1), rms (area with a steered amplitude)."""
-    width: float = 1.0
-    """Half-width of the surrogate at the start, in units of the potential, above 0."""
-    checkpoint: bool = False
-    """Compute convolutions again in the backward pass instead of keeping their outputs: slower, far less memory."""
-
-    def __post_init__(self) -> None:
-        _require(self.T >= 1, "model.T", self.T, "an integer of at least 1")
-        _one_of("model.connect", self.connect, ("add", "and", "iand"))
-        _one_of("model.neuron", self.neuron, ("if", "lif", "plif"))
-        _one_of("model.reset", self.reset, ("hard", "soft"))
-        _one_of("model.surrogate", self.surrogate, ("triangle", "rectangle", "atan", "sigmoid"))
-        _one_of("model.scale", self.scale, ("area", "peak", "rms"))
-        _require(math.isfinite(self.tau) and self.tau >= 1, "model.tau", self.tau, "a number of at least 1")
-        _require(
-            self.neuron != "plif" or self.tau > 1, "model.tau", self.tau, "a number above 1 with model.neuron plif"
-        )
-        _positive("model.v_th", self.v_th)
-        _positive("model.width", self.width)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChiConfig:
-    policy: str = "chi"
-    """Who sets the widths: fixed leaves them, schedule goes from model.width to width_end, chi holds every layer's
-    indicator at its target; mpd_agl and ds_atgo are published rivals, see chi/policies.py."""
-    indicator: str = "coverage"
-    """What chi holds at the target: coverage, participation, chi, firing_rate."""
-    target: float = 0.5
-    """Target at the start of training, in (0, 1)."""
-    target_end: float = 0.3
-    """Target at the end; between the two it moves linearly with the position in the run."""
-    target_slope: float = 0.0
-    """Added to the target from the first layer (half of it below) to the last (half of it above), in (-1, 1)."""
-    width_end: float = 0.5
-    """Width at the end under policy schedule, in units of the potential; log-linear from model.width."""
-    eta: float = 0.5
-    """Gain of the integral controller: log w += eta (target - indicator), above 0."""
-    interval: int = 10
-    """Optimizer steps between two decisions, at least 1."""
-    floor_coverage: float = 0.01
-    """A layer whose coverage falls below this is widened whatever its indicator says; in [0, 1), 0 is off."""
-    floor_rate: float = 0.001
-    """The same for its firing rate; in [0, 1), 0 is off."""
-    width_min: float = 0.05
-    """Narrowest width, above 0."""
-    width_max: float = 8.0
-    """Widest width."""
-    calibrate: bool = False
-    """Start chi from widths that put the first batch's coverage at the target, instead of from model.width."""
-    self_check: bool = True
-    """Compare the first χ with DeepSpeed's own full gradient and refuse to run where they differ."""
-
-    def __post_init__(self) -> None:
-        _one_of("chi.policy", self.policy, ("fixed", "schedule", "chi", "mpd_agl", "ds_atgo"))
-        _one_of("chi.indicator", self.indicator, ("coverage", "participation", "chi", "firing_rate"))
-        for name in ("target", "target_end"):
-            got = getattr(self, name)
-            _require(0 < got < 1, f"chi.{name}", got, "a number between 0 and 1")
-            lowest, highest = got - abs(self.target_slope) / 2, got + abs(self.target_slope) / 2
-            _require(lowest > 0 and highest < 1, "chi.target_slope", self.target_slope, f"less: with chi.{name}={got} "
-                     "every layer's target must stay between 0 and 1")  # fmt: skip
-        for name in ("floor_coverage", "floor_rate"):
-            _require(0 <= getattr(self, name) < 1, f"chi.{name}", getattr(self, name), "a number in [0, 1)")
-        _positive("chi.eta", self.eta)
-        _require(self.interval >= 1, "chi.interval", self.interval, "an integer of at least 1")
-        _positive("chi.width_min", self.width_min)
-        _require(
-            math.isfinite(self.width_max) and self.width_max > self.width_min,
-            "chi.width_max",
-            self.width_max,
-            f"a number above chi.width_min={self.width_min}",
-        )
-        _positive("chi.width_end", self.width_end)
-        holds_coverage = self.policy == "chi" and self.indicator == "coverage"
-        _require(not self.calibrate or holds_coverage, "chi.calibrate", True, "it with policy chi, indicator coverage")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,13 +117,13 @@ class OptimConfig:
     and the reported norms are of the gradient before it is clipped."""
 
     def __post_init__(self) -> None:
-        _one_of("optim.name", self.name, ("sgd", "adamw"))
-        _one_of("optim.schedule", self.schedule, ("cosine", "step", "constant"))
+        one_of("optim.name", self.name, ("sgd", "adamw"))
+        one_of("optim.schedule", self.schedule, ("cosine", "step", "constant"))
         for name in ("lr", "eps"):
-            _positive(f"optim.{name}", getattr(self, name))
+            positive(f"optim.{name}", getattr(self, name))
         for name in ("momentum", "beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "a number in [0, 1)")
-        _require(
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "a number in [0, 1)")
+        require(
             not self.nesterov or (self.name == "sgd" and self.momentum > 0),
             "optim.nesterov",
             self.nesterov,
@@ -240,11 +131,11 @@ class OptimConfig:
         )
         for name in ("weight_decay", "warmup_epochs", "clip"):
             got = getattr(self, name)
-            _require(math.isfinite(got) and got >= 0, f"optim.{name}", got, "a number of at least 0")
-        _require(0 < self.gamma <= 1, "optim.gamma", self.gamma, "a number in (0, 1]")
+            require(math.isfinite(got) and got >= 0, f"optim.{name}", got, "a number of at least 0")
+        require(0 < self.gamma <= 1, "optim.gamma", self.gamma, "a number in (0, 1]")
         rising = all(a < b < math.inf for a, b in zip((0.0, *self.milestones), self.milestones, strict=False))
-        _require(rising, "optim.milestones", self.milestones, "epochs above 0 that rise, as in 30,60,90")
-        _require(
+        require(rising, "optim.milestones", self.milestones, "epochs above 0 that rise, as in 30,60,90")
+        require(
             bool(self.milestones) == (self.schedule == "step"),
             "optim.milestones",
             self.milestones,
@@ -278,18 +169,18 @@ class TrainConfig:
     """Epochs between two evaluations of the validation split; 0 evaluates at the end only."""
 
     def __post_init__(self) -> None:
-        _positive("train.epochs", self.epochs)
-        _one_of("train.loss", self.loss, ("ce", "tet"))
-        _require(0 <= self.tet_lambda <= 1, "train.tet_lambda", self.tet_lambda, "a number in [0, 1]")
+        positive("train.epochs", self.epochs)
+        one_of("train.loss", self.loss, ("ce", "tet"))
+        require(0 <= self.tet_lambda <= 1, "train.tet_lambda", self.tet_lambda, "a number in [0, 1]")
         got = self.label_smoothing
-        _require(0 <= got < 1, "train.label_smoothing", got, "a number in [0, 1)")
-        _require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
-        _one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
-        _require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        require(0 <= got < 1, "train.label_smoothing", got, "a number in [0, 1)")
+        require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
+        one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
+        require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         for name in ("log_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
         got = self.eval_every_epochs
-        _require(math.isfinite(got) and got >= 0, "train.eval_every_epochs", got, "a number of at least 0")
+        require(math.isfinite(got) and got >= 0, "train.eval_every_epochs", got, "a number of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,7 +191,7 @@ class MetricsConfig:
     """Address that the port is opened on; 0.0.0.0 lets other machines read it."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
+        require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
