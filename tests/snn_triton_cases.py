@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.snn.kernels import fused_triton as kernels
 from pipeline.snn.kernels import norm, packing, reference, select, sums, twins
+from pipeline.snn.kernels.chunked import CHUNK
 from pipeline.snn.kernels.reference import Rule
 from tests.snn_twins import new_tally
 
@@ -18,7 +19,7 @@ from tests.snn_twins import new_tally
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """Every op on the CPU goes through the Triton kernels, as on a GPU."""
-    monkeypatch.setattr(twins, "choose", lambda x, rule, num_steps: kernels.Call if x.numel() else None)
+    monkeypatch.setattr(twins, "choose", lambda x, rule: kernels.Call if x.numel() else None)
     monkeypatch.setattr(twins, "gpu_kernels", lambda x: kernels if x.dtype in (torch.float32, torch.bfloat16) else None)
     monkeypatch.setattr(packing.compiled, "library", lambda *_: None)
 
@@ -32,7 +33,7 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("T", [1, 4, 17])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{'lif' if rule.leaky else 'if'}-{rule.hard}-{rule.shape}")
 def test_neurons_give_the_reference_bits(rule, T):
     generator = torch.Generator().manual_seed(5)
@@ -82,18 +83,20 @@ def one_side(run, y, shortcut, rule, T, static, train, weight):
 
 
 @pytest.mark.parametrize(
-    ("size", "static", "train", "added", "dtype"),
+    ("T", "size", "static", "train", "added", "dtype"),
     [
-        ((2, 16, 5, 7), False, True, True, torch.float32),
-        ((2, 16, 5, 7), False, False, False, torch.float32),
-        ((1, 72, 9, 1), True, True, True, torch.float32),
-        ((3, 1, 9, 7), False, True, True, torch.float32),
-        ((2, 24, 3, 3), False, True, True, torch.bfloat16),
+        (4, (2, 16, 5, 7), False, True, True, torch.float32),
+        (4, (2, 16, 5, 7), False, False, False, torch.float32),
+        (4, (1, 72, 9, 1), True, True, True, torch.float32),
+        (4, (3, 1, 9, 7), False, True, True, torch.float32),
+        (4, (2, 24, 3, 3), False, True, True, torch.bfloat16),
+        (CHUNK + 1, (1, 8, 3, 3), False, True, True, torch.float32),
+        (CHUNK + 2, (2, 8, 3, 3), True, True, False, torch.float32),
     ],
 )
-def test_the_fused_op_agrees_with_its_definition(size, static, train, added, dtype):
+def test_the_fused_op_agrees_with_its_definition(T, size, static, train, added, dtype):
     generator = torch.Generator().manual_seed(3)
-    T, (n, c, h, w) = 4, size
+    n, c, h, w = size
     y = (torch.randn((n if static else T * n, c, h, w), generator=generator) * 2 + 1).to(dtype)
     shape = (T * n, c, h, w)
     shortcut = torch.randint(0, 4, shape, generator=generator).to(dtype) if added else None

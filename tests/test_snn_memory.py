@@ -59,6 +59,8 @@ def test_the_fused_op_keeps_two_bytes_a_neuron_step_and_checkpointed_blocks_a_th
     [
         # Packed inputs are 1/8 or 1/2 byte; without the option a neuron-step keeps 4 bytes more in fp32, 2 in bf16.
         ("sew_cifar20", False, torch.float32, {"T": 16}, 0.4),
+        # Beside them the potentials of 4 bytes between two chunks of 16 steps, 1/5 of a byte.
+        ("sew_cifar20", False, torch.float32, {"T": 40}, 0.6),
         # The frames themselves, of 3 channels in fp32 and bf16, are 0.16 of a byte.
         ("sew_cifar20", True, torch.bfloat16, {"neuron": "plif", "reset": "soft"}, 0.5),
         # `and` keeps both of its operands as dense spikes.
@@ -122,7 +124,7 @@ def test_a_backward_pass_frees_what_was_kept_while_the_loss_lives():
     ("arch", "dtype", "fields"),
     [
         ("sew_cifar20", torch.float32, {}),
-        ("sew_cifar20", torch.float32, {"T": 16, "checkpoint": True}),
+        ("sew_cifar20", torch.float32, {"T": 40, "checkpoint": True}),
         ("sew_resnet18", torch.bfloat16, {}),
         ("sew_tiny", torch.bfloat16, {"connect": "iand"}),
     ],

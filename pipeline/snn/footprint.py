@@ -1,7 +1,8 @@
 """What a training step of a network keeps for its backward pass, counted from shapes: no memory is touched.
 
 By layer, as kernels/norm.py and kernels/packing.py keep it: the convolution's output in the precision of the forward
-pass (with `model.checkpoint` not even that), and the convolution's input at 1 bit a spike or 4 bits a sum of spikes.
+pass (with `model.checkpoint` not even that), the convolution's input at 1 bit a spike or 4 bits a sum of spikes, and
+the potentials between chunks of time (kernels/chunked.py).
 The stem keeps the images and its one output for all T; the pooling 2 bytes an output; AND and IAND both their inputs.
 Where no fused kernel runs (float64, no compiler on the CPU) the reference keeps several times more.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pipeline.snn.kernels.chunked import CHUNK
 from pipeline.snn.kernels.packing import bits_for
 from pipeline.snn.sew_resnet import SEWResNet
 
@@ -43,6 +45,7 @@ def of(network: SEWResNet, images: tuple[int, ...], itemsize: int) -> Footprint:
     if static:
         x = x.repeat(network.T, 1, 1, 1)
     layers = [x.numel()]  # neuron-steps
+    borders = (network.T - 1) // CHUNK  # between chunks
     if isinstance(network.maxpool, nn.MaxPool2d):
         x = network.maxpool(x)
         kept += 2 * x.numel()
@@ -60,4 +63,5 @@ def of(network: SEWResNet, images: tuple[int, ...], itemsize: int) -> Footprint:
         if block.connect != "add":
             kept += 2 * x.numel() * itemsize
     kept += 0 if network.checkpoint else outputs * itemsize
+    kept += borders * 4 * sum(layers) // network.T
     return Footprint(neuron_steps=sum(layers), kept_bytes=kept, working_bytes=3 * max(layers) * itemsize)

@@ -33,8 +33,6 @@ from pipeline.snn.kernels.reference import Rule, Tally
 
 log = logging.getLogger(__name__)
 
-MAX_STEPS = 32
-"""Longest T of the twin: potentials of a block over all steps have to stay in the cache."""
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 # -ffp-contract=off keeps the bits of the reference; the other two only drop errno and signalling exceptions.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fopenmp")
@@ -109,16 +107,16 @@ def why_not() -> str:
     return _told[0] if _told else ""
 
 
-def library(x: torch.Tensor, rule: Rule | None = None, num_steps: int = 1) -> ctypes.CDLL | None:
+def library(x: torch.Tensor, rule: Rule | None = None) -> ctypes.CDLL | None:
     """The kernels for this tensor and rule; None where the reference has to run.
 
-    The choice depends on the device, dtype and T, and on whether the machine can compile: the same for every run and
+    The choice depends on the device and dtype, and on whether the machine can compile: the same for every run and
     every rank of a machine. The first call for a dtype and rule compiles, for 2 s.
     """
     if torch.compiler.is_compiling():
         # torch.export and torch.compile trace the reference: they cannot look into a foreign function.
         return None
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or num_steps > MAX_STEPS or _told:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or _told:
         return None
     rule = rule or Rule()
     values = {
@@ -159,26 +157,29 @@ class Call:
         sizes = (self.num_steps, x.numel() // (1 if self.static else self.num_steps), self.num_channels)
         return (*sizes, int(self.static), ctypes.byref(neuron), torch.get_num_threads())
 
-    def forward(self, x, scale, shift, shortcut, v, want_state: bool):
-        """Spikes (plus shortcut) in x's dtype, T rows, and the last potential or None; counts spikes."""
-        kernels = library(x, self.rule, self.num_steps)
+    def forward(self, x, scale, shift, shortcut, v, want_state: bool, out: torch.Tensor | None = None):
+        """Spikes (plus shortcut) in x's dtype, T rows, into `out` where given, and the last potential or None.
+
+        Counts spikes.
+        """
+        kernels = library(x, self.rule)
         assert kernels is not None
         rows = x.shape[1:]
-        out = x.new_empty((self.num_steps, *rows))
+        out = x.new_empty((self.num_steps, *rows)) if out is None else out
         state = x.new_empty(rows, dtype=torch.float32) if want_state else None
         spikes = None if self.tally is None else self.tally.spikes
         tensors = (x, scale, shift, shortcut, v, out, state, spikes)
         kernels.spike_forward(*map(address, tensors), *self._tail(x))
         return out, state
 
-    def backward(self, grad_s, grad_last, x, scale, shift, mean, v):
-        """Gradients for x, the first potential and leak, and two sums by channel; counts coverage and g^2.
+    def backward(self, grad_s, grad_last, x, scale, shift, mean, v, grad_x: torch.Tensor | None = None):
+        """Gradients for x (into `grad_x` where given), the first potential and leak, and two sums by channel.
 
-        The sums, of grad and of grad (y - mean), are what batch normalisation needs; None without a scale.
+        Counts coverage and g^2. The sums, of grad and of grad (y - mean), are what batch normalisation needs; None without a scale.
         """
-        kernels = library(x, self.rule, self.num_steps)
+        kernels = library(x, self.rule)
         assert kernels is not None
-        grad_x = torch.empty_like(x)
+        grad_x = torch.empty_like(x) if grad_x is None else grad_x
         grad_first = None if v is None else torch.empty_like(v)
         grad_leak = None if self.leak is None else torch.zeros((), dtype=torch.float64)
         sums = x.new_zeros((2, self.num_channels), dtype=torch.float64) if scale is not None else (None, None)
@@ -217,7 +218,7 @@ class Layer(torch.autograd.Function):
     """T steps of a layer over (T, M), or over (1, M) for a current that is the same at every step."""
 
     @staticmethod
-    def forward(ctx, x, v, leak, width, amplitude, call: Call, want_state: bool):
+    def forward(ctx, x, v, leak, width, amplitude, call, want_state: bool):
         ctx.save_for_backward(x, v, leak, width, amplitude)
         ctx.call = call
         return call.forward(x, None, None, None, v, want_state)

@@ -21,8 +21,6 @@ import triton.language as tl
 from pipeline.snn import surrogate
 from pipeline.snn.kernels.reference import Rule, Tally
 
-MAX_STEPS = 16
-"""Longest T of the twin: a tile's potentials of all steps stay in registers."""
 _TILE = 512
 """Elements of a tile."""
 
@@ -257,11 +255,11 @@ class Call:
         block_c = min(triton.next_power_of_2(C), 64 if scaled else _TILE)
         return M // C, C, max(1, _TILE // block_c), block_c
 
-    def forward(self, x, scale, shift, shortcut, v, want_state: bool):
-        """Spikes (plus shortcut) in x's dtype, T rows, and the last potential or None; counts spikes."""
+    def forward(self, x, scale, shift, shortcut, v, want_state: bool, out: torch.Tensor | None = None):
+        """As `compiled.Call.forward`."""
         R, C, block_r, block_c = self._tiles(x, scale is not None)
         rule, tally = self.rule, self.tally
-        out = x.new_empty((self.num_steps, *x.shape[1:]))
+        out = x.new_empty((self.num_steps, *x.shape[1:])) if out is None else out
         state = x.new_empty(x.shape[1:], dtype=torch.float32) if want_state else None
         _forward[(triton.cdiv(R, block_r), triton.cdiv(C, block_c))](
             x, scale, shift, shortcut, v, out, state, None if tally is None else tally.spikes, self.leak,
@@ -272,14 +270,14 @@ class Call:
         )  # fmt: skip
         return out, state
 
-    def backward(self, grad_s, grad_last, x, scale, shift, mean, v):
+    def backward(self, grad_s, grad_last, x, scale, shift, mean, v, grad_x: torch.Tensor | None = None):
         """As `compiled.Call.backward`."""
         R, C, block_r, block_c = self._tiles(x, scale is not None)
         rule, tally = self.rule, self.tally
         grid = (triton.cdiv(R, block_r), triton.cdiv(C, block_c))
         partial = x.new_empty((2, grid[0] * grid[1]), dtype=torch.float32)
         sums = x.new_empty((2, grid[0], C), dtype=torch.float32) if scale is not None else (None, None)
-        grad_x = torch.empty_like(x)
+        grad_x = torch.empty_like(x) if grad_x is None else grad_x
         grad_first = None if v is None else torch.empty_like(v)
         _backward[grid](
             x, scale, shift, mean, grad_s, grad_last, v, grad_x, grad_first,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.snn.kernels import reference, twins
+from pipeline.snn.kernels.chunked import Chunks, in_chunks
 from pipeline.snn.kernels.packing import Again
 from pipeline.snn.kernels.reference import Rule, Tally
 from pipeline.snn.kernels.twins import Call
@@ -73,7 +74,7 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, bn, call: Call, again: Again | None):
+    def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, bn, call: Call | Chunks, again: Again | None):
         mean, var = _statistics(y, bn, call)
         rstd = (var + bn.eps).rsqrt()
         scale = gamma * rstd
@@ -96,7 +97,8 @@ class _Fused(torch.autograd.Function):
         if ctx.make is not None:
             rows = _rows(ctx.make(rows).contiguous(memory_format=torch.channels_last), ctx.call)
         grad_out = grad_out.contiguous(memory_format=torch.channels_last)
-        grad, _, grad_leak, sums = ctx.call.backward(grad_out, None, rows, scale, shift, mean, None)
+        grads = grad_out.permute(0, 2, 3, 1)
+        grad, _, grad_leak, sums = ctx.call.backward(grads, None, rows, scale, shift, mean, None)
         grad_beta, grad_product = sums[0], sums[1]
         grad_gamma = grad_product * rstd
         a, b, d = scale, torch.zeros_like(scale), torch.zeros_like(scale)
@@ -111,12 +113,14 @@ class _Fused(torch.autograd.Function):
         return grad_y, grad_gamma.float(), grad_beta.float(), shortcut, grad_leak, None, None, None, None, None
 
 
-def _rows(y: torch.Tensor, call: Call) -> torch.Tensor:
+def _rows(y: torch.Tensor, call: Call | Chunks) -> torch.Tensor:
     """(T N, C, H, W) in channels-last as (T, N H W C), a view; one row where static."""
     return y.permute(0, 2, 3, 1).view(1 if call.static else call.num_steps, -1)
 
 
-def _statistics(y: torch.Tensor, bn: nn.BatchNorm2d, call: Call | type[Call]) -> tuple[torch.Tensor, torch.Tensor]:
+def _statistics(
+    y: torch.Tensor, bn: nn.BatchNorm2d, call: Call | Chunks | type[Call]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance to normalise with, (C,) fp32; in training the running ones are updated."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
@@ -165,7 +169,7 @@ def run(
     if shortcut is not None and shortcut.shape != wanted:
         raise ValueError(f"shortcut of shape {tuple(shortcut.shape)} is not allowed; use {wanted}")
     arguments = {"num_steps": num_steps, "static": static, "leak": leak, "shortcut": shortcut, "tally": tally}
-    call_type = twins.choose(y, rule, num_steps) if _plain(bn) else None
+    call_type = twins.choose(y, rule) if _plain(bn) else None
     if call_type is not None:
         call = call_type(
             rule=rule,
@@ -181,7 +185,7 @@ def run(
         if shortcut is not None:
             shortcut = shortcut.to(y.dtype).contiguous(memory_format=torch.channels_last)
         gamma, beta = bn.weight.float(), bn.bias.float()
-        return _Fused.apply(y, gamma, beta, shortcut, leak, width, amplitude, bn, call, again)
+        return _Fused.apply(y, gamma, beta, shortcut, leak, width, amplitude, bn, in_chunks(call), again)
     return run_reference(y, bn, rule, width, amplitude, **arguments)
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from pipeline.snn.kernels import compiled, reference, twins
+from pipeline.snn.kernels.chunked import in_chunks
 from pipeline.snn.kernels.reference import Rule, Tally
 
 
@@ -40,7 +41,7 @@ def run(
         )
     if v is not None and v.shape != x.shape[1:]:
         raise ValueError(f"v of shape {tuple(v.shape)} is not allowed; use {tuple(x.shape[1:])}, as x without its time")
-    call_type = twins.choose(x, rule, T)
+    call_type = twins.choose(x, rule)
     if call_type is not None:
         flat, order = _flatten(x)
         call = call_type(
@@ -54,7 +55,7 @@ def run(
             tally=tally,
         )
         v_flat = None if v is None else v.float()[None].permute(order).contiguous().flatten()
-        spikes, state = compiled.Layer.apply(flat, v_flat, leak, width, amplitude, call, want_state)
+        spikes, state = compiled.Layer.apply(flat, v_flat, leak, width, amplitude, in_chunks(call), want_state)
         last = _restore(state[None], (1, *x.shape[1:]), order)[0] if want_state else None
         return _restore(spikes, (T, *x.shape[1:]), order), last
     if x.shape[0] != T:

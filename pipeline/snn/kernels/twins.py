@@ -37,15 +37,15 @@ def gpu_kernels(x: torch.Tensor):
     return _triton() if x.is_cuda and x.dtype in _GPU_DTYPES else None
 
 
-def choose(x: torch.Tensor, rule: Rule, num_steps: int) -> type[Call] | None:
+def choose(x: torch.Tensor, rule: Rule) -> type[Call] | None:
     """The twin's `Call` class for a tensor, or None for the reference.
 
-    A function of device, dtype, T and what the machine has, so that all ranks of a machine choose the same.
+    A function of device, dtype and what the machine has, so that all ranks of a machine choose the same.
     `torch.export` and `torch.compile` trace the reference: they cannot look into foreign kernels.
     """
     if not x.numel() or torch.compiler.is_compiling():
         return None
     if x.is_cuda:
         kernels = gpu_kernels(x)
-        return kernels.Call if kernels is not None and num_steps <= kernels.MAX_STEPS else None
-    return compiled.Call if compiled.library(x, rule, num_steps) is not None else None
+        return kernels.Call if kernels is not None else None
+    return compiled.Call if compiled.library(x, rule) is not None else None

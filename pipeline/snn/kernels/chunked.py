@@ -1,0 +1,85 @@
+"""Any number of time steps by twins that hold the potentials of a few: the sequence in chunks, one after another.
+
+A chunk starts from the potentials that the one before it left. Those are all that is kept between the passes beside
+what a short sequence keeps, 4 bytes a neuron for every `CHUNK` steps. The backward pass takes the chunks from the last
+to the first, handing the gradient of the potential down, and computes the potentials within each again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from pipeline.snn.kernels.twins import Call
+
+CHUNK = 16
+"""Steps that a twin takes at once: their potentials lie in a GPU's registers, or in the first-level cache."""
+
+
+def in_chunks(call: Call) -> "Call | Chunks":
+    """The call itself where it is short, else one that runs it in chunks."""
+    return call if call.num_steps <= CHUNK else Chunks(call)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunks:
+    """A call of more than `CHUNK` steps, with the interface of `compiled.Call`."""
+
+    whole: Call
+    """The call for all steps: what they share."""
+    states: list[torch.Tensor] = field(default_factory=list)
+    """Potentials before every chunk but the first, (M,) fp32; the forward pass leaves them for the backward pass."""
+
+    @property
+    def num_steps(self) -> int:
+        return self.whole.num_steps
+
+    @property
+    def static(self) -> bool:
+        return self.whole.static
+
+    def _parts(self) -> Iterator[tuple[Call, slice]]:
+        """The calls of the chunks, in order of time, and the steps of each."""
+        for start in range(0, self.num_steps, CHUNK):
+            steps = slice(start, min(start + CHUNK, self.num_steps))
+            yield replace(self.whole, num_steps=steps.stop - start), steps
+
+    def forward(self, x, scale, shift, shortcut, v, want_state: bool):
+        """As `compiled.Call.forward`."""
+        out = x.new_empty((self.num_steps, *x.shape[1:]))
+        rows, added = out.view(self.num_steps, -1), self._rows(shortcut)
+        self.states.clear()
+        for part, steps in self._parts():
+            last = steps.stop == self.num_steps
+            add = None if added is None else added[steps]
+            _, v = part.forward(self._of(x, steps), scale, shift, add, v, want_state or not last, rows[steps])
+            if not last:
+                self.states.append(v)
+        return out, v if want_state else None
+
+    def backward(self, grad_s, grad_last, x, scale, shift, mean, v):
+        """As `compiled.Call.backward`. The chunks' gradients for a static current are summed in fp32."""
+        grads, grad_leak, sums = self._rows(grad_s), None, (None, None)
+        grad_x = torch.zeros_like(x, dtype=torch.float32) if self.static else torch.empty_like(x)
+        for (part, steps), before in zip(reversed(list(self._parts())), [*reversed(self.states), v], strict=True):
+            into = None if self.static else grad_x[steps]
+            found = part.backward(grads[steps], grad_last, self._of(x, steps), scale, shift, mean, before, into)
+            grad_part, grad_last, leak, part_sums = found
+            if self.static:
+                grad_x += grad_part
+            grad_leak = leak if grad_leak is None else grad_leak + leak
+            sums = part_sums if sums[0] is None else sums + part_sums
+        return grad_x.to(x.dtype), grad_last, grad_leak, sums
+
+    def _of(self, x: torch.Tensor, steps: slice) -> torch.Tensor:
+        return x if self.static else x[steps]
+
+    def _rows(self, tensor: torch.Tensor | None):
+        """(T N, ...) or (T, ...), dense, as (T, M); a view."""
+        return None if tensor is None else tensor.view(self.num_steps, -1)
+
+    def statistics(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.whole.statistics(y)
+
+    def affine(self, *tensors: torch.Tensor) -> None:
+        self.whole.affine(*tensors)
