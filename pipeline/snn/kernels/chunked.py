@@ -47,36 +47,38 @@ class Chunks:
     def forward(self, x, scale, shift, shortcut, v, want_state: bool):
         """As `compiled.Call.forward`."""
         out = x.new_empty((self.num_steps, *x.shape[1:]))
-        rows, added = out.view(self.num_steps, -1), self._rows(shortcut)
+        rows, added = self._rows(out), None if shortcut is None else self._rows(shortcut)
         self.states.clear()
         for part, steps in self._parts():
             last = steps.stop == self.num_steps
             add = None if added is None else added[steps]
             _, v = part.forward(self._of(x, steps), scale, shift, add, v, want_state or not last, rows[steps])
-            if not last:
+            if not last and v is not None:
                 self.states.append(v)
         return out, v if want_state else None
 
     def backward(self, grad_s, grad_last, x, scale, shift, mean, v):
         """As `compiled.Call.backward`. The chunks' gradients for a static current are summed in fp32."""
-        grads, grad_leak, sums = self._rows(grad_s), None, (None, None)
+        grads, leaks, sums = self._rows(grad_s), [], []
         grad_x = torch.zeros_like(x, dtype=torch.float32) if self.static else torch.empty_like(x)
         for (part, steps), before in zip(reversed(list(self._parts())), [*reversed(self.states), v], strict=True):
             into = None if self.static else grad_x[steps]
-            found = part.backward(grads[steps], grad_last, self._of(x, steps), scale, shift, mean, before, into)
-            grad_part, grad_last, leak, part_sums = found
+            part_x, grad_last, *of_part = part.backward(
+                grads[steps], grad_last, self._of(x, steps), scale, shift, mean, before, into
+            )
             if self.static:
-                grad_x += grad_part
-            grad_leak = leak if grad_leak is None else grad_leak + leak
-            sums = part_sums if sums[0] is None else sums + part_sums
-        return grad_x.to(x.dtype), grad_last, grad_leak, sums
+                grad_x += part_x
+            leaks.append(of_part[0])
+            sums.append(of_part[1])
+        grad_leak = None if self.whole.leak is None else sum(leaks)
+        return grad_x.to(x.dtype), grad_last, grad_leak, (None, None) if scale is None else sum(sums)
 
     def _of(self, x: torch.Tensor, steps: slice) -> torch.Tensor:
         return x if self.static else x[steps]
 
-    def _rows(self, tensor: torch.Tensor | None):
+    def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """(T N, ...) or (T, ...), dense, as (T, M); a view."""
-        return None if tensor is None else tensor.view(self.num_steps, -1)
+        return tensor.view(self.num_steps, -1)
 
     def statistics(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.whole.statistics(y)

@@ -175,7 +175,8 @@ class Call:
     def backward(self, grad_s, grad_last, x, scale, shift, mean, v, grad_x: torch.Tensor | None = None):
         """Gradients for x (into `grad_x` where given), the first potential and leak, and two sums by channel.
 
-        Counts coverage and g^2. The sums, of grad and of grad (y - mean), are what batch normalisation needs; None without a scale.
+        Counts coverage and g^2. The sums, of grad and of grad (y - mean), are what batch normalisation needs; None
+        without a scale.
         """
         kernels = library(x, self.rule)
         assert kernels is not None
