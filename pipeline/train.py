@@ -3,48 +3,24 @@
 shards → Loader → Batch → network → loss → backward → all-reduce (+χ) → controller → widths → optimizer → metrics
 """
 
-import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed.comm as dist
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
-from pipeline import checkpoint, checkpoint_files, init_from, report, run_folder
-from pipeline.chi.allreduce import SIGNALS, Tap
-from pipeline.chi.calibrate import calibrated_widths
-from pipeline.chi.controller import ControllerState, start, steer, targets_at
-from pipeline.chi.spread import Spread
+from pipeline import checkpoint, checkpoint_files, report, run_folder
+from pipeline.assemble import Run, prepare
+from pipeline.chi.allreduce import SIGNALS
+from pipeline.chi.controller import steer, targets_at
 from pipeline.config import Config
-from pipeline.data.loader import Loader, evaluation_batches
-from pipeline.engine import Place, build, join, learning_rate, leave, set_learning_rate
-from pipeline.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from pipeline.data.loader import evaluation_batches
+from pipeline.engine import learning_rate, leave, set_learning_rate
+from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.evaluate import Evaluation, evaluate
-from pipeline.progress import Progress, summary_table
-from pipeline.snn import readout, sew_resnet
-from pipeline.snn.neurons import NeuronState, bind
+from pipeline.progress import summary_table
+from pipeline.snn import readout
 
-STOP, BAD = SIGNALS.index("stop"), SIGNALS.index("bad_samples")
-
-
-@dataclass(kw_only=True, slots=True)
-class Run:
-    """Every part of a run, built and resumed."""
-
-    config: Config
-    place: Place
-    loader: Loader
-    engine: DeepSpeedEngine
-    neurons: NeuronState
-    tap: Tap
-    spread: Spread
-    controller: ControllerState
-    progress: Progress
-    step: int
-    num_steps: int
-    num_samples: int
+BAD = SIGNALS.index("bad_samples")
 
 
 def train(config: Config) -> int:
@@ -101,122 +77,6 @@ def loop(run: Run) -> int:
         if evaluation_due(run):
             validate(run)
     return EXIT_DONE
-
-
-def prepare(config: Config) -> Run:
-    """Builds every part and puts the newest checkpoint into it."""
-    place = join(config)
-    loader = Loader(
-        config.data,
-        seed=config.train.seed,
-        rank=place.rank,
-        world_size=place.world_size,
-        device=place.device,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision],
-    )
-    classes = len(loader.manifest.classes)
-    model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.image_size).to(place.device)
-    num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
-    if place.rank == 0:
-        print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
-    saved = checkpoint_files.load_newest(Path(config.run_dir))
-    if config.init_from and saved is None:
-        matched = init_from.load(model, config.init_from)
-        if place.rank == 0:
-            print(matched, flush=True)
-    engine = build(config, model, place.world_size)
-    neurons, layers = bind(model), model.spiking_layers()
-    tap = Tap(
-        engine,
-        layers,
-        neurons,
-        has_coverage=config.model.surrogate in ("triangle", "rectangle"),
-        self_check=config.chi.self_check,
-    )
-    controller, step = start(neurons.widths), 0
-    if saved is not None:
-        loader.load_state_dict(saved["loader"])
-        checkpoint.scatter(engine, saved["model"])
-        controller, step = ControllerState.from_dict(saved["controller"], place.device), saved["step"]
-        neurons.widths.copy_(controller.widths)
-    agree(step, config.run_dir, place.device)
-    num_samples = loader.manifest.num_samples
-    if place.rank == 0:
-        run_folder.describe(
-            config,
-            data_identity=loader.manifest.identity,
-            classes=loader.manifest.classes,
-            layers=neurons.names,
-            num_parameters=num_parameters,
-            world_size=place.world_size,
-        )
-    progress = Progress(
-        config,
-        rank=place.rank,
-        num_steps=config.num_steps(num_samples),
-        step=step,
-        layers=neurons.names,
-        identity=loader.manifest.identity,
-    )
-    if step == 0:
-        controller = begin(config, engine, neurons, controller, place)
-        progress.began(controller)
-    else:
-        progress.say(f"resumed from the checkpoint after step {step}")
-    stop_on_signal(tap)
-    return Run(
-        config=config,
-        place=place,
-        loader=loader,
-        engine=engine,
-        neurons=neurons,
-        tap=tap,
-        spread=Spread(config.chi, layers, neurons),
-        controller=controller,
-        progress=progress,
-        step=step,
-        num_steps=config.num_steps(num_samples),
-        num_samples=num_samples,
-    )
-
-
-def begin(
-    config: Config, engine: DeepSpeedEngine, neurons: NeuronState, controller: ControllerState, place: Place
-) -> ControllerState:
-    """The controller of a run that is not resumed; where it is calibrated, all ranks look at the same images."""
-    if not config.chi.calibrate:
-        return controller
-    batches = evaluation_batches(config.data, rank=0, world_size=1, device=place.device, split="train")
-    images = next(batches).images
-    batches.close()
-    widths = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, len(neurons.names)))
-    dist.broadcast(widths, 0)
-    controller = start(widths.clamp(config.chi.width_min, config.chi.width_max))
-    neurons.widths.copy_(controller.widths)
-    return controller
-
-
-def agree(step: int, run_dir: str, device: torch.device) -> None:
-    """All ranks resume from one step, or none does."""
-    steps = torch.tensor([step, -step], device=device)
-    dist.all_reduce(steps, op=dist.ReduceOp.MAX)
-    newest, oldest = steps[0].item(), -steps[1].item()
-    if newest != oldest:
-        raise ConfigError(
-            f"run_dir={run_dir!r} holds step {newest} on one rank and {oldest} on another; put it on a file system "
-            "that all nodes share"
-        )
-
-
-def stop_on_signal(tap: Tap) -> None:
-    """SIGTERM, SIGINT or SIGUSR1 to any rank stops all after the step; the same signal again leaves at once."""
-
-    def request(number: int, _frame) -> None:
-        tap.signals[STOP] = 1
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, request)
 
 
 def refuse_bad(run: Run, count: int) -> None:
