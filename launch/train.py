@@ -16,7 +16,7 @@ from launch.options import command
 from pipeline import run_folder
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, DataError, NonFiniteError
+from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, DataError, LostRankError, NonFiniteError
 from pipeline.snn.archs import ARCHS
 
 PATIENCE_S = 10
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         from pipeline.train import train  # torch is imported here, after everything cheap was checked
 
         return train(config)
-    except (ConfigError, DataError, NonFiniteError) as error:
+    except (ConfigError, DataError, LostRankError, NonFiniteError) as error:
         return refuse(error, rank)
     except Exception:
         traceback.print_exc()
@@ -81,7 +81,7 @@ def check_port(config: Config) -> None:
             ) from None
 
 
-def refuse(error: ConfigError | DataError | NonFiniteError, rank: int) -> int:
+def refuse(error: ConfigError | DataError | LostRankError | NonFiniteError, rank: int) -> int:
     """Rank 0 speaks; another rank gives it time, since the launcher ends all ranks when the first one leaves."""
     if rank != 0:
         # The launcher's SIGTERM ends this wait when rank 0 has spoken; else the mistake is this rank's alone.

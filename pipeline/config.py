@@ -167,6 +167,9 @@ class TrainConfig:
     """Optimizer steps between two checkpoints, at least 1."""
     eval_every_epochs: float = 0.0
     """Epochs between two evaluations of the validation split; 0 evaluates at the end only."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits for the others in a collective before it gives them up, at least 1. What one rank does
+    alone must end within it: a compilation at the first step, the decoding of a slow file."""
 
     def __post_init__(self) -> None:
         positive("train.epochs", self.epochs)
@@ -181,6 +184,8 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
         got = self.eval_every_epochs
         require(math.isfinite(got) and got >= 0, "train.eval_every_epochs", got, "a number of at least 0")
+        got = self.timeout_s
+        require(1 <= got <= 10**6, "train.timeout_s", got, "a number from 1 to 1000000")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

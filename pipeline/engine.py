@@ -5,7 +5,10 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import deepspeed
 import deepspeed.comm
@@ -13,10 +16,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from pipeline.config import Config, OptimConfig
 from pipeline.cores import cores_per_rank
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, LostRankError
 
 # DeepSpeed would compile a C++ operator that only its inference uses, and crash where there is no compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -69,9 +73,36 @@ def join(config: Config) -> Place:
     else:
         device = torch.device(accelerator.device_name(local_rank))
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    timeout = timedelta(seconds=config.train.timeout_s)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False, timeout=timeout)
     torch.manual_seed(config.train.seed)
     return Place(deepspeed.comm.get_rank(), local_rank, deepspeed.comm.get_world_size(), device)
+
+
+def set_timeouts(seconds: float) -> None:
+    """Every collective of every group fails after `seconds`, so that a silent rank or link is noticed.
+
+    DeepSpeed makes groups of its own, for which torch takes 10 (nccl) or 30 minutes whatever the first group was given.
+    """
+    # torch has no public list of groups, and none of its public names changes a timeout.
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def answered(config: Config) -> Iterator[None]:
+    """What a collective fails with where another rank is gone or silent, as one line: LostRankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in reason:
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", reason).split(". ")[0]  # without gloo's file, line and good wishes
+        raise LostRankError(
+            f"another rank is gone, or did not answer within train.timeout_s={config.train.timeout_s:g} ({reason}); "
+            "look for its own last words above, and run again to go on from the newest checkpoint"
+        ) from error
 
 
 def leave() -> None:
@@ -126,6 +157,7 @@ def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
         config=deepspeed_config(config, world_size, num_parameters),
         dist_init_required=False,
     )
+    set_timeouts(config.train.timeout_s)
     if config.train.precision == "fp16" and config.train.zero_stage == 0:
         scale_the_loss(engine)
     return engine

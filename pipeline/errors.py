@@ -23,6 +23,12 @@ class DataError(ValueError):
     exit_code = EXIT_DATA
 
 
+class LostRankError(RuntimeError):
+    """Another rank is gone, or silent for `train.timeout_s`: no collective can end."""
+
+    exit_code = EXIT_INTERNAL
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or gradient is NaN or infinite; no update was made from it."""
 

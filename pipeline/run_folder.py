@@ -38,6 +38,7 @@ FREE = frozenset(
         "metrics.host",
         "metrics.port",
         "train.log_every",
+        "train.timeout_s",
     ]
 )
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "numpy", "prometheus-client")

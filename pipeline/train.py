@@ -14,7 +14,7 @@ from pipeline.chi.allreduce import SIGNALS
 from pipeline.chi.controller import steer, targets_at
 from pipeline.config import Config
 from pipeline.data.loader import evaluation_batches
-from pipeline.engine import learning_rate, leave, set_learning_rate
+from pipeline.engine import answered, learning_rate, leave, set_learning_rate
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.progress import summary_table
@@ -25,15 +25,16 @@ BAD = SIGNALS.index("bad_samples")
 
 def train(config: Config) -> int:
     """Trains `config`'s run to its end, from its newest checkpoint where there is one; returns the exit code."""
-    run = prepare(config)
-    try:
-        code = loop(run)
-        if code == EXIT_DONE:
-            finish(run)
-    finally:
-        run.progress.close()
-        run.loader.close()
-    leave()
+    with answered(config):
+        run = prepare(config)
+        try:
+            code = loop(run)
+            if code == EXIT_DONE:
+                finish(run)
+        finally:
+            run.progress.close()
+            run.loader.close()
+        leave()
     return code
 
 
