@@ -1,5 +1,7 @@
 """Every run of the χ study, stage by stage; what each stage is for stands in docs/chi_study.md."""
 
+from dataclasses import asdict
+
 from benchmarks.chi_study_run import Setting
 
 FIXED = {"policy": "fixed"}
@@ -84,6 +86,16 @@ def _final() -> list[Setting]:
     return sorted(runs, key=lambda setting: setting.arm.startswith(("atan", "rival")))
 
 
+def _final_32() -> list[Setting]:
+    """The frozen arms at the images' own resolution, at the test split; a seed of every arm before the next seed."""
+    return [
+        Setting(**{**asdict(setting), "image_size": 32})
+        for seed in range(6)
+        for setting in _final()
+        if setting.seed == seed and not setting.arm.startswith("rival")
+    ]
+
+
 def _transfer() -> list[Setting]:
     """The frozen setting, untouched, at other T, another resolution and three times the depth."""
     elsewhere = {
@@ -109,5 +121,6 @@ STAGES: dict[str, list[Setting]] = {
     "confirm": _confirm(),
     "floor": _floor(),
     "final": _final(),
+    "final_32": _final_32(),
     "transfer": _transfer(),
 }

@@ -63,10 +63,12 @@ def prepare(config: Config) -> Run:
             print(matched, flush=True)
     engine = build(config, model, place.world_size)
     neurons, layers = bind(model), model.spiking_layers()
+    spread = Spread(config.chi, layers, neurons)
     tap = Tap(
         engine,
         layers,
         neurons,
+        spread=spread,
         has_coverage=config.model.surrogate in ("triangle", "rectangle"),
         self_check=config.chi.self_check,
     )
@@ -76,6 +78,8 @@ def prepare(config: Config) -> Run:
         checkpoint.scatter(engine, saved["model"])
         controller, step = ControllerState.from_dict(saved["controller"], place.device), saved["step"]
         neurons.widths.copy_(controller.widths)
+        neurons.load(saved["neurons"])
+        spread.prepare(controller.count)
     agree(step, config.run_dir, place.device)
     num_samples = loader.manifest.num_samples
     if place.rank == 0:
@@ -108,7 +112,7 @@ def prepare(config: Config) -> Run:
         engine=engine,
         neurons=neurons,
         tap=tap,
-        spread=Spread(config.chi, layers, neurons),
+        spread=spread,
         controller=controller,
         progress=progress,
         step=step,

@@ -216,16 +216,6 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
-        if self.model.scale == "rms":
-            raise ConfigError(
-                "model.scale='rms' is for the network alone: the training loop does not hold E[g²] over ranks; "
-                "use area or peak"
-            )
-        if self.chi.policy == "ds_atgo":
-            raise ConfigError(
-                "chi.policy='ds_atgo' is for chi.attach: the training loop does not carry the potential's spread over "
-                "ranks; use fixed, schedule, chi or mpd_agl"
-            )
         if self.chi.policy == "mpd_agl" and self.train.zero_stage == 3:
             raise ConfigError(
                 "chi.policy='mpd_agl' reads the batch normalisations, which train.zero_stage=3 keeps in pieces; use "

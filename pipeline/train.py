@@ -66,6 +66,7 @@ def loop(run: Run) -> int:
             wait_s=run.loader.wait_s,
         )
         run.neurons.widths.copy_(run.controller.widths)
+        run.spread.prepare(run.controller.count)
         run.step += 1
         stop, bad = reading.signals.tolist()  # in the order of SIGNALS; the one value a step that the host waits for
         if run.loader.too_many_bad(bad, run.step):  # the same on every rank
@@ -95,6 +96,7 @@ def save(run: Run) -> None:
         "step": run.step,
         "model": checkpoint.gather(run.engine),
         "controller": run.controller.to_dict(),
+        "neurons": run.neurons.to_dict(),
         "loader": run.loader.state_dict(),
         "config": run.config.to_dict(),
     }

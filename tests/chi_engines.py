@@ -36,10 +36,10 @@ COLLECTIVES = (
 class SparseNet(nn.Module):
     """Two spiking layers; 2 of 6 channels of the first are dead, 1 of 3 input channels is silent."""
 
-    def __init__(self) -> None:
+    def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 8, 3, bias=False)
-        self.sn1, self.sn2 = Neuron(Rule(), width=0.5), Neuron(Rule(), width=0.5)
+        self.sn1, self.sn2 = Neuron(rule, width=0.5), Neuron(rule, width=0.5)
         self.fc = nn.Linear(8, 4)
         with torch.no_grad():
             self.conv1.weight.mul_(3)
@@ -68,7 +68,7 @@ def batches(rank: int, accumulation: int, step: int) -> list[tuple[torch.Tensor,
 
 def plain_gradient(engine, data: list, precision: str) -> dict[str, torch.Tensor]:
     """The gradient averaged over micro-batches and ranks, by a copy of the network that DeepSpeed does not know."""
-    module = SparseNet()
+    module = SparseNet(Rule())
     if precision == "fp16":
         module.half()
     scale = engine.optimizer.loss_scale if precision == "fp16" else 1.0
@@ -111,10 +111,12 @@ class Counter:
             setattr(dist, name, original)
 
 
-def make(stage: int, precision: str, accumulation: int = 1, tapped: bool = True, **optim: Any) -> Any:
+def make(
+    stage: int, precision: str, accumulation: int = 1, tapped: bool = True, rule: Rule | None = None, **optim: Any
+) -> Any:
     world_size = dist.get_world_size()
     torch.manual_seed(0)
-    module = SparseNet()
+    module = SparseNet(rule or Rule())
     config = Config(
         recipe="matrix",
         data=DataConfig(global_batch=MICRO_BATCH * accumulation * world_size, micro_batch=MICRO_BATCH),

@@ -23,11 +23,14 @@ from pipeline.chi import bucket, partition
 from pipeline.chi.allreduce import SIGNALS, Tap
 from pipeline.chi.carrier import TapError
 from pipeline.chi.indicator import PER_LAYER
-from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from pipeline.chi.spread import Spread
+from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.engine import build
 from pipeline.errors import ConfigError, NonFiniteError
 from pipeline.snn import sew_resnet
+from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.neurons import bind
+from pipeline.snn.potential import probed
 from tests.chi_engines import MICRO_BATCH, Counter, batches, make, parameters, plain_gradient, step
 
 STEPS = 2
@@ -203,6 +206,32 @@ def sew(precision: str) -> dict:
     }
 
 
+def mean_squares(stage: int) -> dict:
+    """What ds_atgo and scale rms need, over two steps of the same images and weights, the second at half the width."""
+    engine, module, _ = make(stage, "fp32", tapped=False, rule=Rule(scale="rms"), lr=1e-30)
+    neurons, data = bind(module), batches(dist.get_rank(), 1, 0)
+    spread = Spread(ChiConfig(policy="ds_atgo", interval=1), module.spiking_layers(), neurons)
+    tap = Tap(engine, module.spiking_layers(), neurons, spread=spread)
+    squares: list[list[torch.Tensor]] = [[], []]
+    with torch.no_grad(), probed(neurons.neurons, lambda layer, u: squares[layer].append(u.square().mean())):
+        engine(data[0][0])
+    neurons.zero_counts()
+    plain = torch.tensor([torch.stack(seen).mean().item() for seen in squares], dtype=torch.float64)
+    dist.all_reduce(plain)
+    said: dict = {"stage": stage, "plain": (plain / dist.get_world_size()).sqrt().tolist(), "seen": [], "sums": []}
+    for width in (0.5, 0.25):
+        neurons.widths.fill_(width)
+        spread.prepare(0)
+        step(engine, data, tap)
+        sums = neurons.grad_sq.clone()
+        dist.all_reduce(sums)
+        seen = spread.evidence(tap.read().indicators).spread
+        assert seen is not None
+        said["seen"].append(seen.tolist())
+        said["sums"].append(sums.tolist())
+    return said | {"amplitudes": neurons.amplitudes.tolist()}
+
+
 def refused() -> list[str]:
     """What is said of fp16 by torch_autocast, and of fp16 on a device without it."""
     said = []
@@ -289,6 +318,8 @@ def main() -> int:
     if not short:
         for precision in ("fp32", "fp16"):
             tell("SEW", sew(precision))
+        for stage in (1, 2):
+            tell("SQUARES", mean_squares(stage))
         tell("REFUSED", refused())
     dist.barrier()
     dist.destroy_process_group()

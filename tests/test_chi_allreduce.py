@@ -77,6 +77,17 @@ def test_rates_and_signals_are_summed_over_ranks(matrix, case):
         assert all(0 < coverage < 1 for coverage in step["coverage"])
 
 
+def test_mean_squares_are_of_all_ranks_and_amplitudes_hold_that_of_the_surrogate(output):
+    results = lines(output, "SQUARES")
+    assert [result["stage"] for result in results] == [1, 2]
+    for result in results:
+        for seen in result["seen"]:
+            assert seen == pytest.approx(result["plain"], rel=1e-6)
+        before, after = (torch.tensor(sums) for sums in result["sums"])
+        assert (after > before).all()
+        assert result["amplitudes"] == pytest.approx((before / after).sqrt().tolist(), rel=1e-6)
+
+
 def test_the_same_gradient_in_more_micro_batches_counts_the_same_neuron_steps(matrix):
     for stage in STAGES:
         for name in ("chi", "firing_rate", "coverage"):

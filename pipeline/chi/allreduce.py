@@ -18,6 +18,7 @@ from pipeline.chi.carrier import Share, Watched
 from pipeline.chi.indicator import Indicators, indicators
 from pipeline.chi.limbs import MAX_RANKS
 from pipeline.chi.partition import PartitionCarrier
+from pipeline.chi.spread import Spread
 from pipeline.errors import ConfigError
 from pipeline.snn.neurons import NeuronState
 from pipeline.snn.sew_resnet import SpikingLayer
@@ -49,6 +50,7 @@ class Tap:
         engine: an initialised engine of any ZeRO stage; fp32, bf16 by torch_autocast, or the fp16 block.
         layers: the network's spiking layers, in forward order.
         neurons: the counters of these layers (`snn.neurons.bind`).
+        spread: what the policy and the scale of the surrogate need beside the indicators; it travels along.
         has_coverage: whether the surrogate's support is bounded.
         self_check: compare the first gradient with `safe_get_full_grad` (one all-reduce of every parameter, once).
 
@@ -62,10 +64,12 @@ class Tap:
         layers: Sequence[SpikingLayer],
         neurons: NeuronState,
         *,
+        spread: Spread | None = None,
         has_coverage: bool = True,
         self_check: bool = True,
     ) -> None:
         self._engine, self._layers, self._neurons = engine, list(layers), neurons
+        self._spread = spread
         self._has_coverage = has_coverage
         self._world_size = engine.dp_world_size
         _refuse_unsupported(engine)
@@ -120,11 +124,13 @@ class Tap:
                 covered=covered if self._has_coverage else None,
                 neuron_steps=torch.full_like(neuron_steps, float("nan")) if total.skipped else neuron_steps,
             ),
-            loss=total.loss / (self._micro_batches * self._world_size),
+            loss=total.floats[0] / (self._micro_batches * self._world_size),
             correct=correct,
             signals=total.counts[-len(SIGNALS) :],
             skipped=total.skipped,
         )
+        if self._spread is not None:
+            self._spread.take(total.floats[1:], num_ranks=self._world_size, neuron_steps=neuron_steps)
         self._neurons.zero_counts()
         self._loss.zero_()
         self._correct.zero_()
@@ -133,7 +139,9 @@ class Tap:
 
     def _share(self) -> Share:
         counts = (self._neurons.spikes, self._neurons.covered, self._correct, self.signals)
-        return Share(counts=torch.cat(counts), loss=self._loss)
+        floats = self._loss.view(1)
+        floats = floats if self._spread is None else torch.cat((floats, self._spread.share()))
+        return Share(counts=torch.cat(counts), floats=floats)
 
 
 def _refuse_unsupported(engine) -> None:

@@ -67,11 +67,12 @@ class Pilot:
 
     def state_dict(self) -> dict:
         """What a checkpoint of the script has to hold, for `load_state_dict`."""
-        return {"controller": self.controller.to_dict(), "step": self.step}
+        return {"controller": self.controller.to_dict(), "neurons": self.neurons.to_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from another pilot's `state_dict()`: same widths, same next decision."""
         self.controller = ControllerState.from_dict(state["controller"], self.neurons.widths.device)
+        self.neurons.load(state["neurons"])
         self.step = int(state["step"])
         self.neurons.widths.copy_(self.controller.widths)
 
@@ -82,12 +83,14 @@ class Pilot:
 
     @torch.no_grad()
     def _before_step(self, *_) -> None:
-        counts, spreads = self._counts(), self._spread.local()
+        counts, floats, num_ranks = self._counts(), self._spread.share(), 1
         if self._is_reduced:
             if self._reduced is None:
                 raise RuntimeError("chi.attach: the optimizer steps on a gradient that DDP has not reduced; leave one "
                                    "backward pass before each step outside model.no_sync()")  # fmt: skip
-            counts, spreads = self._unpack(self._reduced)
+            limbs = 9 * len(self.layers)
+            counts, floats = unpack(self._reduced[:limbs]), self._reduced[limbs:]
+            num_ranks = dist.get_world_size()
         spikes, covered, neuron_steps = counts.view(3, -1)
         by_id = {id(p): gradient_sums(p.grad) for p in self._parameters if p.grad is not None}
         nothing = torch.zeros(3, dtype=torch.float64, device=counts.device)
@@ -100,14 +103,15 @@ class Pilot:
             covered=covered if all(neuron.rule.bounded for neuron in self.neurons.neurons) else None,
             neuron_steps=neuron_steps,
         )
-        self._steer(spreads)
+        self._spread.take(floats.double(), num_ranks=num_ranks, neuron_steps=neuron_steps)
+        self._steer()
         self.neurons.zero_counts()
         self._reduced = None
 
-    def _steer(self, spreads: Tensor | None) -> None:
+    def _steer(self) -> None:
         self.step += 1
         assert self.indicators is not None
-        evidence = self._spread.evidence(self.indicators, spreads)
+        evidence = self._spread.evidence(self.indicators)
         progress = min(1.0, self.step / self.num_steps)
         self.controller, _ = controller.steer(self.config, self.controller, evidence, progress)
         self.neurons.widths.copy_(self.controller.widths)
@@ -120,16 +124,11 @@ class Pilot:
         steps = torch.tensor(counted, device=self.neurons.spikes.device)
         return torch.cat((self.neurons.spikes, self.neurons.covered, steps))
 
-    def _unpack(self, tail: Tensor) -> tuple[Tensor, Tensor | None]:
-        limbs = 9 * len(self.layers)
-        return unpack(tail[:limbs]), tail[limbs:].double() / dist.get_world_size() if len(tail) > limbs else None
-
     def _reduce(self, _, bucket) -> torch.futures.Future[Tensor]:
         gradient = bucket.buffer().div_(dist.get_world_size())
         if not (bucket.is_last() and self._is_reduced):
             return summed(gradient).then(lambda done: done.value()[0])
-        spreads = self._spread.local()
-        tail = pack(self._counts()) if spreads is None else torch.cat((pack(self._counts()), spreads.float()))
+        tail = torch.cat((pack(self._counts()), self._spread.share()))
         size = gradient.numel()
         if gradient.dtype not in (torch.float32, torch.float64):
             # Counts would be rounded in a half-precision bucket: here, and only here, they travel by themselves.

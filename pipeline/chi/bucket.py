@@ -3,7 +3,8 @@
 DeepSpeed flattens all gradients into one fp32 bucket and reduces it once per optimizer step, in `allreduce_bucket` of
 the engine (ZeRO-0) or of its optimizer (ZeRO-1). The carrier replaces that method on the instance:
 
-    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers: spikes, covered neuron-steps, signals
+    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers: spikes, covered neuron-steps, signals; and
+                                      the loss, with ds_atgo and scale rms 4 bytes a layer more
        ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 24 bytes a layer
     reduced g_0 | g_1 | …  → gradient_sums, the same on every rank
     summed  tail           → counts over all ranks, exact
@@ -29,6 +30,7 @@ class BucketCarrier:
         self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
         self._sums = watched.zeros()
         self._tail: Tensor | None = None
+        self._num_floats = 0
         self._zero1 = engine.zero_optimization_stage() == 1
         owner = engine.optimizer if self._zero1 else engine
         layout = self._zero1_layout if self._zero1 else self._zero0_layout
@@ -60,8 +62,8 @@ class BucketCarrier:
         total = Total(
             sums=self._sums[self._watched.layers],
             nnz=self._sums[:, 0].sum(),
-            counts=unpack(self._tail[:-1]),
-            loss=self._tail[-1].double(),
+            counts=unpack(self._tail[: -self._num_floats]),
+            floats=self._tail[-self._num_floats :].double(),
         )
         self._sums, self._tail = self._watched.zeros(), None
         return total
@@ -81,7 +83,7 @@ class BucketCarrier:
                 reduced = reduce(bucket, *args, **kwargs)
             else:
                 share = self._share()
-                tail = torch.cat((pack(share.counts), share.loss.view(1)))
+                tail, self._num_floats = torch.cat((pack(share.counts), share.floats)), share.floats.numel()
                 flat = reduce([*bucket, tail], *args, **kwargs)
                 reduced = flat[: -tail.numel()]
                 # A copy: the flat bucket is DeepSpeed's, and is freed or reused after the step.

@@ -24,8 +24,8 @@ class Share:
 
     counts: Tensor
     """`(n,)` int64, each in [0, 2**36)."""
-    loss: Tensor
-    """0-d float32, the sum over its micro-batches."""
+    floats: Tensor
+    """`(k,)` float32, whatever else is summed over ranks; k stays the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +38,8 @@ class Total:
     """0-d float64, non-zero gradients over all trainable parameters."""
     counts: Tensor
     """`(n,)` int64."""
-    loss: Tensor
-    """0-d float64."""
+    floats: Tensor
+    """`(k,)` float64."""
     skipped: bool = False
     """The gradient overflowed and DeepSpeed made no update: `sums` and `nnz` are NaN."""
 

@@ -45,6 +45,7 @@ class PartitionCarrier:
         self._sums = watched.zeros()
         self._expected: Tensor | None = None
         self._vector: Tensor | None = None
+        self._num_floats = 0
         self._work = None
         self._scale = 1.0
         self._segments: dict[int, list[Segment]] = {}
@@ -80,13 +81,13 @@ class PartitionCarrier:
         if self._work is not None:
             self._work.wait()
         L = len(self._watched.layers)
-        sums, counts, rest = self._vector.split([3 * L, self._vector.numel() - 3 * L - 3, 3])
-        nnz, squares, loss = rest
+        ends = (3 * L, 3 * L + 2, 3 * L + 2 + self._num_floats)
+        sums, (nnz, squares), floats, counts = self._vector.tensor_split(ends)
         total = Total(
             sums=self._unclipped(sums.view(L, 3), squares),
             nnz=nnz,
             counts=counts.round().long(),
-            loss=loss,
+            floats=floats,
             skipped=skipped,
         )
         self._sums, self._vector, self._work = self._watched.zeros(), None, None
@@ -119,8 +120,9 @@ class PartitionCarrier:
 
     def _send(self, sums: Tensor) -> None:
         share = self._share()
-        network = (sums[:, 0].sum().view(1), sums[:, 2].sum().view(1), share.loss.double().view(1))
-        self._vector = torch.cat((sums[self._watched.layers].flatten(), share.counts.double(), *network))
+        network = sums.sum(0)[[0, 2]]
+        parts = (sums[self._watched.layers].flatten(), network, share.floats.double(), share.counts.double())
+        self._vector, self._num_floats = torch.cat(parts), share.floats.numel()
         if dist.get_world_size() > 1:
             self._work = dist.all_reduce(self._vector, async_op=True)
 

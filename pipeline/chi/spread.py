@@ -1,4 +1,6 @@
-"""How far potentials spread around the threshold: what the rival policies set the width from."""
+"""What some settings need beside the indicators: how far potentials spread around the threshold, for the rival
+policies, and the mean square of the surrogate, which `model.scale=rms` holds where it was.
+"""
 
 import torch
 from torch import Tensor
@@ -12,16 +14,19 @@ from pipeline.snn.sew_resnet import SpikingLayer
 
 
 class Spread:
-    """Measures what `chi.policy` asks for, and nothing for the policies that ask for nothing.
+    """Measures what `chi.policy` and the surrogates' scale ask for, and nothing where they ask for nothing.
 
     mpd_agl reads the batch normalisations. ds_atgo looks at the potentials of the step before each decision, by a
-    second pass over every layer's current (snn/potential.py), in the forward pass of each rank.
+    second pass over every layer's current (snn/potential.py), in the training forward pass of each rank.
     """
 
     def __init__(self, config: ChiConfig, layers: list[SpikingLayer], neurons: NeuronState) -> None:
         self._config, self._layers, self._neurons = config, layers, neurons
         self._squares = torch.zeros(len(layers), dtype=torch.float64, device=neurons.widths.device)
         self._seen = [0] * len(layers)
+        self._looks = config.policy == "ds_atgo"
+        self._rms = any(neuron.rule.scale == "rms" for neuron in neurons.neurons)
+        self._mean: Tensor | None = None
         if config.policy == "mpd_agl":
             for layer in layers:
                 if layer.norm is None:
@@ -31,7 +36,7 @@ class Spread:
 
     def prepare(self, count: int) -> None:
         """After a step, `count` of which were summed since the last decision: look at the next one if it decides."""
-        if self._config.policy != "ds_atgo":
+        if not self._looks:
             return
         self._squares.zero_()
         self._seen = [0] * len(self._layers)
@@ -41,21 +46,41 @@ class Spread:
 
     def _see(self, layer: int):
         def see(u: Tensor) -> None:
+            if not self._neurons.neurons[layer].training:
+                return
             self._squares[layer] += u.square().mean(dtype=torch.float64)
             self._seen[layer] += 1
 
         return see
 
-    def local(self) -> Tensor | None:
-        """This rank's mean of (h - v_th)², `(L,)` float64, zeros where it did not look; None but for ds_atgo."""
-        if self._config.policy != "ds_atgo":
-            return None
-        return self._squares / torch.tensor(self._seen, device=self._squares.device).clamp_min(1)
+    def share(self) -> Tensor:
+        """What this rank adds to the step's all-reduce, float32: means of (h - v_th)², `(L,)`, zeros where it did not
+        look; then sums of g², `(L,)`. Each only where it is asked for.
+        """
+        parts = [self._squares[:0]]
+        if self._looks:
+            parts.append(self._squares / torch.tensor(self._seen, device=self._squares.device).clamp_min(1))
+        if self._rms:
+            parts.append(self._neurons.grad_sq)
+        return torch.cat(parts).float()
+
+    def take(self, summed: Tensor, *, num_ranks: int, neuron_steps: Tensor) -> None:
+        """The sum of `share()` over ranks, for the next `evidence`; amplitudes of scale rms follow it at once.
+
+        Args:
+            summed: float64, as long as `share()`.
+            num_ranks: ranks that it sums over.
+            neuron_steps: `(L,)`, of all ranks.
+        """
+        if self._looks:
+            self._mean = summed[: len(self._layers)] / num_ranks
+        if self._rms:
+            self._neurons.hold_rms(summed[-len(self._layers) :], neuron_steps)
 
     @torch.no_grad()
-    def evidence(self, indicators: Indicators, squares: Tensor | None = None) -> Evidence:
-        """What the controller decides on, from a step's indicators and the mean over ranks of `local()`."""
-        spread = None if squares is None else squares.sqrt()
+    def evidence(self, indicators: Indicators) -> Evidence:
+        """What the controller decides on, from a step's indicators and what was taken."""
+        spread = None if self._mean is None else self._mean.sqrt()
         if self._config.policy == "mpd_agl":
             spread = torch.stack([self._from_norm(layer) for layer in self._layers])
         return Evidence(

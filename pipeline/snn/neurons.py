@@ -210,7 +210,7 @@ class NeuronState:
     grad_sq: torch.Tensor
     """Sum of g(h - v_th)^2 since `zero_counts`, (L,) fp64."""
     rms_targets: torch.Tensor
-    """E[g^2] that `hold_rms` keeps, (L,) fp64; NaN before its first call. Save it with the amplitudes."""
+    """E[g^2] that `hold_rms` keeps, (L,) fp64; NaN before its first call. Saved with the amplitudes."""
 
     def zero_counts(self) -> None:
         """Start the three counters again from 0."""
@@ -219,17 +219,27 @@ class NeuronState:
         for neuron in self.neurons:
             neuron.counted = 0
 
-    def hold_rms(self, num_forwards: int) -> None:
+    def to_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint has to hold of it, on the CPU; the widths are the controller's."""
+        return {name: getattr(self, name).cpu() for name in ("amplitudes", "rms_targets")}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from another's `to_dict()`."""
+        for name, tensor in state.items():
+            getattr(self, name).copy_(tensor)
+
+    def hold_rms(self, grad_sq: torch.Tensor, neuron_steps: torch.Tensor) -> None:
         """Set the amplitudes so that E[g^2] stays what it was at the first call; layers with scale rms only.
 
-        Call it where the widths are steered, before `zero_counts`; no value is read by the host.
+        No value is read by the host.
 
         Args:
-            num_forwards: forward passes of `neuron_steps` each since `zero_counts`, at least 1.
+            grad_sq: sum of g(h - v_th)^2 with the present amplitudes, (L,) fp64; of all ranks, where there are more.
+            neuron_steps: terms in it, (L,).
         """
-        steps = torch.tensor(self.neuron_steps, dtype=torch.float64, device=self.grad_sq.device) * num_forwards
-        mean_sq = self.grad_sq / steps
-        self.rms_targets.copy_(torch.where(self.rms_targets.isnan(), mean_sq, self.rms_targets))
+        mean_sq = grad_sq / neuron_steps
+        first = self.rms_targets.isnan() & (mean_sq > 0) & mean_sq.isfinite()
+        self.rms_targets.copy_(torch.where(first, mean_sq, self.rms_targets))
         held = torch.tensor([neuron.rule.scale == "rms" for neuron in self.neurons], device=self.grad_sq.device)
         wanted = surrogate.rms_amplitudes(self.amplitudes, mean_sq, self.rms_targets)
         self.amplitudes.copy_(torch.where(held, wanted, self.amplitudes))

@@ -82,6 +82,6 @@ def rms_amplitudes(amplitudes: torch.Tensor, mean_sq: torch.Tensor, target: torc
     Returns:
         New amplitudes, (L,), in the dtype of the old ones.
     """
-    usable = torch.isfinite(mean_sq) & (mean_sq > 0)
+    usable = torch.isfinite(mean_sq) & (mean_sq > 0) & torch.isfinite(target)
     factor = torch.where(usable, target / torch.where(usable, mean_sq, 1), 1).sqrt()
     return (amplitudes * factor).to(amplitudes.dtype)
