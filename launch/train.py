@@ -13,11 +13,12 @@ import traceback
 from pathlib import Path
 
 from launch.options import command
-from pipeline import run_folder
+from pipeline import run_folder, run_lock
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, DataError, LostRankError, NonFiniteError
 from pipeline.snn.archs import ARCHS
+from pipeline.stops import Watch
 
 PATIENCE_S = 10
 
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
             from launch.dry_run import show
 
             return show(config, dry_run) if rank == 0 else EXIT_DONE
-        finished = preflight(config, rank)
+        finished = preflight(config)
         if finished is not None:
             if rank == 0:
                 accuracy = 100 * finished["eval_accuracy_ratio"]
@@ -43,9 +44,13 @@ def main(arguments: list[str]) -> int:
                     f"(see {config.run_dir}/report.html; remove the folder or choose another --run_dir to train again)"
                 )
             return EXIT_DONE
+        watch = Watch()
+        if rank == 0:
+            lock = run_lock.hold(config.run_dir)  # noqa: F841 until this process ends
+            check_port(config)
         from pipeline.train import train  # torch is imported here, after everything cheap was checked
 
-        return train(config)
+        return train(config, watch)
     except (ConfigError, DataError, LostRankError, NonFiniteError) as error:
         return refuse(error, rank)
     except Exception:
@@ -53,8 +58,8 @@ def main(arguments: list[str]) -> int:
         return EXIT_INTERNAL
 
 
-def preflight(config: Config, rank: int) -> dict | None:
-    """Checks config, data, folder and port; the summary of a run that has finished, else None."""
+def preflight(config: Config) -> dict | None:
+    """Checks config, data and folder; the summary of a run that has finished, else None."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config.accumulation(world_size)
     if config.model.arch not in ARCHS:
@@ -64,8 +69,6 @@ def preflight(config: Config, rank: int) -> dict | None:
     finished = run_folder.admit(config)
     if config.init_from and not (Path(config.run_dir) / "checkpoints").exists() and not Path(config.init_from).exists():
         raise ConfigError(f"init_from={config.init_from!r} does not exist; name a run's folder or a file of weights")
-    if finished is None and rank == 0:
-        check_port(config)
     return finished
 
 

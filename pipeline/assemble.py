@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipeline import checkpoint, checkpoint_files, init_from, run_folder
-from pipeline.chi.allreduce import Tap
+from pipeline.chi.allreduce import SIGNALS, Tap
 from pipeline.chi.calibrate import calibrated_widths
 from pipeline.chi.controller import ControllerState, start, targets_at
 from pipeline.chi.spread import Spread
@@ -19,7 +19,9 @@ from pipeline.errors import ConfigError
 from pipeline.progress import Progress
 from pipeline.snn import sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
-from pipeline.stops import stop_on_signal
+from pipeline.stops import Watch
+
+STOP = SIGNALS.index("stop")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,8 +42,8 @@ class Run:
     num_samples: int
 
 
-def prepare(config: Config) -> Run:
-    """Builds every part and puts the newest checkpoint into it."""
+def prepare(config: Config, watch: Watch) -> Run:
+    """Builds every part and puts the newest checkpoint into it; from then on `watch` stops the run by request."""
     place = join(config)
     loader = Loader(
         config.data,
@@ -104,7 +106,7 @@ def prepare(config: Config) -> Run:
         progress.began(controller)
     else:
         progress.say(f"resumed from the checkpoint after step {step}")
-    stop_on_signal(tap)
+    watch.on_request(lambda: tap.signals.__setitem__(STOP, 1))  # all ranks hear of it with the next all-reduce
     return Run(
         config=config,
         place=place,

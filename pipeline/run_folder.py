@@ -2,6 +2,7 @@
 
 RUN/config.json     the resolved configuration
 RUN/run.json        versions, commit, seed, data identity, classes, layers
+RUN/lock            held by rank 0 of the run that goes on in the folder (run_lock.py)
 RUN/metrics.jsonl   one record a logged step (metrics.py)
 RUN/checkpoints/    (checkpoint.py)
 RUN/summary.json    the result; its presence means that the run has finished

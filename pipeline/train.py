@@ -19,14 +19,15 @@ from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.progress import summary_table
 from pipeline.snn import readout
+from pipeline.stops import Watch
 
 BAD = SIGNALS.index("bad_samples")
 
 
-def train(config: Config) -> int:
+def train(config: Config, watch: Watch) -> int:
     """Trains `config`'s run to its end, from its newest checkpoint where there is one; returns the exit code."""
     with answered(config):
-        run = prepare(config)
+        run = prepare(config, watch)
         try:
             code = loop(run)
             if code == EXIT_DONE:

@@ -1,5 +1,6 @@
 """launch/train.py with an accident at an exact point, which FAULT="RANK SIGNAL POINT N" in the environment names:
-RANK sends itself SIGNAL at its N-th passage, from 1, of POINT: forward, reduce, save or evaluate.
+RANK sends itself SIGNAL at its N-th passage, from 1, of POINT: forward, reduce, save or evaluate. SIGTERM+SIGTERM sends
+two, and stays at the point.
 
 The product knows nothing of this: the wraps are around DeepSpeed's and torch's own functions.
 """
@@ -7,6 +8,7 @@ The product knows nothing of this: the wraps are around DeepSpeed's and torch's 
 import os
 import signal
 import sys
+import time
 
 from launch.train import main
 
@@ -22,7 +24,10 @@ def reached() -> bool:
 
 
 def strike() -> None:
-    os.kill(os.getpid(), signal.Signals[SIGNAL])
+    for name in SIGNAL.split("+"):
+        os.kill(os.getpid(), signal.Signals[name])
+    if "+" in SIGNAL:
+        time.sleep(60)
 
 
 def prepare_accident() -> None:
