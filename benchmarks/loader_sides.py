@@ -56,6 +56,7 @@ def from_memory(path: str) -> Callable[[], tuple[list[np.ndarray], Windows]]:
         area_min=0.08,
         aspect=4 / 3,
         flip=True,
+        image_size=SIZE,
     )
     starts = (at * BATCH for _ in count() for at in range(len(numbers) // BATCH))
 

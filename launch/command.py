@@ -17,10 +17,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_parser(name: str, description: str) -> Parser:
-    """The command `python -m launch.NAME RUN [--checkpoint STEP]`."""
+    """The command `python -m launch.NAME RUN [--checkpoint STEP] [--weights last|ema]`."""
     parser = Parser(prog=f"python -m launch.{name}", description=description, allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, finished or not: runs/digits")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="the checkpoint after this step [the newest]")
+    parser.add_argument(
+        "--weights", choices=("last", "ema"), help="those of the step, or their moving average [what the run evaluates]"
+    )
     return parser
 
 

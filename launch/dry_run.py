@@ -5,10 +5,11 @@ import os
 
 import torch
 
+from launch import pace
 from launch.devices import num_ranks
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.engine import deepspeed_config
+from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
 from pipeline.run_folder import flatten
 from pipeline.snn import footprint, sew_resnet
@@ -37,17 +38,18 @@ def report(config: Config, ranks: int) -> list[str]:
         manifest, missing = None, str(error)
     num_classes = len(manifest.classes) if manifest else CLASSES
     with torch.device("meta"):
-        network = sew_resnet.build(config.model, num_classes=num_classes, image_size=data.image_size)
+        network = sew_resnet.build(config.model, num_classes=num_classes, image_size=data.smallest_image)
     num_parameters = sum(p.numel() for p in network.parameters())
     lines = ["configuration"]
     lines += [f"  {name} = {value!r}" for name, value in flatten(config.to_dict()).items()]
-    settings = json.dumps(deepspeed_config(config, ranks, num_parameters), indent=2)
+    settings = json.dumps(deepspeed_settings(config, ranks, num_parameters), indent=2)
     lines += ["DeepSpeed", *(f"  {line}" for line in settings.splitlines())]
     batch = f"{data.global_batch} = {ranks} ranks x {accumulation} micro-batches x {data.micro_batch}"
     lines += [f"batch       {batch}"]
     if manifest:
         steps = config.num_steps(manifest.num_samples)
         lines += [f"steps       {steps}: {config.train.epochs:g} epochs of {manifest.num_samples} samples"]
+        lines += [f"time        {pace.line(config, manifest.num_samples)}"]
     else:
         lines += [f"steps       not known: {missing}"]
     assumed = "" if manifest else ", assumed"
@@ -83,6 +85,7 @@ def memory(config: Config, network: sew_resnet.SEWResNet, num_parameters: int, r
         "gradients": number * num_parameters / (ranks if stage >= 2 else 1) + (4 * share if stage else 0),
         "gradient bucket": number * num_parameters,
         f"optimizer ({config.optim.name}, ZeRO-{stage})": masters + 4 * slots * share,
+        "moving average of weights": 4 * share if config.train.ema_decay else 0,
         "bf16 copies of weights": 2 * num_parameters if precision == "bf16" else 0,
         "activations kept for the backward pass": layers.kept_bytes,
         "the largest layer's backward pass": layers.working_bytes,

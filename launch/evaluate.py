@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
     from pipeline import trained  # torch is imported here, after everything cheap was checked
 
-    checkpoint = trained.load(options.run, config, step=options.checkpoint)
+    checkpoint = trained.load(options.run, config, step=options.checkpoint, weights=options.weights)
     if checkpoint.num_classes != len(manifest.classes):
         raise ConfigError(
             f"{join(config.data.path, options.split)} has {len(manifest.classes)} classes, but the network of "
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     print(table(result))
     if options.json:
         write(options.json, result)
-    if config == stored.config:
+    if config == stored.config and checkpoint.weights == config.evaluated_weights:
         keep(result, options.run)
 
 
@@ -66,7 +66,8 @@ def override(config: Config, options) -> Config:
     if options.image_size is not None:
         # A larger shorter side before the central crop grows in proportion.
         resize = round(data.eval_resize * options.image_size / data.image_size)
-        data = dataclasses.replace(data, image_size=options.image_size, eval_resize=resize)
+        changed = {"image_size": options.image_size, "eval_resize": resize}
+        data = dataclasses.replace(data, **changed, image_size_start=0, image_size_ramp=())
     if options.data is not None:
         data = dataclasses.replace(data, path=options.data)
     if options.T is not None:
@@ -142,6 +143,7 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
     return {
         "run": str(options.run),
         "step": checkpoint.step,
+        "weights": checkpoint.weights,
         "data": config.data.path,
         "split": options.split,
         "data_identity": manifest.identity,

@@ -35,7 +35,8 @@ def amount(operations: float) -> str:
 def _header(result: dict) -> str:
     where = f"{result['data']}, split {result['split']}"
     how = f"T={result['T']}, {result['image_size']} pixels, {result['precision']} on {result['device']}"
-    return f"{result['run']} after step {result['step']} on {where}: {how}"
+    step = f"{result['step']}{', averaged weights,' if result['weights'] == 'ema' else ''}"
+    return f"{result['run']} after step {step} on {where}: {how}"
 
 
 def _figures(result: dict) -> str:

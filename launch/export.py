@@ -34,10 +34,12 @@ def main(arguments: list[str]) -> None:
     from pipeline import trained  # torch is imported here, after everything cheap was checked
     from pipeline.snn import state_dicts
 
-    checkpoint = trained.load(options.run, stored.config, step=options.checkpoint)
-    about = facts(stored, checkpoint.step, checkpoint.num_classes)
-    evaluation = run_folder.read_evaluation(options.run, checkpoint.step, "val")
-    if evaluation is None:
+    checkpoint = trained.load(options.run, stored.config, step=options.checkpoint, weights=options.weights)
+    about = facts(stored, checkpoint.step, checkpoint.num_classes, checkpoint.weights)
+    # What the run says of its evaluated weights is not said of the others.
+    told = checkpoint.weights == stored.config.evaluated_weights
+    evaluation = run_folder.read_evaluation(options.run, checkpoint.step, "val") if told else None
+    if told and evaluation is None:
         print(
             f"the card will say nothing of energy: {options.run} has no evaluation after step {checkpoint.step}; "
             f"python -m launch.evaluate {options.run} --checkpoint {checkpoint.step} makes one",
@@ -71,34 +73,36 @@ def check_place(out: Path, card: Path, force: bool) -> None:
             raise ConfigError(f"{path} is there already; choose another name, or replace it with --force")
 
 
-def facts(stored: Stored, step: int, num_classes: int) -> dict:
+def facts(stored: Stored, step: int, num_classes: int, weights: str) -> dict:
     """What goes into the file's header: words as they are, all else as JSON."""
     config, about = stored.config, stored.about
     return {
         "recipe": config.recipe,
         "step": step,
+        "weights": weights,
         "arch": config.model.arch,
         "T": config.model.T,
         "image_size": config.data.image_size,
         "num_classes": num_classes,
         "classes": about.get("classes"),
         "data_identity": about["data_identity"],
-        "metrics": metrics(stored, step),
+        "metrics": metrics(stored, step, evaluated=weights == config.evaluated_weights),
         "config": config.to_dict(),
         "versions": about["versions"],
         "commit": about["commit"],
     }
 
 
-def metrics(stored: Stored, step: int) -> dict:
-    """What the run's own files say of the weights after `step`: its evaluation there, and its last training record."""
+def metrics(stored: Stored, step: int, *, evaluated: bool) -> dict:
+    """What the run's own files say of the weights after `step`: its last training record, and its evaluation there,
+    where these are the weights that it evaluated."""
     found: dict = {}
     for record in read_journal(stored.folder / "metrics.jsonl"):
         if record["step"] <= step and "train_loss" in record:
             found |= {name: record[name] for name in ("train_loss", "train_accuracy_ratio")}
-        if record["step"] == step and "eval_loss" in record:
+        if evaluated and record["step"] == step and "eval_loss" in record:
             found |= {name: record[name] for name in ("eval_loss", "eval_accuracy_ratio")}
-    evaluation = run_folder.read_evaluation(stored.folder, step, "val")
+    evaluation = run_folder.read_evaluation(stored.folder, step, "val") if evaluated else None
     if evaluation is not None:
         found |= {name: value for name, value in evaluation.items() if name.startswith("eval_")}
         found["energy_microjoule"] = evaluation["energy"]["microjoule"]

@@ -27,7 +27,8 @@ def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path) ->
         f"# {about['recipe']}: {model.arch}, T = {model.T}",
         f"A spiking network for images, trained with chispike: {layers} layers of {NEURONS[model.neuron]} neurons, "
         f"{stored.about['num_parameters']:,} parameters, {about['num_classes']} classes. "
-        f"Weights after optimizer step {about['step']}.",
+        f"{'Moving average of the weights' if about['weights'] == 'ema' else 'Weights'} after optimizer step "
+        f"{about['step']}.",
         "## Result\n" + _result(about["metrics"], evaluation),
         "## To load it\n" + _loading(stored, about, weights),
         "## Images\n" + _images(stored),

@@ -111,6 +111,33 @@ def imagenet_sew34_tet_chi() -> Config:
     )
 
 
+def imagenet_sew34_fast() -> Config:
+    """imagenet_sew34_chi in 100 epochs that cost as 56 at full size, by means that others use to train faster.
+
+    deepspeed --num_gpus 8 launch/train.py --recipe imagenet_sew34_fast
+
+    Data and hardware as in imagenet_sew34_baseline. Not run here: each of these is a choice, not a gain measured by us.
+    Progressive resolution: 128 pixels at first, 224 from epoch 80 on, in between growing in steps of 32 from epoch 30.
+    Small images cost by their area and teach early features as well; the last epochs see what the evaluation sees.
+    FFCV's ResNet recipes and Composer grow their images likewise.
+    Warm-up over 5 epochs: the first gradients of a deep spiking network are its least reliable, and a shorter run has
+    fewer steps to mend what they broke. The cosine moves by step, since epochs are few.
+    Label smoothing of 0.1, as in timm's and FFCV's recipes: it holds logits down. SEW-ResNet34 underfits ImageNet, so
+    it may cost accuracy here; --train.label_smoothing 0 leaves it out.
+    Moving average of the weights over some 10,000 steps, two epochs: while the rate is high it evaluates better than
+    the last weights, at the end of a cosine about alike.
+    """
+    chi = imagenet_sew34_chi()
+    return replace(
+        chi,
+        recipe="imagenet_sew34_fast",
+        run_dir="runs/imagenet_sew34_fast",
+        data=replace(chi.data, image_size_start=128, image_size_ramp=(30.0, 80.0)),
+        optim=replace(chi.optim, by_epoch=False, warmup_epochs=5),
+        train=replace(chi.train, epochs=100, label_smoothing=0.1, ema_decay=0.9999),
+    )
+
+
 def imagenet100() -> Config:
     """SEW-ResNet18 on 100 classes of ImageNet: folders train/SYNSET and val/SYNSET.
 
@@ -159,6 +186,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         imagenet_sew34_baseline,
         imagenet_sew34_chi,
         imagenet_sew34_tet_chi,
+        imagenet_sew34_fast,
         imagenet100,
         tiny_imagenet,
     )

@@ -13,9 +13,10 @@ import traceback
 from pathlib import Path
 
 from launch.options import command
-from pipeline import run_folder, run_lock
+from pipeline import run_folder, run_lock, trackers
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
+from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, DataError, LostRankError, NonFiniteError
 from pipeline.snn.archs import ARCHS
 from pipeline.stops import Watch
@@ -61,12 +62,13 @@ def main(arguments: list[str]) -> int:
 def preflight(config: Config) -> dict | None:
     """Checks config, data and folder; the summary of a run that has finished, else None."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config.accumulation(world_size)
+    deepspeed_settings(config, world_size, num_parameters=0)
     if config.model.arch not in ARCHS:
         raise ConfigError(f"model.arch={config.model.arch!r} is not allowed; use one of {', '.join(ARCHS)}")
     for split in ("train", "val"):
         Manifest.load(f"{config.data.path}/{split}")  # a URL too
-    finished = run_folder.admit(config)
+    trackers.require(config)
+    finished = run_folder.admit(config, world_size)
     if config.init_from and not (Path(config.run_dir) / "checkpoints").exists() and not Path(config.init_from).exists():
         raise ConfigError(f"init_from={config.init_from!r} does not exist; name a run's folder or a file of weights")
     return finished

@@ -14,11 +14,13 @@ from pipeline.chi.controller import ControllerState, start, targets_at
 from pipeline.chi.spread import Spread
 from pipeline.config import Config
 from pipeline.data.loader import Loader, evaluation_batches
-from pipeline.engine import Place, build, join
+from pipeline.ema import Ema
+from pipeline.engine import Place, build, join, normalise_as_one
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress
 from pipeline.snn import sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
+from pipeline.step_trace import Trace
 from pipeline.stops import Watch
 
 STOP = SIGNALS.index("stop")
@@ -32,11 +34,13 @@ class Run:
     place: Place
     loader: Loader
     engine: DeepSpeedEngine
+    ema: Ema
     neurons: NeuronState
     tap: Tap
     spread: Spread
     controller: ControllerState
     progress: Progress
+    trace: Trace
     step: int
     num_steps: int
     num_samples: int
@@ -54,7 +58,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision],
     )
     classes = len(loader.manifest.classes)
-    model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.image_size).to(place.device)
+    model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
@@ -64,8 +68,11 @@ def prepare(config: Config, watch: Watch) -> Run:
         if place.rank == 0:
             print(matched, flush=True)
     engine = build(config, model, place.world_size)
+    ema = Ema(engine, config.train.ema_decay)
     neurons, layers = bind(model), model.spiking_layers()
     spread = Spread(config.chi, layers, neurons)
+    if config.train.sync_bn:
+        normalise_as_one(neurons, place.world_size)
     tap = Tap(
         engine,
         layers,
@@ -78,6 +85,7 @@ def prepare(config: Config, watch: Watch) -> Run:
     if saved is not None:
         loader.load_state_dict(saved["loader"])
         checkpoint.scatter(engine, saved["model"])
+        ema.scatter(saved.get("ema"))
         controller, step = ControllerState.from_dict(saved["controller"], place.device), saved["step"]
         neurons.widths.copy_(controller.widths)
         neurons.load(saved["neurons"])
@@ -112,11 +120,13 @@ def prepare(config: Config, watch: Watch) -> Run:
         place=place,
         loader=loader,
         engine=engine,
+        ema=ema,
         neurons=neurons,
         tap=tap,
         spread=spread,
         controller=controller,
         progress=progress,
+        trace=Trace(Path(config.run_dir), config.train.profile_steps if place.rank == 0 else 0, step),
         step=step,
         num_steps=config.num_steps(num_samples),
         num_samples=num_samples,

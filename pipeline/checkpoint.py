@@ -4,11 +4,15 @@
 size, and a kill during a save breaks them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import deepspeed.comm as dist
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -31,35 +35,39 @@ def average_buffers(engine) -> None:
 
 def gather(engine) -> dict[str, dict]:
     """Full fp32 parameters, optimizer state and buffers by name, on the CPU. A collective: every rank calls it."""
-    average_buffers(engine)
     slots = _slots(engine)
     if engine.zero_optimization_stage() in (1, 2):
         # DeepSpeed links parameters to their state after its first group's first step, when other groups have none.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    parameters: dict[str, torch.Tensor] = {}
     optimizer: dict[str, dict[str, torch.Tensor]] = {slot: {} for slot in slots}
     fp32 = masters(engine)
     for name, parameter in engine.module.named_parameters():
         if engine.zero_optimization_stage() == 0:
-            value = fp32[parameter]
-            state = {slot: engine.optimizer.state[value].get(slot) for slot in slots}
+            state = {slot: engine.optimizer.state[fp32[parameter]].get(slot) for slot in slots}
         else:
-            value = safe_get_full_fp32_param(parameter)
             state = {slot: safe_get_full_optimizer_state(parameter, slot) for slot in slots}
-        assert value is not None
-        parameters[name] = value.detach().cpu().clone()
         for slot, tensor in state.items():
             if tensor is not None:
                 optimizer[slot][name] = tensor.detach().cpu().clone()
-    buffers = {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
     return {
-        "parameters": parameters,
+        **gather_weights(engine),
         "optimizer": optimizer,
         "updates": _updates(engine),
-        "buffers": buffers,
         "loss_scale": _loss_scale(engine),
     }
+
+
+def gather_weights(engine) -> dict[str, dict[str, torch.Tensor]]:
+    """The part of `gather` that a network computes with: full fp32 parameters and buffers."""
+    average_buffers(engine)
+    fp32, parameters = masters(engine), {}
+    for name, parameter in engine.module.named_parameters():
+        value = fp32[parameter] if fp32 else safe_get_full_fp32_param(parameter)
+        assert value is not None
+        parameters[name] = value.detach().cpu().clone()
+    buffers = {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
+    return {"parameters": parameters, "buffers": buffers}
 
 
 def scatter(engine, state: dict[str, dict]) -> None:
@@ -125,6 +133,37 @@ def masters(engine) -> dict[torch.nn.Parameter, torch.Tensor]:
         return {parameter: parameter for parameter in engine.module.parameters()}
     pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
     return {half: full for halves, fulls in pairs for half, full in zip(halves, fulls, strict=True)}
+
+
+def owned_weights(engine) -> list[torch.Tensor]:
+    """The fp32 weights that this rank's optimizer updates: whole in ZeRO-0, its flat partitions at other stages."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return list(masters(engine).values())
+    return list(
+        engine.optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else engine.optimizer.single_partition_of_fp32_groups
+    )
+
+
+@contextmanager
+def replacing(engine) -> Iterator[None]:
+    """While it is open, `owned_weights` may be written to; at its end the engine computes with what stands there."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # takes apart the small parameters, which are kept whole
+    yield
+    if stage == 0:
+        for parameter, master in masters(engine).items():
+            if master is not parameter:
+                parameter.data.copy_(master)
+    elif stage == 3:
+        for parameter in engine.module.parameters():
+            parameter.ds_tensor.copy_(safe_get_local_fp32_param(parameter))
+        engine.optimizer.checkpoint_event_epilogue()
+    else:
+        engine.optimizer.update_lp_params()
 
 
 def _scaler(engine):

@@ -29,7 +29,14 @@ class DataConfig:
     timeout_s: float = 30.0
     """Seconds without a byte after which an attempt at a remote file has failed, above 0."""
     image_size: int = 16
-    """Side of the square that the network sees, in pixels."""
+    """Side of the square that the network sees, in pixels; with image_size_start, what it is at the end."""
+    image_size_start: int = 0
+    """Side at the start of training, from which it grows to image_size, in pixels; 0 takes image_size throughout.
+    Evaluations are at image_size."""
+    image_size_ramp: tuple[float, ...] = ()
+    """Where it grows, with image_size_start: from the first to the second epoch, as in 30,80; at starts of epochs."""
+    image_size_step: int = 32
+    """In between, the side is a multiple of this, in pixels, at least 1."""
     global_batch: int = 128
     """Samples per optimizer step, over all ranks and micro-batches."""
     micro_batch: int = 16
@@ -54,10 +61,15 @@ class DataConfig:
     """Share of bad samples (unreadable, truncated, undecodable, wrongly labelled) that ends the run, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "global_batch", "micro_batch", "prefetch"):
+        for name in ("image_size", "image_size_step", "global_batch", "micro_batch", "prefetch"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
         for name in ("window_shards", "eval_resize", "threads", "cache_bytes", "retries"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer of at least 0")
+        size, start, ramp = self.image_size, self.image_size_start, self.image_size_ramp
+        require(0 <= start < size, "data.image_size_start", start, f"0, or a size below data.image_size={size}")
+        fits = len(ramp) == 2 and 0 <= ramp[0] < ramp[1] < math.inf if start else not ramp
+        wanted = "two epochs that rise, as in 30,80, with data.image_size_start, and none without"
+        require(fits, "data.image_size_ramp", ramp, wanted)
         positive("data.timeout_s", self.timeout_s)
         for name in ("max_bad_ratio", "hw_decoder_load"):
             require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "a number in [0, 1]")
@@ -80,6 +92,11 @@ class DataConfig:
             self.global_batch,
             f"a multiple of data.micro_batch={self.micro_batch}",
         )
+
+    @property
+    def smallest_image(self) -> int:
+        """Side of the smallest images that the network sees, in pixels."""
+        return self.image_size_start or self.image_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +178,16 @@ class TrainConfig:
     loss scale and fp32 master weights; membranes and batch normalisation stay fp32)."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, what the ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    sync_bn: bool = False
+    """Let batch normalisation take its statistics over the micro-batches of all ranks, which are then its group: for
+    micro-batches of a few samples. Two small all-reduces a layer and micro-batch; the run keeps its number of ranks."""
+    ema_decay: float = 0.0
+    """Share that stays, each step, of a moving average of the weights, which is then what is evaluated and exported, in
+    [0, 1); 0 keeps none. It averages about 1 / (1 - ema_decay) steps, and fewer in the first ones: at most (1 + step) /
+    (10 + step) stays. Costs 4 bytes a parameter, shared by the ranks from ZeRO-1 on."""
+    profile_steps: int = 0
+    """Optimizer steps that rank 0 records with torch's profiler into RUN/profile, after five of each process; these are
+    slower. 0 records none."""
     log_every: int = 10
     """Optimizer steps between two lines of progress, at least 1."""
     checkpoint_every: int = 100
@@ -180,6 +207,8 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
         one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        require(self.profile_steps >= 0, "train.profile_steps", self.profile_steps, "an integer of at least 0")
+        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "a number in [0, 1)")
         for name in ("log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
         got = self.eval_every_epochs
@@ -195,6 +224,13 @@ class MetricsConfig:
     host: str = "127.0.0.1"
     """Address that the port is opened on; 0.0.0.0 lets other machines read it."""
 
+    tensorboard: bool = False
+    """Write the curves for TensorBoard too, into RUN/tensorboard; needs the extra tensorboard."""
+    wandb: bool = False
+    """Write them for Weights & Biases too, offline, into RUN/wandb; needs the extra wandb."""
+    mlflow: bool = False
+    """Write them for MLflow too, into RUN/mlflow; needs the extra mlflow."""
+
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
 
@@ -207,7 +243,12 @@ class Config:
     """Folder of the run: config, metrics, checkpoints, report. A run that stands there is resumed."""
     init_from: str = ""
     """Weights to start from instead of fresh ones: another run's folder or checkpoint, a safetensors file, or a state
-    dict in our names, SpikingJelly's or the original SEW-ResNet code's; a run that is resumed does not read it."""
+    dict in our names, SpikingJelly's or the original SEW-ResNet code's; a run that is resumed does not read it. A run
+    with train.ema_decay gives its averaged weights."""
+    deepspeed_config: str = ""
+    """A JSON file of DeepSpeed settings of your own, merged into the run's: what shows or speeds up a run and changes
+    nothing that it computes (comms_logger, flops_profiler, stage3_prefetch_bucket_size and others). All else has an
+    option here, and is refused with its name."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     chi: ChiConfig = field(default_factory=ChiConfig)
@@ -220,6 +261,11 @@ class Config:
             raise ConfigError(
                 "chi.policy='mpd_agl' reads the batch normalisations, which train.zero_stage=3 keeps in pieces; use "
                 "train.zero_stage 0, 1 or 2"
+            )
+        if self.chi.policy == "ds_atgo" and self.train.sync_bn:
+            raise ConfigError(
+                "chi.policy='ds_atgo' looks at potentials that each rank normalises by itself, which train.sync_bn "
+                "changes; use another policy, or train.sync_bn false"
             )
         steered_by_coverage = self.chi.policy == "chi" and self.chi.indicator == "coverage"
         if steered_by_coverage and self.model.surrogate in ("atan", "sigmoid"):
@@ -243,6 +289,11 @@ class Config:
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps in the run over a split of `num_samples`."""
         return math.ceil(self.train.epochs * num_samples / self.data.global_batch)
+
+    @property
+    def evaluated_weights(self) -> str:
+        """The weights that the run evaluates: last, or ema where it keeps their moving average."""
+        return "ema" if self.train.ema_decay else "last"
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

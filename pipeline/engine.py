@@ -20,7 +20,10 @@ from torch.distributed import distributed_c10d
 
 from pipeline.config import Config, OptimConfig
 from pipeline.cores import cores_per_rank
+from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.errors import ConfigError, LostRankError
+from pipeline.snn.kernels.norm import Ranks
+from pipeline.snn.neurons import Neuron, NeuronState
 
 # DeepSpeed would compile a C++ operator that only its inference uses, and crash where there is no compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -112,49 +115,26 @@ def leave() -> None:
         deepspeed.comm.destroy_process_group()
 
 
-def deepspeed_config(config: Config, world_size: int, num_parameters: int) -> dict:
-    """The engine's settings. One fp32 bucket holds all gradients, so χ can ride its all-reduce (chi/bucket.py)."""
-    settings = {
-        "train_batch_size": config.data.global_batch,
-        "train_micro_batch_size_per_gpu": config.data.micro_batch,
-        "gradient_accumulation_steps": config.accumulation(world_size),
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**62,
-        "gradient_clipping": config.optim.clip,
-        "zero_optimization": {
-            "stage": config.train.zero_stage,
-            "overlap_comm": False,
-            "reduce_scatter": True,
-            "use_multi_rank_bucket_allreduce": True,
-            "reduce_bucket_size": num_parameters,
-        },
-    }
-    if config.train.precision == "bf16":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    if config.train.precision == "fp16":
-        # A loss scale of 0 is a dynamic one. Autocast is not used here: its loss scale never recovers in ZeRO-1.
-        settings["fp16"] = {"enabled": True, "auto_cast": True, "loss_scale": 0, "hysteresis": 1}
-    return settings
-
-
 def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
     """The engine that trains `model` (already on its device) with the configured optimizer.
 
     Raises:
-        ConfigError: fp16 on a device without it.
+        ConfigError: fp16 on a device without it; a file of DeepSpeed's settings that contradicts the configuration.
     """
     accelerator = get_accelerator()
     if config.train.precision == "fp16" and not (accelerator and accelerator.is_fp16_supported()):
         raise ConfigError(
             "train.precision='fp16' is not allowed on this device, which does not compute in fp16; use bf16 or fp32"
         )
+    if config.deepspeed_config:  # what it asks DeepSpeed to show
+        logging.getLogger("DeepSpeed").setLevel(logging.INFO)
     # DeepSpeed broadcasts weights as bytes of contiguous memory.
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer_of(config.optim, model),
-        config=deepspeed_config(config, world_size, num_parameters),
+        config=deepspeed_settings(config, world_size, num_parameters),
         dist_init_required=False,
     )
     set_timeouts(config.train.timeout_s)
@@ -193,6 +173,18 @@ def scale_the_loss(engine) -> None:
     """
     backward = engine.backward
     engine.backward = lambda loss: backward(loss * engine.optimizer.loss_scale)
+
+
+def normalise_as_one(neurons: NeuronState, world_size: int) -> None:
+    """Lets every spiking layer's batch normalisation take its statistics over the micro-batches of all ranks."""
+
+    def over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+        deepspeed.comm.all_reduce(tensor)
+        return tensor
+
+    for neuron in neurons.neurons:
+        if isinstance(neuron, Neuron):
+            neuron.ranks = Ranks(count=world_size, sum=over_ranks)
 
 
 def learning_rate(config: Config, step: int, num_samples: int) -> float:

@@ -69,8 +69,11 @@ def read(path: str) -> dict[str, torch.Tensor]:
 
 
 def _unwrapped(saved: object, path: str) -> dict[str, torch.Tensor]:
-    """The tensors by name in what was read: itself, or under "model" or "state_dict", or a checkpoint of ours."""
-    for key in ("model", "state_dict"):
+    """The tensors by name in what was read: itself, or under "model" or "state_dict", or a checkpoint of ours.
+
+    Of a checkpoint of ours the moving average, "ema", comes first.
+    """
+    for key in ("ema", "model", "state_dict"):
         if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
             saved = saved[key]
     if isinstance(saved, Mapping) and "parameters" in saved and "buffers" in saved:

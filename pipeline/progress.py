@@ -11,7 +11,8 @@ from pipeline.chi.controller import ControllerState, starved
 from pipeline.chi.guards import record_of
 from pipeline.chi.policies import Evidence
 from pipeline.config import Config
-from pipeline.metrics import Exporter, Journal, layer_labels, progress_line
+from pipeline.metrics import Exporter, Journal, layer_labels, progress_line, read_journal
+from pipeline.trackers import Trackers
 
 
 class Progress:
@@ -27,6 +28,7 @@ class Progress:
         if self._active:
             run_dir = Path(config.run_dir)
             self._journal = Journal(run_dir / "metrics.jsonl", step)
+            self._trackers = Trackers(config, layers, read_journal(run_dir / "metrics.jsonl"))
             info = {"recipe": config.recipe, "run": run_dir.name, "data": identity[:12]}
             self._exporter = Exporter(config.metrics.host, config.metrics.port, layers, info)
             self.say(f"metrics at {self._exporter.address}")
@@ -34,6 +36,10 @@ class Progress:
     def say(self, line: str) -> None:
         if self._active:
             print(line, flush=True)
+
+    def _record(self, record: dict) -> None:
+        self._journal.write(record)
+        self._trackers.write(record)
 
     def began(self, controller: ControllerState) -> None:
         """At the start of a run that is not resumed: the widths that the first decision moves."""
@@ -91,7 +97,7 @@ class Progress:
         }
         eta_s = elapsed / steps * (self._num_steps - step)
         self.say(progress_line(record, self._num_steps, eta_s))
-        self._journal.write(record)
+        self._record(record)
         self.flush()
         self._exporter.publish(record)
         self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
@@ -102,7 +108,7 @@ class Progress:
     def evaluated(self, step: int, loss: float, accuracy: float, num_samples: int) -> None:
         if self._active:
             record = {"step": step, "eval_loss": loss, "eval_accuracy_ratio": accuracy}
-            self._journal.write(record)
+            self._record(record)
             self._exporter.publish(record)
             self.say(f"validation after step {step}: {100 * accuracy:.2f} % of {num_samples} samples, loss {loss:.4f}")
 
@@ -121,6 +127,7 @@ class Progress:
     def close(self) -> None:
         if self._active:
             self._journal.close()
+            self._trackers.close()
             self._exporter.close()
 
 

@@ -7,6 +7,8 @@ RUN/metrics.jsonl   one record a logged step (metrics.py)
 RUN/checkpoints/    (checkpoint.py)
 RUN/summary.json    the result; its presence means that the run has finished
 RUN/report.html     the result in pictures (report.py)
+RUN/tensorboard/, RUN/wandb/, RUN/mlflow/    the same curves for these (trackers.py)
+RUN/profile/        where a step's time goes (step_trace.py)
 RUN/evaluations/    what python -m launch.evaluate found, by checkpoint and split
 """
 
@@ -27,6 +29,7 @@ from pipeline.errors import ConfigError
 FREE = frozenset(
     [
         "run_dir",
+        "deepspeed_config",  # nothing that the file may hold changes a result
         "chi.self_check",
         "data.path",  # the data themselves are compared, by their manifest's hash
         "data.cache_dir",
@@ -37,8 +40,12 @@ FREE = frozenset(
         "data.threads",
         "data.timeout_s",
         "metrics.host",
+        "metrics.mlflow",
         "metrics.port",
+        "metrics.tensorboard",
+        "metrics.wandb",
         "train.log_every",
+        "train.profile_steps",
         "train.timeout_s",
     ]
 )
@@ -53,8 +60,8 @@ def flatten(config: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def admit(config: Config) -> dict | None:
-    """Checks that `config` may run in its folder; the summary where the run has finished there already.
+def admit(config: Config, world_size: int) -> dict | None:
+    """Checks that `config` may run in its folder on so many ranks; the summary where it has finished there already.
 
     Raises:
         ConfigError: the folder holds a run of another configuration, or cannot be written.
@@ -75,6 +82,12 @@ def admit(config: Config) -> dict | None:
                     f"{name}={now.get(name)!r}, but the run in {config.run_dir} was started with "
                     f"{before.get(name)!r}; use that value to go on with it, or another --run_dir"
                 )
+    ranks = (_read(folder / "run.json") or {}).get("world_size", world_size)
+    if config.train.sync_bn and ranks != world_size:
+        raise ConfigError(
+            f"train.sync_bn normalises over all ranks, so the run in {config.run_dir} needs the {ranks} that it was "
+            f"started with, not world_size={world_size}; use as many, or another --run_dir"
+        )
     return _read(folder / "summary.json")
 
 

@@ -33,6 +33,7 @@ def train(config: Config, watch: Watch) -> int:
             if code == EXIT_DONE:
                 finish(run)
         finally:
+            run.trace.close()
             run.progress.close()
             run.loader.close()
         leave()
@@ -53,6 +54,7 @@ def loop(run: Run) -> int:
             engine.backward(loss)  # after the last micro-batch it reduces the gradients, and χ rides along
             tap.check()  # no update is made from a gradient that is not finite
             engine.step()
+        run.ema.update(run.step)
         reading = tap.read()  # the same on every rank
         progress = (run.step + 1) / run.num_steps
         evidence = None if reading.skipped else run.spread.evidence(reading.indicators)
@@ -68,6 +70,7 @@ def loop(run: Run) -> int:
         )
         run.neurons.widths.copy_(run.controller.widths)
         run.spread.prepare(run.controller.count)
+        run.trace.step()
         run.step += 1
         stop, bad = reading.signals.tolist()  # in the order of SIGNALS; the one value a step that the host waits for
         if run.loader.too_many_bad(bad, run.step):  # the same on every rank
@@ -96,6 +99,7 @@ def save(run: Run) -> None:
     state = {
         "step": run.step,
         "model": checkpoint.gather(run.engine),
+        "ema": run.ema.gather(),
         "controller": run.controller.to_dict(),
         "neurons": run.neurons.to_dict(),
         "loader": run.loader.state_dict(),
@@ -113,11 +117,14 @@ def evaluation_due(run: Run) -> bool:
 
 
 def validate(run: Run) -> Evaluation:
-    checkpoint.average_buffers(run.engine)
+    """Of the weights that the run evaluates: their moving average, where it keeps one."""
     batches = evaluation_batches(
         run.config.data, rank=run.place.rank, world_size=run.place.world_size, device=run.place.device
     )
-    result = evaluate(run.engine, batches, run.place.device)
+    checkpoint.average_buffers(run.engine)
+    with run.ema.shown():
+        checkpoint.average_buffers(run.engine)  # the average's own
+        result = evaluate(run.engine, batches, run.place.device)
     run.progress.evaluated(run.step, result.loss, result.accuracy, result.num_samples)
     return result
 

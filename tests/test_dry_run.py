@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from launch import pace
 from launch.dry_run import memory, report
 from launch.options import parse
 from pipeline.config import OptimConfig, TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
+from pipeline.metrics import read_journal
 from pipeline.snn import sew_resnet
+from tests import training_runs
 from tests.conftest import ROOT
 
 
@@ -32,6 +36,22 @@ def test_a_dry_run_describes_the_run_and_leaves_nothing(digits, tmp_path):
     network = sew_resnet.build(config.model, num_classes=10, image_size=16)
     assert f"parameters  {sum(p.numel() for p in network.parameters()):,} (10 classes)" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_time_is_of_a_run_of_the_same_kind_or_not_known(straight, digits, tmp_path):
+    words = training_runs.arguments(digits, straight.run_dir)
+    (known,) = [line for line in report(parse(words), 2) if line.startswith("time")]
+    rates = [
+        r["train_images_per_second"] for r in read_journal(straight.run_dir / "metrics.jsonl") if "train_loss" in r
+    ]
+    rate = statistics.median(rates[1:])
+    samples = Manifest.load(digits / "train").num_samples
+    assert known.startswith(f"time        {pace.duration(samples / rate)} an epoch, ")
+    assert f"at {rate:,.0f} images/s: the median of {straight.run_dir}, on 2 ranks of its machine" in known
+    for other in (["--model.T", "5"], ["--run_dir", str(tmp_path / "run")]):
+        (unknown,) = [line for line in report(parse([*words, *other]), 2) if line.startswith("time")]
+        assert unknown.startswith("time        not known: no run of digits beside ")
+    assert (pace.duration(89), pace.duration(5400), pace.duration(200000)) == ("89.0 s", "1.5 h", "2.3 days")
 
 
 def test_without_data_the_steps_are_not_known_and_the_rest_is(tmp_path):

@@ -67,7 +67,7 @@ def test_another_checkpoint_split_number_of_steps_and_size(run, digits, tmp_path
     asked = {"step": 10, "split": "train", "T": 2, "image_size": 8, "precision": "fp32"}
     assert result | asked == result
     assert result["num_samples"] == Manifest.load(digits / "train").num_samples
-    assert "step 10 on" in capsys.readouterr().out
+    assert "step 10, averaged weights, on" in capsys.readouterr().out
     assert not (run / "evaluations").exists(), "what the run's settings did not give is not the run's"
 
 

@@ -10,7 +10,8 @@ from launch.devices import options
 from launch.options import parse
 from launch.recipes import RECIPES
 from pipeline.config import ModelConfig, OptimConfig
-from pipeline.engine import deepspeed_config, learning_rate
+from pipeline.deepspeed_settings import deepspeed_settings
+from pipeline.engine import learning_rate
 from pipeline.snn import sew_resnet
 
 GPUS = {"digits": 8, "cifar10": 4, "tiny_imagenet": 4}
@@ -25,7 +26,7 @@ def test_a_recipe_resolves_and_its_network_builds(name):
     assert config.recipe == name
     assert config.run_dir == f"runs/{name}"
     gpus = GPUS.get(name, 8)
-    settings = deepspeed_config(config, gpus, 1)
+    settings = deepspeed_settings(config, gpus, 1)
     assert settings["train_batch_size"] == gpus * settings["train_micro_batch_size_per_gpu"]
     assert options(name, gpus) == f"--num_gpus {gpus}"
     with torch.device("meta"):

@@ -22,7 +22,11 @@ def arguments(digits: Path, run_dir: Path) -> list[str]:
         "--run_dir": run_dir,
         "--train.epochs": epochs,
         "--train.log_every": 1,
+        "--data.image_size_start": 8,  # the images grow between steps 12 and 13, where the second epoch begins
+        "--data.image_size_ramp": "0,1",
+        "--data.image_size_step": 8,
         "--train.checkpoint_every": 5,
+        "--train.ema_decay": 0.5,
         "--chi.interval": 2,
         "--chi.calibrate": "true",
         "--metrics.port": 0,

@@ -23,6 +23,8 @@ class Windows(NamedTuple):
     """`(n, 2)` int32: height, width."""
     flips: np.ndarray
     """`(n,)` int32: 1 mirrors left and right."""
+    sides: np.ndarray
+    """`(n, 2)` float32: height and width that each part is resized to, as DALI takes them."""
 
 
 def _uniform(*words: int | np.ndarray) -> np.ndarray:
@@ -39,8 +41,9 @@ def random_windows(
     area_min: float,
     aspect: float,
     flip: bool,
+    image_size: int,
 ) -> Windows:
-    """Training windows of samples `(n,)` whose sizes `(n, 2)` are heights and widths."""
+    """Training windows of samples `(n,)` whose sizes `(n, 2)` are heights and widths, to be resized to `image_size`."""
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     draws = _uniform(seed, epochs[:, None], samples[:, None], _CROP, np.arange(4 * TRIES)[None])
     area = height * width * (area_min + (1 - area_min) * draws[:, 0::4])
@@ -55,7 +58,7 @@ def random_windows(
     boxes = np.where(fits.any(1)[:, None], boxes, _largest_central(sizes, aspect)).astype(np.int32)
     flips = (_uniform(seed, epochs, samples, _FLIP) < 0.5) & flip
     anchors, shapes = (np.ascontiguousarray(part) for part in (boxes[:, :2], boxes[:, 2:]))
-    return Windows(anchors, shapes, flips.astype(np.int32))
+    return Windows(anchors, shapes, flips.astype(np.int32), _sides(len(samples), image_size))
 
 
 def _largest_central(sizes: np.ndarray, aspect: float) -> np.ndarray:
@@ -71,4 +74,9 @@ def central_windows(sizes: np.ndarray, *, image_size: int, resize: int) -> Windo
     """Evaluation windows: the central `image_size` square of an image whose shorter side became `resize`."""
     side = np.rint(sizes.min(1) * (image_size / resize)).clip(1).astype(np.int32)
     shapes = np.stack((side, side), axis=1)
-    return Windows(((sizes - shapes) // 2).astype(np.int32), shapes, np.zeros(len(sizes), np.int32))
+    anchors, flips = ((sizes - shapes) // 2).astype(np.int32), np.zeros(len(sizes), np.int32)
+    return Windows(anchors, shapes, flips, _sides(len(sizes), image_size))
+
+
+def _sides(count: int, image_size: int) -> np.ndarray:
+    return np.full((count, 2), image_size, dtype=np.float32)

@@ -25,7 +25,7 @@ class Graph:
     """A built DALI pipeline. It is lost when an image cannot be decoded; another one is then built.
 
     Args:
-        data: image size, threads, images a run (`micro_batch`).
+        data: threads, images a run (`micro_batch`).
         device: where images come out.
         feed: called ahead of `run` for the encoded images and windows of the next batch; `StopIteration` ends it.
     """
@@ -67,13 +67,13 @@ def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list]
         exec_dynamic=True,
     )
     def graph():
-        encoded, anchors, shapes, flips = fn.external_source(
+        encoded, anchors, shapes, flips, sides = fn.external_source(
             source=source,
-            num_outputs=4,
+            num_outputs=5,
             batch=True,
             no_copy=not on_gpu,  # whoever feeds keeps a batch until it came out; a GPU may still be copying then
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
-            ndim=[1, 1, 1, 0],
+            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.FLOAT],
+            ndim=[1, 1, 1, 0, 1],
         )
         images = fn.decoders.image_slice(
             encoded,
@@ -85,7 +85,7 @@ def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list]
             jpeg_fancy_upsampling=True,  # else GPU and CPU decode to different pixels
             hw_decoder_load=data.hw_decoder_load,
         )
-        images = fn.resize(images, size=[data.image_size] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
+        images = fn.resize(images, size=sides, interp_type=types.INTERP_LINEAR, antialias=True)
         return fn.crop_mirror_normalize(
             images, mirror=flips, dtype=types.FLOAT, output_layout="HWC", mean=list(MEAN), std=list(STD)
         )

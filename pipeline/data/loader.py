@@ -17,6 +17,7 @@ from pipeline.data.bad import BadSamples, refuse, too_many
 from pipeline.data.cache import cached_bytes
 from pipeline.data.order import Order
 from pipeline.data.remote import join
+from pipeline.data.resolution import image_size_at
 from pipeline.data.samples import Samples, Taken
 from pipeline.data.shards import Shards
 from pipeline.data.stream import Batch, Request, Stream
@@ -128,6 +129,7 @@ class Loader:
             area_min=self._data.crop_area_min,
             aspect=self._data.crop_aspect,
             flip=self._data.flip,
+            image_size=image_size_at(self._data, step * self._data.global_batch // self._order.num_samples),
         )
         bad = [
             (

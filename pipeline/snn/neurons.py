@@ -53,6 +53,8 @@ class Neuron(nn.Module):
         """Called with the firing rate of each forward pass; waits for the device, so for measurements only."""
         self.probe: Callable[[torch.Tensor], None] | None = None
         """Called with h - v_th (...) of every step, computed beside the layer's own pass; see potential.py."""
+        self.ranks: norm.Ranks | None = None
+        """Those that normalise this layer's input as one batch while they train; see kernels/norm.py."""
         self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
         self._leak: torch.Tensor | None = None
 
@@ -160,6 +162,7 @@ class Neuron(nn.Module):
             shortcut=shortcut,
             tally=self.tally if self.training else None,
             again=again,
+            ranks=self.ranks,
         )
         if self.watch is not None:
             self.watch((out if shortcut is None else out - shortcut).float().mean().item())

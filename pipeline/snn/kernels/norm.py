@@ -8,7 +8,13 @@ The current x stays in fp32 between the two even where y is bf16. The reference 
 keep y alone, which BN would have kept anyway, and compute x and h again in the backward pass. Where y can be
 made again (packing.py) they keep not even that: the statistics are kept, by channel, so that neither they nor the
 counts of spikes are taken twice.
+
+With `Ranks` the mean and variance are those of all ranks' y together: one sum over ranks, of two numbers a channel, in
+the forward pass, and one in the backward pass, since a gradient then flows to every rank's y.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,6 +25,35 @@ from pipeline.snn.kernels.chunked import Chunks, in_chunks
 from pipeline.snn.kernels.packing import Again
 from pipeline.snn.kernels.reference import Rule, Tally
 from pipeline.snn.kernels.twins import Call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """The processes that normalise their batches, all of one size, as if these were one batch."""
+
+    count: int
+    sum: Callable[[torch.Tensor], torch.Tensor]
+    """A tensor's sum over them, on each of them; it may use its argument's memory. All of them call it in turn."""
+
+    def joint(self, mean: torch.Tensor, var: torch.Tensor, sum_: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and biased variance of all batches, (C,) in doubles, from those of this one; `sum_` is over ranks."""
+        mean, var = mean.double(), var.double()
+        mean, square = sum_(torch.stack((mean, var + mean * mean))) / self.count
+        return mean, (square - mean * mean).clamp_min(0)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks, of values forward and of their gradients backward."""
+
+    @staticmethod
+    def forward(ctx, x, ranks: Ranks):
+        ctx.ranks = ranks
+        return ranks.sum(x.clone())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return ctx.ranks.sum(grad.clone()), None
 
 
 def run_reference(
@@ -33,6 +68,7 @@ def run_reference(
     leak: torch.Tensor | None = None,
     shortcut: torch.Tensor | None = None,
     tally: Tally | None = None,
+    ranks: Ranks | None = None,
 ) -> torch.Tensor:
     """The definition, in plain torch.
 
@@ -43,12 +79,14 @@ def run_reference(
         num_steps: T.
         static: y is one step's, the same at every step.
         shortcut: added to the spikes, (T N, C, H, W).
+        ranks: those whose y is normalised as one with this one, in training mode.
 
     Returns:
         (T N, C, H, W) in y's dtype.
     """
     with torch.autocast(y.device.type, enabled=False):
-        x = _normalised(y.to(reference.potential_dtype(y)), bn)
+        y_ = y.to(reference.potential_dtype(y))
+        x = _normalised(y_, bn) if ranks is None or not bn.training else _jointly_normalised(y_, bn, ranks)
         steps = x[None].expand(num_steps, *x.shape) if static else x.unflatten(0, (num_steps, -1))
         spikes, _ = reference.run(steps, rule, width, amplitude, leak=leak, tally=tally)
         out = spikes.flatten(0, 1).to(y.dtype)
@@ -66,6 +104,16 @@ def _normalised(y: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
     return functional.batch_norm(y, bn.running_mean, bn.running_var, weight, bias, bn.training, bn.momentum, bn.eps)
 
 
+def _jointly_normalised(y: torch.Tensor, bn: nn.BatchNorm2d, ranks: Ranks) -> torch.Tensor:
+    """`bn(y)` in training mode, with the statistics of all ranks' y."""
+    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    mean, var = ranks.joint(mean, var, lambda moments: _Sum.apply(moments, ranks))
+    _count_in(bn, mean.detach(), var.detach(), y.numel() // y.shape[1] * ranks.count)
+    scale = bn.weight * (var + bn.eps).rsqrt()
+    scale, shift = (part.to(y.dtype)[:, None, None] for part in (scale, bn.bias - mean * scale))
+    return y * scale + shift
+
+
 class _Fused(torch.autograd.Function):
     """The twins, over rows (T N, H, W, C) of channels-last tensors.
 
@@ -74,8 +122,8 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, bn, call: Call | Chunks, again: Again | None):
-        mean, var = _statistics(y, bn, call)
+    def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, bn, call: Call | Chunks, again, ranks):
+        mean, var = _statistics(y, bn, call, ranks)
         rstd = (var + bn.eps).rsqrt()
         scale = gamma * rstd
         shift = beta - mean * scale
@@ -87,6 +135,7 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(kept, mean, rstd, scale, shift, leak, width, amplitude)
         ctx.call, ctx.train, ctx.shape, ctx.add = call, bn.training, (n, h, w, c), shortcut is not None
         ctx.make = None if again is None else again.make
+        ctx.ranks = ranks
         return out.view(-1, h, w, c).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -100,17 +149,20 @@ class _Fused(torch.autograd.Function):
         grads = grad_out.permute(0, 2, 3, 1)
         grad, _, grad_leak, sums = ctx.call.backward(grads, None, rows, scale, shift, mean, None)
         grad_beta, grad_product = sums[0], sums[1]
-        grad_gamma = grad_product * rstd
+        grad_gamma, grad_shift = grad_product * rstd, grad_beta  # of this rank's loss alone, as any parameter's
         a, b, d = scale, torch.zeros_like(scale), torch.zeros_like(scale)
         if ctx.train:
             # In doubles by channel: the terms nearly cancel in d where a mean is large.
             count = n * h * w
+            if ctx.ranks is not None:
+                grad_beta, grad_product = ctx.ranks.sum(torch.stack((grad_beta, grad_product)).double())
+                count *= ctx.ranks.count
             b64 = -scale.double() * rstd.double().square() * grad_product / count
             b, d = b64.float(), (-scale.double() * grad_beta / count - b64 * mean.double()).float()
         ctx.call.affine(rows, grad, a, b, d)
         grad_y = grad.view(n, h, w, c).permute(0, 3, 1, 2)
         shortcut = grad_out if ctx.add else None
-        return grad_y, grad_gamma.float(), grad_beta.float(), shortcut, grad_leak, None, None, None, None, None
+        return grad_y, grad_gamma.float(), grad_shift.float(), shortcut, grad_leak, *[None] * 6
 
 
 def _rows(y: torch.Tensor, call: Call | Chunks) -> torch.Tensor:
@@ -119,26 +171,35 @@ def _rows(y: torch.Tensor, call: Call | Chunks) -> torch.Tensor:
 
 
 def _statistics(
-    y: torch.Tensor, bn: nn.BatchNorm2d, call: Call | Chunks | type[Call]
+    y: torch.Tensor, bn: nn.BatchNorm2d, call: Call | Chunks | type[Call], ranks: Ranks | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance to normalise with, (C,) fp32; in training the running ones are updated."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
     if not bn.training:
         return bn.running_mean, bn.running_var
-    assert bn.num_batches_tracked is not None
-    assert bn.momentum is not None
-    count = y.numel() // y.shape[1]
+    count = y.numel() // y.shape[1] * (1 if ranks is None else ranks.count)
     if count == 1:
         raise ValueError(
             f"batch normalisation needs more than 1 value per channel when training, got input size {tuple(y.shape)}; "
             "use a larger batch or image"
         )
     mean, var = call.statistics(y)
-    bn.num_batches_tracked.add_(1)
-    bn.running_mean.lerp_(mean, bn.momentum)
-    bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+    if ranks is not None:
+        mean, var = (moment.float() for moment in ranks.joint(mean, var, ranks.sum))
+    _count_in(bn, mean, var, count)
     return mean, var
+
+
+def _count_in(bn: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+    """Moves the running statistics towards those of a batch of `count` values a channel."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    assert bn.num_batches_tracked is not None
+    assert bn.momentum is not None
+    bn.num_batches_tracked.add_(1)
+    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+    bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
 
 
 def run(
@@ -154,6 +215,7 @@ def run(
     shortcut: torch.Tensor | None = None,
     tally: Tally | None = None,
     again: Again | None = None,
+    ranks: Ranks | None = None,
 ) -> torch.Tensor:
     """As `run_reference`, in the fastest form that works here; the choice depends on the shape alone.
 
@@ -169,6 +231,7 @@ def run(
     if shortcut is not None and shortcut.shape != wanted:
         raise ValueError(f"shortcut of shape {tuple(shortcut.shape)} is not allowed; use {wanted}")
     arguments = {"num_steps": num_steps, "static": static, "leak": leak, "shortcut": shortcut, "tally": tally}
+    arguments["ranks"] = ranks
     call_type = twins.choose(y, rule) if _plain(bn) else None
     if call_type is not None:
         call = call_type(
@@ -185,7 +248,7 @@ def run(
         if shortcut is not None:
             shortcut = shortcut.to(y.dtype).contiguous(memory_format=torch.channels_last)
         gamma, beta = bn.weight.float(), bn.bias.float()
-        return _Fused.apply(y, gamma, beta, shortcut, leak, width, amplitude, bn, in_chunks(call), again)
+        return _Fused.apply(y, gamma, beta, shortcut, leak, width, amplitude, bn, in_chunks(call), again, ranks)
     return run_reference(y, bn, rule, width, amplitude, **arguments)
 
 
