@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= digits
-BENCHMARKS := loader shard_writing train_step neuron_bytes chi_overhead
+BENCHMARKS := loader shard_writing train_step neuron_bytes chi_overhead engine
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .PHONY: train test test-faults check bench clean

@@ -97,13 +97,14 @@ def whole_loop(config: Config) -> None:
     """The training loop itself; between two of its steps it waits until it may go on."""
     from pipeline import run_folder, train
     from pipeline.assemble import prepare
+    from pipeline.stops import Watch
 
     run_folder.admit(config)
-    run = prepare(config)
+    run = prepare(config, Watch())
     steps = run.loader.steps
 
-    def gated(first: int, last: int) -> Iterator:
-        batches, count = steps(first, last), wanted()
+    def gated(start: int, stop: int) -> Iterator:
+        batches, count = steps(start, stop), wanted()
         while count:
             began = time.perf_counter()
             for _ in range(count):
