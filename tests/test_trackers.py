@@ -37,7 +37,7 @@ def evaluated(step: int) -> dict:
     return {"step": step, "eval_loss": 0.5, "eval_accuracy_ratio": 0.75}
 
 
-@pytest.mark.parametrize("name", ["tensorboard"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_a_run_that_was_killed_and_goes_on_has_the_journals_curves_and_no_step_twice(name, tmp_path):
     pytest.importorskip(name, reason=f"{name} is not installed: it is an extra")
     journal = [{"step": 0, "decision_log_width": [0.0, 0.0]}, record(1), record(2), evaluated(2), record(3)]
