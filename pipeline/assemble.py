@@ -1,5 +1,6 @@
 """Builds every part of a training run and puts the newest checkpoint into it; train.py is what then goes round."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from pipeline import checkpoint, checkpoint_files, init_from, run_folder
+from pipeline import checkpoint, checkpoint_files, init_from, run_folder, source
 from pipeline.chi.allreduce import SIGNALS, Tap
 from pipeline.chi.calibrate import calibrated_widths
 from pipeline.chi.controller import ControllerState, start, targets_at
@@ -18,6 +19,7 @@ from pipeline.ema import Ema
 from pipeline.engine import Place, build, join, normalise_as_one
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress
+from pipeline.run_folder import flatten
 from pipeline.snn import sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
 from pipeline.step_trace import Trace
@@ -57,12 +59,13 @@ def prepare(config: Config, watch: Watch) -> Run:
         device=place.device,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision],
     )
+    saved = checkpoint_files.load_newest(Path(config.run_dir))
+    agree(config, saved["step"] if saved else 0, loader.manifest.identity, place.device)
     classes = len(loader.manifest.classes)
     model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
-    saved = checkpoint_files.load_newest(Path(config.run_dir))
     if config.init_from and saved is None:
         matched = init_from.load(model, config.init_from)
         if place.rank == 0:
@@ -90,7 +93,6 @@ def prepare(config: Config, watch: Watch) -> Run:
         neurons.widths.copy_(controller.widths)
         neurons.load(saved["neurons"])
         spread.prepare(controller.count)
-    agree(step, config.run_dir, place.device)
     num_samples = loader.manifest.num_samples
     if place.rank == 0:
         run_folder.describe(
@@ -149,13 +151,23 @@ def begin(
     return controller
 
 
-def agree(step: int, run_dir: str, device: torch.device) -> None:
-    """All ranks resume from one step, or none does."""
-    steps = torch.tensor([step, -step], device=device)
-    dist.all_reduce(steps, op=dist.ReduceOp.MAX)
-    newest, oldest = steps[0].item(), -steps[1].item()
-    if newest != oldest:
-        raise ConfigError(
-            f"run_dir={run_dir!r} holds step {newest} on one rank and {oldest} on another; put it on a file system "
-            "that all nodes share"
-        )
+def agree(config: Config, step: int, data_identity: str, device: torch.device) -> None:
+    """All ranks run one program with one configuration on the same data from one step, or none does.
+
+    Raises:
+        ConfigError: on every rank, naming what differs between them.
+    """
+    settings = {name: value for name, value in flatten(config.to_dict()).items() if name not in run_folder.FREE}
+    shared = "put it on a file system that all nodes share"
+    same = {
+        "the program is of different versions; install one on all nodes": source.version(),
+        "the configurations differ; start every node with the same options": repr(sorted(settings.items())),
+        f"data.path={config.data.path!r} holds different data; put the same shards on all nodes": data_identity,
+        f"run_dir={config.run_dir!r} holds checkpoints of different steps; {shared}": step,
+    }
+    digests = [int(hashlib.sha256(str(value).encode()).hexdigest()[:15], 16) for value in same.values()]
+    extremes = torch.tensor([digests, [-digest for digest in digests]], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    for reason, largest, smallest in zip(same, *extremes.tolist(), strict=True):
+        if largest != -smallest:
+            raise ConfigError(f"the ranks do not agree: {reason}")

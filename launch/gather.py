@@ -1,0 +1,291 @@
+"""The nodes meet before their ranks start, at the first start and after every restart.
+
+Node 0 listens on the port that its ranks will use, so nobody can meet it while old ranks are alive, and ranks of two
+different starts never find each other. It speaks first, and answers each node when all are there: to go, or why not.
+
+    node 0 → node k   {"chispike": 1}               then a newline every BEAT_S
+    node k → node 0   {"node": k, "nodes": N, …}    then a newline every BEAT_S
+    node 0 → node k   {"refused": ""}               go; else the reason, and every node ends with it
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launch.place import Place
+from launch.signals import Signals
+from pipeline.errors import ConfigError
+
+BEAT_S = 1.0
+SILENT_S = 5.0
+"""A node that says nothing for so long is not there any more."""
+POLL_S = 0.1
+SHOWN_S = 10.0
+"""A network's file system may show a file that another node wrote only after some seconds."""
+TOLD_EVERY_S = 30.0
+LONGEST_LINE = 4096
+
+
+class MissingNodesError(OSError):
+    """The others were not there in time; the message is one line."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """What a node says of itself."""
+
+    node: int
+    nodes: int
+    slots: int
+    source: str
+    """Of its code, see pipeline/source.py."""
+    host: str
+    token: str
+    """What it wrote into the run's folder, which node 0 must find there."""
+
+
+class _Peer:
+    """One connection, read and written without blocking."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.connection = connection
+        self.hello: Hello | None = None
+        self.came = self.heard = self.beat = time.monotonic()
+        self._buffer = b""
+
+    def lines(self) -> list[dict]:
+        """The messages that have come.
+
+        Raises:
+            OSError: the other side has left, is silent, or does not speak as it should.
+        """
+        now = time.monotonic()
+        with suppress(BlockingIOError):
+            data = self.connection.recv(LONGEST_LINE)
+            if not data:
+                raise ConnectionResetError("closed by the other side")
+            self._buffer, self.heard = self._buffer + data, now
+        if now - self.heard > SILENT_S:
+            raise TimeoutError("silent")
+        if now - self.beat > BEAT_S:
+            self.connection.send(b"\n")
+            self.beat = now
+        *whole, self._buffer = self._buffer.split(b"\n")
+        try:
+            messages = [json.loads(line) for line in whole if line]
+        except ValueError:
+            raise ConnectionError("speaks another language") from None
+        if len(self._buffer) > LONGEST_LINE or not all(isinstance(message, dict) for message in messages):
+            raise ConnectionError("speaks another language")
+        return messages
+
+    def say(self, message: dict) -> None:
+        self.connection.send(json.dumps(message).encode() + b"\n")
+
+
+def gather(
+    place: Place, source: str, folder: Path, seconds: float, signals: Signals, say: Callable[[str], None]
+) -> None:
+    """Returns when every node is here and all agree, or when a signal to stop has come.
+
+    Raises:
+        ConfigError: they do not fit together; every node raises it.
+        MissingNodesError: not all were there within `seconds`.
+    """
+    if place.nodes == 1:
+        _listen(place, seconds, signals).close()
+        return
+    mark = folder / f".node-{place.rank}"
+    hello = Hello(
+        node=place.rank,
+        nodes=place.nodes,
+        slots=place.slots,
+        source=source,
+        host=socket.gethostname(),
+        token=secrets.token_hex(8),
+    )
+    mark.write_text(hello.token)
+    try:
+        if place.rank == 0:
+            _receive(place, hello, folder, seconds, signals, say)
+        else:
+            _visit(place, hello, seconds, signals, say)
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _listen(place: Place, seconds: float, signals: Signals) -> socket.socket:
+    """Node 0's port; ranks that are on their way out may hold it for a moment."""
+    end = time.monotonic() + min(seconds, SILENT_S)
+    while True:
+        try:
+            if socket.has_dualstack_ipv6():
+                return socket.create_server(("", place.port), family=socket.AF_INET6, dualstack_ipv6=True)
+            return socket.create_server(("", place.port))
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"master-port={place.port} cannot be opened ({os.strerror(error.errno or 0)}); use another on "
+                    "every node, or end what holds it"
+                ) from None
+        signals.wait(0.2)
+
+
+def _receive(
+    place: Place, own: Hello, folder: Path, seconds: float, signals: Signals, say: Callable[[str], None]
+) -> None:
+    """Node 0: waits until it has heard every other node, then answers all."""
+    peers: list[_Peer] = []
+    complete = None
+    told, end = time.monotonic(), time.monotonic() + seconds
+    with _listen(place, seconds, signals) as server:
+        server.setblocking(False)
+        try:
+            while not signals.seen:
+                signals.wait(POLL_S)
+                with suppress(BlockingIOError):
+                    while True:
+                        peers.append(_Peer(server.accept()[0]))
+                        peers[-1].say({"chispike": 1})
+                peers = [peer for peer in peers if _heard(peer)]
+                here, unsure = _sorted_out(peers)
+                missing = set(range(1, place.nodes)) - {hello.node for hello in here}
+                reason = why_not(own, here)
+                if not (reason or missing or unsure):
+                    complete = complete or time.monotonic()
+                    reason = _unshared(here, folder)
+                    if reason and time.monotonic() - complete < SHOWN_S:
+                        continue
+                    if not reason:
+                        _answer(peers, "")
+                        return
+                if reason:
+                    _answer(peers, reason)
+                    raise ConfigError(reason)
+                if time.monotonic() > end:
+                    raise MissingNodesError(f"after {seconds:g} s still missing: {_named(missing)}")
+                if time.monotonic() - told > TOLD_EVERY_S:
+                    told = time.monotonic()
+                    say(f"waiting for {_named(missing)}")
+        finally:
+            for peer in peers:
+                peer.connection.close()
+
+
+def _answer(peers: list[_Peer], reason: str) -> None:
+    for peer in peers:
+        with suppress(OSError):
+            peer.say({"refused": reason})
+
+
+def _sorted_out(peers: list[_Peer]) -> tuple[list[Hello], bool]:
+    """What the peers said, and whether one of them has to wait: a node that comes again, after its machine has died,
+    stands beside its own silent connection for a while; a node that was numbered wrongly stands there longer.
+    """
+    here, unsure, nodes = [], False, set()
+    for peer in peers:  # in the order in which they came
+        if peer.hello is None:
+            continue
+        if peer.hello.node in nodes and time.monotonic() - peer.came < SILENT_S + BEAT_S:
+            unsure = True
+            continue
+        nodes.add(peer.hello.node)
+        here.append(peer.hello)
+    return here, unsure
+
+
+def _heard(peer: _Peer) -> bool:
+    """Takes what the peer has said; False where it is not (or no longer) one of us."""
+    try:
+        for message in peer.lines():
+            peer.hello = Hello(**message)
+            if not all(type(getattr(peer.hello, field)) is int for field in ("node", "nodes", "slots")):
+                raise TypeError
+    except (OSError, TypeError):
+        peer.connection.close()
+        return False
+    return True
+
+
+def why_not(own: Hello, others: list[Hello]) -> str:
+    """Why these nodes cannot train together; empty where they can."""
+    hosts = {own.node: own.host}
+    for other in others:
+        for field, what in (("nodes", "--nodes"), ("slots", "--slots"), ("source", "code version")):
+            ours, theirs = getattr(own, field), getattr(other, field)
+            if ours != theirs:
+                return (
+                    f"{what} is {theirs} on node {other.node} ({other.host}) and {ours} on node 0 ({own.host}); start "
+                    "every node with the same"
+                )
+        if other.node in hosts or not 0 < other.node < own.nodes:
+            rival = hosts.get(other.node, "no other")
+            return f"--node-rank {other.node} was given to {other.host} and to {rival}; count the nodes from 0"
+        hosts[other.node] = other.host
+    return ""
+
+
+def _unshared(nodes: list[Hello], folder: Path) -> str:
+    """Names a node that writes into another folder than this one; empty where there is none."""
+    for node in nodes:
+        try:
+            shared = (folder / f".node-{node.node}").read_text() == node.token
+        except OSError:
+            shared = False
+        if not shared:
+            return (
+                f"run_dir={str(folder)!r} is not the same folder on node {node.node} ({node.host}); put it on a file "
+                "system that all nodes share"
+            )
+    return ""
+
+
+def _named(missing: set[int]) -> str:
+    shown = ", ".join(map(str, sorted(missing)[:10])) + (", …" if len(missing) > 10 else "")
+    return f"node {shown}" if len(missing) == 1 else f"{len(missing)} nodes ({shown})"
+
+
+def _visit(place: Place, own: Hello, seconds: float, signals: Signals, say: Callable[[str], None]) -> None:
+    """Another node: looks for node 0 until it has heard its answer."""
+    told, end, reason = time.monotonic(), time.monotonic() + seconds, ""
+    while not signals.seen:
+        try:
+            with socket.create_connection((place.master, place.port), timeout=SILENT_S) as connection:
+                if _answered(_Peer(connection), own, end, signals):
+                    return
+                reason = "it does not answer"
+        except OSError as error:  # a name that does not resolve is one too
+            reason = str(error)
+        where = f"node 0 at {place.master}:{place.port}"
+        if time.monotonic() > end:
+            raise MissingNodesError(f"{where} was not reached within {seconds:g} s ({reason})")
+        if time.monotonic() - told > TOLD_EVERY_S:
+            told = time.monotonic()
+            say(f"waiting for {where} ({reason})")
+        signals.wait(BEAT_S)
+
+
+def _answered(peer: _Peer, own: Hello, end: float, signals: Signals) -> bool:
+    """Whether node 0 has said to go; False where time is up or a signal has come.
+
+    Raises:
+        ConfigError: node 0 refused.
+        OSError: this is not node 0's supervisor (old ranks hold the port, say), or it has left.
+    """
+    while not signals.seen and time.monotonic() < end:
+        signals.wait(POLL_S)
+        for message in peer.lines():
+            if "chispike" in message:
+                peer.say(asdict(own))
+            elif message.get("refused"):
+                raise ConfigError(str(message["refused"]))
+            else:
+                return True
+    return False

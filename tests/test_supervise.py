@@ -1,0 +1,244 @@
+"""The supervisor of one node: where it stands, what it refuses, and that a stop loses nothing."""
+
+import re
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.gather import Hello, why_not
+from launch.place import Place, first_host, resolve
+from launch.supervise import main
+from pipeline.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError
+from tests.conftest import free_port
+from tests.supervised import processes_with, supervise
+from tests.test_training import assert_same_result
+from tests.training_runs import arguments, read_until
+
+NOTHING = {"nodes": None, "rank": None, "master": None, "port": None, "slots": None}
+INDEXED = {"JOB_COMPLETION_INDEX": "1", "CHISPIKE_NODES": "2", "CHISPIKE_MASTER": "train-0.train"}
+JOBSET = {"JOB_COMPLETION_INDEX": "1", "CHISPIKE_NODES": "2", "JOBSET_NAME": "js", "REPLICATED_JOB_NAME": "node"}
+TRAINER = {
+    "PET_NNODES": "2",
+    "PET_NODE_RANK": "1",
+    "PET_MASTER_ADDR": "job-node-0-0.job",
+    "PET_MASTER_PORT": "29400",
+    "PET_NPROC_PER_NODE": "8",
+    "JOB_COMPLETION_INDEX": "1",
+}
+SLURM = {"SLURM_NNODES": "3", "SLURM_NODEID": "2", "SLURM_JOB_NODELIST": "gpu[07-09]", "SLURM_LOCALID": "0"}
+ARGUMENTS = {"nodes": 2, "rank": 1, "master": "a", "port": None, "slots": 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "place"),
+    [
+        ({}, {}, (1, 0, "127.0.0.1", 29500, 0)),
+        (ARGUMENTS, {}, (2, 1, "a", 29500, 4)),
+        ({}, INDEXED, (2, 1, "train-0.train", 29500, 0)),
+        ({}, JOBSET, (2, 1, "js-node-0-0.js", 29500, 0)),
+        ({}, TRAINER, (2, 1, "job-node-0-0.job", 29400, 8)),
+        ({}, {**TRAINER, "PET_NNODES": "2:2", "PET_NPROC_PER_NODE": "auto"}, (2, 1, "job-node-0-0.job", 29400, 0)),
+        ({}, SLURM, (3, 2, "gpu07", 29500, 0)),
+        ({}, {**SLURM, "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "gpu[08-09]"},
+         (2, 1, "gpu08", 29500, 0)),
+        ({}, {"SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "gpu1"}, (1, 0, "127.0.0.1", 29500, 0)),
+        ({"nodes": 1}, SLURM | {"SLURM_NODEID": "0"}, (1, 0, "127.0.0.1", 29500, 0)),
+        ({"master": "b"}, INDEXED, (2, 1, "b", 29500, 0)),
+    ],
+)  # fmt: skip
+def test_the_place_from_every_source(given, environ, place):
+    nodes, rank, master, port, slots = place
+    expected = Place(nodes=nodes, rank=rank, master=master, port=port, slots=slots)
+    assert resolve({**NOTHING, **given}, environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "message"),
+    [
+        ({}, {"JOB_COMPLETION_INDEX": "0"}, "this node's node-rank are known, but not the number of nodes"),
+        ({"master": "a"}, {}, "this node's master are known, but not the number of nodes"),
+        ({"nodes": 2, "master": "a"}, {}, "node-rank is missing for 2 nodes"),
+        ({"nodes": 2, "rank": 1}, {}, "the master is missing for 2 nodes"),
+        ({"nodes": 2, "rank": 2, "master": "a"}, {}, "node-rank among 2 nodes: 2 is not allowed; use 0 to 1"),
+        ({"nodes": 0}, {}, "the number of nodes: 0 is not allowed"),
+        ({"nodes": 1}, {"JOB_COMPLETION_INDEX": "3"}, "node-rank among 1 nodes: '3' is not allowed; use 0"),
+        ({}, {**INDEXED, "CHISPIKE_NODES": "two"}, "the number of nodes: 'two' is not allowed"),
+        ({}, {**TRAINER, "PET_NODE_RANK": "0"}, "JOB_COMPLETION_INDEX=1 contradicts PET_NODE_RANK=0; give --node-rank"),
+        ({}, {**TRAINER, "CHISPIKE_NODES": "4"}, "CHISPIKE_NODES=4 contradicts PET_NNODES=2; give --nodes"),
+        ({}, {**TRAINER, "PET_NNODES": "1:4"}, "PET_NNODES=1:4 is not allowed: a run keeps its number of nodes"),
+        ({}, {**TRAINER, "PET_MASTER_PORT": "0"}, "master-port: '0' is not allowed"),
+        ({}, {**SLURM, "SLURM_LOCALID": "1"}, "use srun --ntasks-per-node=1"),
+        ({}, {**SLURM, "SLURM_JOB_NODELIST": ","}, "the Slurm node list ',' names no node"),
+    ],
+)
+def test_a_contradiction_or_a_missing_part_is_refused_in_one_line(given, environ, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        resolve({**NOTHING, **given}, environ)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[3,7-9],a", "n3"),
+        ("r[01-02]n[003-128]-ib", "r01n003-ib"),
+        ("gpu-1.cluster", "gpu-1.cluster"),
+    ],
+)
+def test_the_first_host_of_a_slurm_list(nodelist, host):
+    assert first_host(nodelist) == host
+
+
+def test_the_hostfile_is_read_by_deepspeed_as_it_is_meant():
+    from deepspeed.launcher.runner import _parse_hostfile
+
+    text = Place(nodes=3, rank=1, master="a", port=1, slots=4).hostfile
+    assert list(_parse_hostfile(text.splitlines()).values()) == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--slots", "1"], "no recipe: put -- and launch/train.py's options at the end"),
+        (["--nods", "2", "--", "--recipe", "digits"], "unrecognized arguments: --nods 2"),
+        (["--max-restarts", "-1", "--", "--recipe", "digits"], "--max-restarts -1 is not allowed; use 0 or more"),
+        (["--grace", "nan", "--", "--recipe", "digits"], "--grace nan is not allowed"),
+        (["--", "--recipe", "digits", "--dry-run"], "--dry-run stands before --"),
+        (["--slots", "2", "--", "--recipe", "digits", "--optim.rl", "1"], "--optim.rl is not an option"),
+        (["--slots", "3", "--", "--recipe", "digits"], "world_size=3"),
+    ],
+)
+def test_a_mistake_ends_with_64_and_one_line(words, message, capsys):
+    assert main(words) == EXIT_USAGE
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
+
+
+def two_nodes(tmp_path: Path, first: list[str], second: list[str]) -> list[tuple[int, str]]:
+    """Exit code and output of two supervisors on this machine, which have different options."""
+    port, train = str(free_port()), ["--", "--recipe", "digits", "--run_dir", str(tmp_path / "run")]
+    nodes = ["--nodes", "2", "--master", "127.0.0.1", "--master-port", port]
+    started = [
+        supervise(*nodes, "--node-rank", "0", *first, *train),
+        supervise(*nodes, "--node-rank", "1", *second, *train),
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+
+
+def test_nodes_that_do_not_fit_together_all_end_with_the_same_line(tmp_path):
+    for code, output in two_nodes(tmp_path, ["--slots", "1"], ["--slots", "2"]):
+        assert code == 64, output
+        line = r"error: --slots is 2 on node 1 \(.+\) and 1 on node 0 \(.+\); start every node with the same\n"
+        assert re.fullmatch(line, output)
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ([{}], ""),
+        ([{"nodes": 4}], "--nodes is 4 on node 1 (b) and 3 on node 0 (a)"),
+        ([{"source": "2"}], "code version is 2 on node 1 (b) and 1 on node 0 (a)"),
+        ([{}, {"host": "c"}], "--node-rank 1 was given to c and to b"),
+        ([{"node": 0}], "--node-rank 0 was given to b and to a"),
+        ([{"node": 3}], "--node-rank 3 was given to b and to no other"),
+    ],
+)
+def test_why_nodes_cannot_train_together(others, reason):
+    own = Hello(node=0, nodes=3, slots=1, source="1", host="a", token="t")
+    assert why_not(own, [replace(own, **{"node": 1, "host": "b", **other}) for other in others]).startswith(reason)
+    if not reason:
+        assert why_not(own, [replace(own, node=2), replace(own, node=1)]) == ""
+
+
+@pytest.mark.faults
+def test_a_run_folder_that_the_nodes_do_not_share_is_refused(tmp_path):
+    port, train = str(free_port()), ["--", "--recipe", "digits", "--run_dir"]
+    nodes = ["--nodes", "2", "--slots", "1", "--master", "127.0.0.1", "--master-port", port]
+    started = [
+        supervise(*nodes, "--node-rank", str(rank), *train, str(tmp_path / folder))
+        for rank, folder in enumerate(("run", "other"))
+    ]
+    for process in started:
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 64, output
+        assert "is not the same folder on node 1" in output
+
+
+def test_nodes_that_never_come_are_named(tmp_path):
+    words = ["--nodes", "3", "--node-rank", "0", "--master", "127.0.0.1", "--master-port", str(free_port())]
+    train = ["--slots", "1", "--resolve-timeout", "0.5", "--", "--recipe", "digits", "--data.global_batch", "96"]
+    process = supervise(*words, *train, "--run_dir", str(tmp_path / "run"))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 70
+    assert output == "node 0: after 0.5 s still missing: 2 nodes (1, 2)\n"
+
+
+def test_a_master_that_does_not_resolve_is_named(tmp_path):
+    words = ["--nodes", "2", "--node-rank", "1", "--master", "node-0.invalid", "--slots", "1", "--resolve-timeout", "0"]
+    process = supervise(*words, "--", "--recipe", "digits", "--run_dir", str(tmp_path / "run"))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 70
+    assert re.fullmatch(r"node 1: node 0 at node-0.invalid:29500 was not reached within 0 s \(.+\)\n", output)
+
+
+def test_a_stop_while_it_waits_for_other_nodes(tmp_path):
+    """Garbage on the port meanwhile does it no harm."""
+    port = free_port()
+    words = ["--nodes", "2", "--node-rank", "0", "--master", "127.0.0.1", "--master-port", str(port), "--slots", "1"]
+    process = supervise(*words, "--", "--recipe", "digits", "--run_dir", str(tmp_path / "run"))
+    mark = tmp_path / "run" / ".node-0"
+    while not mark.exists():
+        assert process.poll() is None
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\x00\xff" * 5000, b'{"node": "1"}\n', b'{"node": 1}\n[]\n', b""):
+        speaking = connected(port)
+        speaking.sendall(garbage)
+        speaking.close()
+    with connected(port) as one_more:
+        assert one_more.recv(100) == b'{"chispike": 1}\n'
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, output
+    assert "stopped on request before the ranks were started" in output
+    assert not mark.exists()
+
+
+def connected(port: int) -> socket.socket:
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=10)
+        except ConnectionRefusedError:  # it has written its mark and is about to listen
+            continue
+
+
+def test_a_port_that_is_taken_is_refused(tmp_path):
+    with socket.create_server(("", 0)) as holder:
+        port = holder.getsockname()[1]
+        words = ["--slots", "2", "--master-port", str(port), "--resolve-timeout", "0", "--", "--recipe", "digits"]
+        process = supervise(*words, "--run_dir", str(tmp_path / "run"))
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 64
+    assert f"error: master-port={port} cannot be opened (Address already in use)" in output
+
+
+def test_sigterm_saves_and_the_next_start_finishes_as_if_nothing_had_been(digits, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["--slots", "2", "--master-port", str(free_port()), "--", *arguments(digits, run_dir)]
+    process = supervise(*words)
+    read_until(process, r"^step +6/")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, output
+    assert "stopped on request after step" in output
+    assert processes_with(str(run_dir)) == []
+    again = supervise(*words)
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == EXIT_DONE, output
+    assert_same_result(run_dir, straight)
