@@ -99,7 +99,7 @@ def whole_loop(config: Config) -> None:
     from pipeline.assemble import prepare
     from pipeline.stops import Watch
 
-    run_folder.admit(config)
+    run_folder.admit(config, int(os.environ.get("WORLD_SIZE", "1")))
     run = prepare(config, Watch())
     steps = run.loader.steps
 
