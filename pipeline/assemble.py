@@ -1,5 +1,6 @@
 """Builds every part of a training run and puts the newest checkpoint into it; train.py is what then goes round."""
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,8 @@ def prepare(config: Config, watch: Watch) -> Run:
         progress.began(controller)
     else:
         progress.say(f"resumed from the checkpoint after step {step}")
+    if config.train.ema_decay:
+        progress.say("evaluations are of the weights' moving average")
     watch.on_request(lambda: tap.signals.__setitem__(STOP, 1))  # all ranks hear of it with the next all-reduce
     return Run(
         config=config,
@@ -141,7 +144,9 @@ def begin(
     """The controller of a run that is not resumed; where it is calibrated, all ranks look at the same images."""
     if not config.chi.calibrate:
         return controller
-    batches = evaluation_batches(config.data, rank=0, world_size=1, device=place.device, split="train")
+    small = {"image_size": config.data.smallest_image, "image_size_start": 0, "image_size_ramp": ()}
+    data = dataclasses.replace(config.data, **small)  # as the first steps will see them
+    batches = evaluation_batches(data, rank=0, world_size=1, device=place.device, split="train")
     images = next(batches).images
     batches.close()
     widths = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, len(neurons.names)))
