@@ -7,13 +7,12 @@ one line, not a traceback from each rank.
 import logging
 import os
 import signal
-import socket
 import sys
 import traceback
 from pathlib import Path
 
 from launch.options import command
-from pipeline import run_folder, run_lock, trackers
+from pipeline import exporter, run_folder, run_lock, trackers
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.deepspeed_settings import deepspeed_settings
@@ -75,15 +74,11 @@ def preflight(config: Config) -> dict | None:
 
 
 def check_port(config: Config) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.metrics.host, config.metrics.port))
-        except OSError as error:
-            raise ConfigError(
-                f"metrics.port={config.metrics.port} on {config.metrics.host} cannot be opened ({error.strerror}); "
-                "use another, or 0 for a free one"
-            ) from None
+    """Of the metrics, which a supervisor serves where there is one."""
+    if not os.environ.get(exporter.FOLDER_VARIABLE):
+        exporter.listen(config.metrics.host, config.metrics.port).close()
+        if tls := exporter.tls_of(config.metrics):
+            tls.context()
 
 
 def refuse(error: ConfigError | DataError | LostRankError | NonFiniteError, rank: int) -> int:

@@ -1,6 +1,5 @@
 """Builds every part of a training run and puts the newest checkpoint into it; train.py is what then goes round."""
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.ema import Ema
 from pipeline.engine import Place, build, join, normalise_as_one
 from pipeline.errors import ConfigError
 from pipeline.progress import Progress
+from pipeline.rank_metrics import RankMetrics
 from pipeline.run_folder import flatten
 from pipeline.snn import sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
@@ -104,21 +104,28 @@ def prepare(config: Config, watch: Watch) -> Run:
             num_parameters=num_parameters,
             world_size=place.world_size,
         )
+    exporter = RankMetrics(
+        config,
+        rank=place.rank,
+        local_rank=place.local_rank,
+        world_size=place.world_size,
+        layers=neurons.names,
+        num_steps=config.num_steps(num_samples),
+        identity=loader.manifest.identity,
+    )
     progress = Progress(
         config,
         rank=place.rank,
         num_steps=config.num_steps(num_samples),
         step=step,
         layers=neurons.names,
-        identity=loader.manifest.identity,
+        exporter=exporter,
     )
     if step == 0:
         controller = begin(config, engine, neurons, controller, place)
         progress.began(controller)
     else:
         progress.say(f"resumed from the checkpoint after step {step}")
-    if config.train.ema_decay:
-        progress.say("evaluations are of the weights' moving average")
     watch.on_request(lambda: tap.signals.__setitem__(STOP, 1))  # all ranks hear of it with the next all-reduce
     return Run(
         config=config,
@@ -144,9 +151,7 @@ def begin(
     """The controller of a run that is not resumed; where it is calibrated, all ranks look at the same images."""
     if not config.chi.calibrate:
         return controller
-    small = {"image_size": config.data.smallest_image, "image_size_start": 0, "image_size_ramp": ()}
-    data = dataclasses.replace(config.data, **small)  # as the first steps will see them
-    batches = evaluation_batches(data, rank=0, world_size=1, device=place.device, split="train")
+    batches = evaluation_batches(config.data, rank=0, world_size=1, device=place.device, split="train")
     images = next(batches).images
     batches.close()
     widths = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, len(neurons.names)))

@@ -223,7 +223,12 @@ class MetricsConfig:
     """TCP port where rank 0 serves metrics for Prometheus while it trains; 0 takes a free one."""
     host: str = "127.0.0.1"
     """Address that the port is opened on; 0.0.0.0 lets other machines read it."""
-
+    tls_cert: str = ""
+    """Certificate, a PEM file, to serve https with; empty serves http."""
+    tls_key: str = ""
+    """Its private key, a PEM file."""
+    tls_client_ca: str = ""
+    """Certificates, a PEM file, of which one must have signed a client's own; empty serves every client."""
     tensorboard: bool = False
     """Write the curves for TensorBoard too, into RUN/tensorboard; needs the extra tensorboard."""
     wandb: bool = False
@@ -233,6 +238,10 @@ class MetricsConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
+        both = bool(self.tls_cert) == bool(self.tls_key)
+        require(both, "metrics.tls_key", self.tls_key, "a file together with metrics.tls_cert, and none without it")
+        need = "a file only together with metrics.tls_cert"
+        require(bool(self.tls_cert) or not self.tls_client_ca, "metrics.tls_client_ca", self.tls_client_ca, need)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -187,6 +187,11 @@ def normalise_as_one(neurons: NeuronState, world_size: int) -> None:
             neuron.ranks = Ranks(count=world_size, sum=over_ranks)
 
 
+def loss_scale(engine) -> float | None:
+    """The scale of the next fp16 loss; None in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
 def learning_rate(config: Config, step: int, num_samples: int) -> float:
     """The rate of step `step`, from 0; a function of the position alone, so a resumed run continues it exactly.
 

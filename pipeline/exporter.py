@@ -12,6 +12,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from http import HTTPStatus
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from pipeline.config import MetricsConfig
 from pipeline.errors import ConfigError
 from pipeline.snapshots import Families, snapshot_files
 
@@ -32,6 +34,8 @@ MAX_PER_SECOND = 50
 TIMEOUT_S = 5.0
 """For a whole connection, TLS handshake and answer included."""
 MAX_REQUEST_BYTES = 16384
+MAX_INTERVAL_S = 60.0
+"""Between two scrapes of a Prometheus that is waited for."""
 
 
 class Tls(NamedTuple):
@@ -56,6 +60,10 @@ class Tls(NamedTuple):
                 "together and can be read"
             ) from None
         return context
+
+
+def tls_of(metrics: MetricsConfig) -> Tls | None:
+    return Tls(metrics.tls_cert, metrics.tls_key, metrics.tls_client_ca) if metrics.tls_cert else None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -110,6 +118,8 @@ class NodeServer:
         self._families = Families(folder)
         self._state: list | None = None
         self._text = b""
+        self._scrapes: list[float] = []  # when the last two were
+        self._scraped = threading.Event()
         self._context = tls.context() if tls else None
         self._socket = listen(host, port)
         self._socket.setblocking(False)
@@ -120,6 +130,14 @@ class NodeServer:
         self._accepting = self._loop.create_task(self._accept())
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
+
+    def linger(self) -> None:
+        """Where Prometheus comes regularly, waits until it has seen what is written now: that the run has finished."""
+        if len(self._scrapes) == 2:
+            before, last = self._scrapes
+            if time.monotonic() - last < 2 * (last - before) < 2 * MAX_INTERVAL_S:
+                self._scraped.clear()
+                self._scraped.wait(last - before + TIMEOUT_S)
 
     def close(self) -> None:
         """Ends the thread and every connection. Twice does no harm."""
@@ -203,6 +221,8 @@ class NodeServer:
         state = [(path.name, status.st_ino, status.st_mtime_ns) for path, status in snapshot_files(self.folder)]
         if state != self._state:
             self._state, self._text = state, generate_latest(self._families)
+        self._scrapes = [*self._scrapes[-1:], time.monotonic()]
+        self._scraped.set()
         return self._text
 
 

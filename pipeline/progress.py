@@ -11,27 +11,30 @@ from pipeline.chi.controller import ControllerState, starved
 from pipeline.chi.guards import record_of
 from pipeline.chi.policies import Evidence
 from pipeline.config import Config
-from pipeline.metrics import Exporter, Journal, layer_labels, progress_line, read_journal
+from pipeline.data.loader import Figures
+from pipeline.metrics import Journal, layer_labels, progress_line, read_journal
+from pipeline.rank_metrics import RankMetrics
 from pipeline.trackers import Trackers
 
 
 class Progress:
-    """Rank 0's console, journal and metrics port. On other ranks every call does nothing."""
+    """Rank 0's console and journal, and every rank's metrics for Prometheus."""
 
-    def __init__(self, config: Config, *, rank: int, num_steps: int, step: int, layers: Sequence[str], identity: str):
+    def __init__(
+        self, config: Config, *, rank: int, num_steps: int, step: int, layers: Sequence[str], exporter: RankMetrics
+    ) -> None:
         self._active = rank == 0
         self._config, self._num_steps, self._layers = config, num_steps, layers
         self._logged_step, self._logged_at = step, time.monotonic()
-        self._wait_s = 0.0
+        self._wait_s = self._aside_s = 0.0
+        self._exporter = exporter
         self._decisions: list[tuple[int, Evidence, Tensor, float]] = []
         self._below = [False] * len(layers)
         if self._active:
             run_dir = Path(config.run_dir)
             self._journal = Journal(run_dir / "metrics.jsonl", step)
             self._trackers = Trackers(config, layers, read_journal(run_dir / "metrics.jsonl"))
-            info = {"recipe": config.recipe, "run": run_dir.name, "data": identity[:12]}
-            self._exporter = Exporter(config.metrics.host, config.metrics.port, layers, info)
-            self.say(f"metrics at {self._exporter.address}")
+            self.say(f"metrics at {exporter.where}")
 
     def say(self, line: str) -> None:
         if self._active:
@@ -65,16 +68,45 @@ class Progress:
         self._decisions.clear()
 
     def step(
-        self, step: int, reading: Reading, *, widths, targets: list[float], learning_rate: float, wait_s: float
+        self,
+        step: int,
+        reading: Reading,
+        *,
+        widths,
+        targets: list[float],
+        learning_rate: float,
+        loss_scale: float | None,
+        data: Figures,
     ) -> None:
         """After each step; on every `log_every`-th it reads the step's tensors, the one time the host waits."""
         if self._active and reading.skipped:
             self.say(f"step {step} skipped: the fp16 gradient overflowed, so the loss scale was lowered")
             self._exporter.count(train_overflow_steps=1)
-        if not self._active or (step % self._config.train.log_every and step != self._num_steps):
+        if step % self._config.train.log_every and step != self._num_steps:
             return
         now = time.monotonic()
         elapsed, steps = now - self._logged_at, step - self._logged_step
+        if self._active:
+            self._log(step, reading, widths, targets, learning_rate, loss_scale, data, elapsed / steps)
+            self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
+        self._exporter.pace(steps, elapsed, self._aside_s, data)
+        self._exporter.publish({"train_last_step_timestamp_seconds": time.time()})
+        self._exporter.write()
+        self._logged_at, self._logged_step, self._wait_s, self._aside_s = now, step, data.wait_s, 0.0
+
+    def _log(
+        self,
+        step: int,
+        reading: Reading,
+        widths,
+        targets: list[float],
+        learning_rate: float,
+        loss_scale: float | None,
+        data: Figures,
+        step_s: float,
+    ) -> None:
+        """Rank 0's record of a step; `step_s` seconds went by for each step since the last."""
+        steps = step - self._logged_step
         layers = reading.indicators.to_lists()
         held = self._config.chi.policy == "chi" and self._config.chi.indicator == "coverage"
         record = {
@@ -84,8 +116,8 @@ class Progress:
             "train_accuracy_ratio": reading.correct.item() / self._config.data.global_batch,
             "train_learning_rate": learning_rate,
             "train_grad_norm": reading.indicators.grad_norm.square().sum().sqrt().item(),
-            "train_images_per_second": steps * self._config.data.global_batch / elapsed,
-            "data_wait_ratio": (wait_s - self._wait_s) / elapsed,
+            "train_images_per_second": self._config.data.global_batch / step_s,
+            "data_wait_ratio": (data.wait_s - self._wait_s) / (steps * step_s),
             "network_chi": reading.indicators.network_chi.item(),
             "layer_chi": layers["chi"],
             "layer_participation_ratio": layers["participation"],
@@ -95,40 +127,44 @@ class Progress:
             "layer_firing_rate_ratio": layers["firing_rate"],
             "layer_gradient_norm": layers["grad_norm"],
         }
-        eta_s = elapsed / steps * (self._num_steps - step)
-        self.say(progress_line(record, self._num_steps, eta_s))
+        self.say(progress_line(record, self._num_steps, eta_s=step_s * (self._num_steps - step)))
         self._record(record)
         self.flush()
-        self._exporter.publish(record)
-        self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
-        self._exporter.add_phase("data_wait", wait_s - self._wait_s)
-        self._exporter.add_phase("compute", elapsed - (wait_s - self._wait_s))
-        self._logged_at, self._logged_step, self._wait_s = now, step, wait_s
+        self._exporter.publish({**record, "train_step": step})
+        if loss_scale is not None:
+            self._exporter.publish({"train_loss_scale": loss_scale})
 
-    def evaluated(self, step: int, loss: float, accuracy: float, num_samples: int) -> None:
+    def evaluated(self, step: int, loss: float, accuracy: float, num_samples: int, seconds: float) -> None:
+        self._aside("evaluation", seconds)
         if self._active:
             record = {"step": step, "eval_loss": loss, "eval_accuracy_ratio": accuracy}
             self._record(record)
             self._exporter.publish(record)
             self.say(f"validation after step {step}: {100 * accuracy:.2f} % of {num_samples} samples, loss {loss:.4f}")
+        self._exporter.write()
 
     def saved(self, step: int, seconds: float) -> None:
+        self._aside("checkpoint", seconds)
         if self._active:
             self._exporter.publish(
                 {"checkpoint_duration_seconds": seconds, "checkpoint_last_success_timestamp_seconds": time.time()}
             )
-            self._exporter.count(checkpoint_saves=1)
-            self._exporter.add_phase("checkpoint", seconds)
+            self._exporter.count_save("success")
+        self._exporter.write()
+
+    def _aside(self, phase: str, seconds: float) -> None:
+        """Time that is not the steps' own."""
+        self._aside_s += seconds
+        self._exporter.add_phase(phase, seconds)
 
     def finish(self) -> None:
-        if self._active:
-            self._exporter.publish({"run_finished": 1})
+        self._exporter.finish()
 
     def close(self) -> None:
         if self._active:
             self._journal.close()
             self._trackers.close()
-            self._exporter.close()
+        self._exporter.close()
 
 
 def summary_table(layers: Sequence[str], record: dict) -> str:

@@ -7,6 +7,7 @@ standard library.
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -31,15 +32,18 @@ class Snapshot:
     def __init__(self, folder: Path, source: str, **labels: str) -> None:
         self._path, self._labels = folder / f"{source}.json", labels
         self._values: dict[str, dict[tuple[str, ...], float]] = {}
-        self._warned = False
+        self._warned = self._written = False
+        self._lock = threading.Lock()  # a checkpoint may be written, and counted, beside the loop
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        self._values.setdefault(name, {})[self._key(name, labels)] = value
+        with self._lock:
+            self._values.setdefault(name, {})[self._key(name, labels)] = value
 
     def add(self, name: str, increment: float = 1.0, **labels: str) -> None:
         """Adds to a counter, which begins at 0; at least 0. An increment of 0 makes the series known."""
-        series, key = self._values.setdefault(name, {}), self._key(name, labels)
-        series[key] = series.get(key, 0.0) + max(0.0, increment)
+        with self._lock:
+            series, key = self._values.setdefault(name, {}), self._key(name, labels)
+            series[key] = series.get(key, 0.0) + max(0.0, increment)
 
     def _key(self, name: str, labels: dict[str, str]) -> tuple[str, ...]:
         labels = self._labels | labels
@@ -47,15 +51,18 @@ class Snapshot:
 
     def write(self) -> None:
         """Replaces the file at once. Metrics never end a run: what cannot be written is said once, and left."""
-        values = {name: [[*key, value] for key, value in series.items()] for name, series in self._values.items()}
         temporary = self._path.with_suffix(".tmp")
-        try:
-            temporary.write_text(json.dumps(values))
-            os.replace(temporary, self._path)
-        except OSError as error:
-            if not self._warned:
-                log.warning("%s cannot be written (%s); the metrics stand still", self._path, error.strerror)
-            self._warned = True
+        with self._lock:
+            values = {name: [[*key, value] for key, value in series.items()] for name, series in self._values.items()}
+            try:
+                temporary.write_text(json.dumps(values))
+                os.replace(temporary, self._path)
+                self._written = True
+            except OSError as error:
+                left = self._written and isinstance(error, FileNotFoundError)  # who served has ended, as the run does
+                if not self._warned and not left:
+                    log.warning("%s cannot be written (%s); the metrics stand still", self._path, error.strerror)
+                self._warned = True
 
 
 class Families(Collector):

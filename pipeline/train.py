@@ -14,7 +14,7 @@ from pipeline.chi.allreduce import SIGNALS
 from pipeline.chi.controller import steer, targets_at
 from pipeline.config import Config
 from pipeline.data.loader import evaluation_batches
-from pipeline.engine import answered, learning_rate, leave, set_learning_rate
+from pipeline.engine import answered, learning_rate, leave, loss_scale, set_learning_rate
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.progress import summary_table
@@ -66,7 +66,8 @@ def loop(run: Run) -> int:
             widths=run.neurons.widths,
             targets=targets_at(config.chi, progress, len(run.neurons.names)),
             learning_rate=rate,
-            wait_s=run.loader.wait_s,
+            loss_scale=loss_scale(engine),
+            data=run.loader.figures(),
         )
         run.neurons.widths.copy_(run.controller.widths)
         run.spread.prepare(run.controller.count)
@@ -118,6 +119,7 @@ def evaluation_due(run: Run) -> bool:
 
 def validate(run: Run) -> Evaluation:
     """Of the weights that the run evaluates: their moving average, where it keeps one."""
+    began = time.monotonic()
     batches = evaluation_batches(
         run.config.data, rank=run.place.rank, world_size=run.place.world_size, device=run.place.device
     )
@@ -125,7 +127,7 @@ def validate(run: Run) -> Evaluation:
     with run.ema.shown():
         checkpoint.average_buffers(run.engine)  # the average's own
         result = evaluate(run.engine, batches, run.place.device)
-    run.progress.evaluated(run.step, result.loss, result.accuracy, result.num_samples)
+    run.progress.evaluated(run.step, result.loss, result.accuracy, result.num_samples, time.monotonic() - began)
     return result
 
 

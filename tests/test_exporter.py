@@ -5,10 +5,12 @@ import errno
 import ipaddress
 import os
 import select
+import shutil
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -232,6 +234,15 @@ def test_a_folder_that_cannot_be_written_is_named_once_and_ends_nothing(tmp_path
     assert (tmp_path / "gone/rank-0.json").exists()
 
 
+def test_a_folder_that_goes_with_whoever_served_it_is_not_complained_of(tmp_path, caplog):
+    snapshot = Snapshot(tmp_path / "served", "rank-1", run="r", rank="1")
+    (tmp_path / "served").mkdir()
+    snapshot.write()
+    shutil.rmtree(tmp_path / "served")
+    snapshot.write()
+    assert caplog.text == ""
+
+
 def test_a_full_disk_keeps_the_snapshot_before(tmp_path, caplog):
     """Every write to /dev/full ends with ENOSPC."""
     snapshot = Snapshot(tmp_path, "rank-0", run="r", rank="0")
@@ -243,6 +254,21 @@ def test_a_full_disk_keeps_the_snapshot_before(tmp_path, caplog):
     snapshot.write()
     assert os.strerror(errno.ENOSPC) in caplog.text
     assert (tmp_path / "rank-0.json").read_text() == before
+
+
+def test_only_a_prometheus_that_comes_regularly_is_waited_for(server, monkeypatch):
+    monkeypatch.setattr(exporter, "TIMEOUT_S", 1000.0)
+    server.linger()
+    get(server)
+    server.linger()  # a single look is no rhythm
+    get(server)
+    waiting = threading.Thread(target=server.linger, daemon=True)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    get(server)
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_a_port_that_is_taken_is_named(server, tmp_path):

@@ -32,7 +32,9 @@ ALLOWED = {
     "pipeline.metrics": CONFIG,
     "pipeline.metric_table": set(),
     "pipeline.snapshots": {"pipeline.metric_table"},
-    "pipeline.exporter": BASE | {"pipeline.snapshots"},
+    "pipeline.exporter": CONFIG | {"pipeline.snapshots"},
+    "pipeline.rank_metrics": CONFIG
+    | {"pipeline.data", "pipeline.exporter", "pipeline.metric_table", "pipeline.metrics", "pipeline.snapshots"},
     "pipeline.run_folder": CONFIG,
     "pipeline.source": set(),
     "pipeline.trained": CONFIG | {"pipeline.checkpoint_files", "pipeline.snn"},
@@ -40,7 +42,8 @@ ALLOWED = {
     "pipeline.page": set(),
     "pipeline.comparison": CONFIG | {"pipeline.metrics", "pipeline.page", "pipeline.run_folder"},
     "pipeline.report": CONFIG | {"pipeline.chi", "pipeline.comparison", "pipeline.metrics", "pipeline.page"},
-    "pipeline.progress": CONFIG | {"pipeline.chi", "pipeline.metrics", "pipeline.trackers"},
+    "pipeline.progress": CONFIG
+    | {"pipeline.chi", "pipeline.data", "pipeline.metrics", "pipeline.rank_metrics", "pipeline.trackers"},
     "pipeline.run_lock": BASE,
     "pipeline.stops": BASE,
     "pipeline.step_trace": set(),

@@ -19,9 +19,13 @@ class BadSamples:
         self.count = 0
         """Places of the stream that were given to a stand-in: a bad sample counts again in every epoch."""
 
+        self.by_reason: Counter[str] = Counter()
+        """Places that this process gave to a stand-in."""
+
     def met(self, name: str, reason: str, *, instead: str) -> None:
         """Counts a bad sample where its batch is used, so that the count does not depend on what is read ahead."""
         self.count += 1
+        self.by_reason[reason] += 1
         if name not in self.reasons:
             self.reasons[name] = reason
             log.warning("bad sample %s: %s; %s", name, reason, instead)

@@ -7,6 +7,7 @@ import atexit
 import logging
 from collections.abc import Generator, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,17 @@ from pipeline.errors import ConfigError
 __all__ = ["Batch", "Loader", "evaluation_batches"]
 
 log = logging.getLogger(__name__)
+
+
+class Figures(NamedTuple):
+    """How one rank's loading goes, since its start."""
+
+    wait_s: float
+    queue_depth: int
+    """Decoded micro-batches that wait for their step."""
+    bytes_read: int
+    bad: dict[str, int]
+    """Samples replaced, by reason."""
 
 
 class Loader:
@@ -86,6 +98,9 @@ class Loader:
     def step(self) -> int:
         """Steps whose batches were all handed out; of a loaded state, where to go on."""
         return self._step
+
+    def figures(self) -> Figures:
+        return Figures(self.wait_s, self._stream.queue_depth, self._shards.bytes_read, dict(self.bad.by_reason))
 
     def steps(self, start: int, stop: int) -> Iterator[Iterator[Batch]]:
         """The micro-batches of each optimizer step in [start, stop), read and decoded ahead of use.

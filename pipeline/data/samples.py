@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 
 MAX_ATTEMPTS = 1000
 
-UNREADABLE, TRUNCATED, UNDECODABLE, LABEL = "unreadable", "truncated", "undecodable", "label out of range"
+REASONS = UNREADABLE, TRUNCATED, UNDECODABLE, LABEL = "unreadable", "truncated", "undecodable", "label out of range"
 
 
 class Taken(NamedTuple):

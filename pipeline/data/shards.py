@@ -59,6 +59,8 @@ class Shards:
         sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._starts = self._ends - np.asarray(sizes, dtype=np.int64)
+        self.bytes_read = 0
+        """Of samples, by this process."""
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._max_open = max_open(2 if self._cache is not None else 1)  # the tar, and a cached shard's lock
 
@@ -90,6 +92,7 @@ class Shards:
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """`length` bytes of a shard's tar from `offset`; `OSError` if they cannot be read or are not there."""
         content = os.pread(self._opened(shard).descriptor, length, offset)
+        self.bytes_read += len(content)
         if len(content) != length:
             raise EOFError(f"{self.manifest.shards[shard].tar} ends before byte {offset + length}")
         return content

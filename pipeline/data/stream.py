@@ -82,6 +82,11 @@ class Stream:
         self.wait_s = 0.0
         """Seconds in which no finished batch was there for whoever asked."""
 
+    @property
+    def queue_depth(self) -> int:
+        """Finished batches that wait to be asked for."""
+        return self._decoder.depth if self._decoder is not None else 0
+
     def run(self, indices: Sequence[int]) -> Iterator[Batch]:
         """The batches of `indices`, in order. One run at a time: a new one ends the one before."""
         if self._decoder is not None:
@@ -138,6 +143,10 @@ class _Decoder:
         if isinstance(item, BaseException):
             raise item
         return item
+
+    @property
+    def depth(self) -> int:
+        return self._done.qsize()
 
     def make_room(self) -> None:
         """Lets the decoder go on, after each `next`."""
