@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= digits
-BENCHMARKS := loader shard_writing train_step neuron_bytes chi_overhead engine
+MONITOR_PORT ?= 9095
+BENCHMARKS := loader shard_writing train_step neuron_bytes chi_overhead engine scrape
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test test-faults check bench clean
+.PHONY: train test test-faults check monitor bench clean
 
 train: $(VENV)/installed data/digits/val/manifest.json ## train the digits, from shards to report
 	$(BIN)/deepspeed $$($(BIN)/python -m launch.devices $(RECIPE)) launch/train.py --recipe $(RECIPE)
@@ -24,6 +25,13 @@ check: $(VENV)/installed-dev ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+monitor: ## Prometheus, with our rules, on a training of this machine
+	@command -v prometheus >/dev/null || { echo "there is no Prometheus; run: sudo apt install prometheus" >&2; exit 1; }
+	@echo "reads the training at 127.0.0.1:9464 (make train); look at http://127.0.0.1:$(MONITOR_PORT)/graph and /classic/alerts"
+	@mkdir -p build/prometheus
+	prometheus --config.file=k8s/monitoring/prometheus.yml --storage.tsdb.path=build/prometheus \
+		--web.listen-address=127.0.0.1:$(MONITOR_PORT) --log.level=warn
 
 bench: $(VENV)/installed-dev ## the quick form of all benchmarks
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done

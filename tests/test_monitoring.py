@@ -1,0 +1,204 @@
+"""Rules and dashboards: what they name exists, alerts fire where they should, every panel has data of a real run."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.metric_table import METRICS
+from tests.conftest import ROOT, free_port, kill, start
+from tests.training_runs import arguments
+
+MONITORING = ROOT / "k8s/monitoring"
+RULES = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"][0]["rules"]
+CONDITIONAL = {
+    "train_loss_scale": "train.precision fp16",
+    "run_restarts": "launch/supervise.py",
+}
+"""Metrics that the run below lacks, and what they need."""
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("dashboards", MONITORING / "dashboards.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def dashboards() -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in (MONITORING / "grafana/dashboards").glob("*.json")}
+
+
+def queries(dashboard: dict) -> list[tuple[str, str]]:
+    """Title and expression of every query."""
+    return [(panel["title"], target["expr"]) for panel in dashboard["panels"] for target in panel["targets"]]
+
+
+def unknown_metrics(expression: str) -> set[str]:
+    """What an expression reads that neither the code nor a recording rule makes."""
+    recorded = {rule["record"] for rule in RULES if "record" in rule}
+    known = {f"snn_{name}{'_total' * (metric.kind == 'counter')}" for name, metric in METRICS.items()}
+    return set(re.findall(r"\b(?:\w+:)?snn_\w+(?::\w+)?", expression)) - known - recorded
+
+
+def test_dashboards_and_rules_name_only_metrics_that_exist():
+    assert unknown_metrics("rate(snn_train_step_total[5m]) + run:snn_nothing:rate5m") == {
+        "snn_train_step_total",
+        "run:snn_nothing:rate5m",
+    }
+    shown = [expression for dashboard in dashboards().values() for _, expression in queries(dashboard)]
+    for expression in [*shown, *(rule["expr"] for rule in RULES)]:
+        assert not unknown_metrics(expression), expression
+    # The other way round: what is measured can be seen.
+    unseen = {name for name in METRICS if not any(re.search(rf"\bsnn_{name}(_total)?\b", one) for one in shown)}
+    assert unseen == set()
+
+
+def test_the_page_lists_every_metric_and_alert():
+    page = (ROOT / "docs/monitoring.md").read_text()
+    for name, metric in METRICS.items():
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        assert f"| `snn_{name}{'_total' * (metric.kind == 'counter')}` | {labels} | {metric.text} |" in page
+    for rule in RULES:
+        if "alert" in rule:
+            assert f"| {rule['alert']} | {rule['labels']['severity']} |" in page
+
+
+def test_the_generated_dashboards_are_fresh_and_whole():
+    made = generator().dashboards()
+    files = {path.name: path.read_text() for path in (MONITORING / "grafana/dashboards").iterdir()}
+    assert files == made, "run: python k8s/monitoring/dashboards.py"
+    for name, dashboard in dashboards().items():
+        assert dashboard["uid"] == f"chispike-{name}"
+        assert [one["name"] for one in dashboard["templating"]["list"]] == ["datasource", "job", "run", "node"]
+        places = set()
+        for panel in dashboard["panels"]:
+            box = panel["gridPos"]
+            cells = {(x, y) for x in range(box["x"], box["x"] + box["w"]) for y in range(box["y"], box["y"] + box["h"])}
+            assert not cells & places, f"{panel['title']} covers another panel"
+            assert box["x"] + box["w"] <= 24
+            places |= cells
+            for target in panel["targets"]:
+                for metric in generator().metrics_of(target["expr"]):
+                    assert f"`snn_{metric}" in panel["description"]
+
+
+def promtool(*words: str) -> None:
+    tool = shutil.which("promtool")
+    if tool is None:
+        pytest.skip("there is no promtool; apt install prometheus")
+    done = subprocess.run([tool, *words], cwd=MONITORING, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_fires_where_it_should_and_only_there():
+    promtool("test", "rules", "rules_test.yml")
+    fires, keeps_still = set(), set()
+    for group in yaml.safe_load((MONITORING / "rules_test.yml").read_text())["tests"]:
+        for case in group["alert_rule_test"]:
+            (fires if case.get("exp_alerts") else keeps_still).add(case["alertname"])
+    alerts = {rule["alert"] for rule in RULES if "alert" in rule}
+    assert fires == keeps_still == alerts
+
+
+def test_prometheus_accepts_its_configurations(tmp_path):
+    promtool("check", "config", "prometheus.yml")
+    # Debian's build has no discovery in Kubernetes: the rest is checked, and that pods' labels are those of k8s/base.
+    config = yaml.safe_load((MONITORING / "prometheus-kubernetes.yml").read_text())
+    scrape = config["scrape_configs"][0]
+    assert scrape.pop("kubernetes_sd_configs") == [{"role": "pod"}]
+    config["rule_files"] = [str(MONITORING / "rules.yml")]
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    promtool("check", "config", str(tmp_path / "config.yml"))
+    pod = yaml.safe_load((ROOT / "k8s/base/job.yaml").read_text())["spec"]["template"]
+    kept = {tuple(rule["source_labels"]): rule["regex"] for rule in scrape["relabel_configs"] if "regex" in rule}
+    label = "app.kubernetes.io/name"
+    assert kept["__meta_kubernetes_pod_label_" + re.sub(r"\W", "_", label),] == pod["metadata"]["labels"][label]
+    ports = [port["name"] for container in pod["spec"]["containers"] for port in container.get("ports", [])]
+    assert kept["__meta_kubernetes_pod_container_port_name",] in ports
+
+
+class Prometheus:
+    """A real one, in a folder of its own, that scrapes `targets` every second and has the rules loaded."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        program = shutil.which("prometheus")
+        if program is None:
+            pytest.skip("there is no prometheus; apt install prometheus")
+        config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        shutil.copy(MONITORING / "rules.yml", folder)
+        (folder / "targets").mkdir()
+        (folder / "targets/hosts.yml").write_text(yaml.safe_dump([{"targets": [target]}]))
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        self.url = f"http://127.0.0.1:{free_port()}"
+        words = ["--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address={self.url[7:]}"]
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen([program, *words], cwd=folder, stderr=log, start_new_session=True)
+
+    def ask(self, expression: str) -> list[dict]:
+        query = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?{query}", timeout=10) as response:
+            return json.load(response)["data"]["result"]
+
+    def wait_for(self, expression: str) -> list[dict]:
+        """Its series, once there are any; Prometheus has nothing that one could wait on but its answers."""
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            try:
+                if found := self.ask(expression):
+                    return found
+            except OSError:
+                assert self.process.poll() is None, "Prometheus ended"
+            time.sleep(0.2)
+        raise AssertionError(f"no series of {expression} came")
+
+
+@pytest.mark.faults
+def test_every_panel_has_data_from_a_run_that_prometheus_scrapes(digits, tmp_path):
+    port = free_port()
+    (tmp_path / "prometheus").mkdir()
+    prometheus = Prometheus(tmp_path / "prometheus", f"127.0.0.1:{port}")
+    settings = {"--metrics.port": port, "--train.epochs": 6, "--train.eval_every_epochs": 2}
+    words = [str(word) for pair in settings.items() for word in pair]
+    try:
+        prometheus.wait_for('up{job="chispike"}')  # it takes 5 s to find its target
+        run = start("launch/train.py", *arguments(digits, tmp_path / "watched"), *words)
+        output, _ = run.communicate(timeout=200)
+        assert run.returncode == 0, output
+        # The run stays until it was seen that it has finished; the rules need two evaluations more.
+        assert prometheus.ask("last_over_time(snn_run_finished[5m])")[0]["value"][1] == "1", output
+        prometheus.wait_for("run_rank:snn_data_wait:ratio_rate5m")
+        for variable in ("snn_run_info", 'snn_run_info{job="chispike"}'):
+            assert [one["metric"]["run"] for one in prometheus.ask(f"last_over_time({variable}[5m])")] == ["watched"]
+        ranks = prometheus.ask("last_over_time(snn_train_last_step_timestamp_seconds[5m])")
+        assert sorted(one["metric"]["rank"] for one in ranks) == ["0", "1"]
+        empty = [
+            (name, title, expression)
+            for name, dashboard in dashboards().items()
+            for title, expression in queries(dashboard)
+            if not any(f"snn_{metric}" in expression for metric in CONDITIONAL)
+            and not prometheus.ask(filled(expression))
+        ]
+        assert empty == []
+        assert [one["metric"]["alertname"] for one in prometheus.ask('ALERTS{severity="critical"}')] == []
+    finally:
+        kill(prometheus.process)
+
+
+def filled(expression: str) -> str:
+    """With a dashboard's variables as Grafana puts them in, asked for what was there within the last five minutes."""
+    for name, value in {"job": "chispike", "run": "watched", "node": ".+", "__rate_interval": "5m"}.items():
+        expression = expression.replace(f"${name}", value)
+    # The run has ended, so its series are stale.
+    return re.sub(r"(\b(?:\w+:)?snn_\w+(?::\w+)?\{[^}]*\}|\bup\{[^}]*\})(?!\[)", r"last_over_time(\1[5m])", expression)
