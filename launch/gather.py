@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launch.place import Place
@@ -26,6 +26,8 @@ BEAT_S = 1.0
 SILENT_S = 5.0
 """A node that says nothing for so long is not there any more."""
 POLL_S = 0.1
+LINGER_S = 30.0
+"""What is wrong with the nodes that are here is kept for so long for the others to hear."""
 SHOWN_S = 10.0
 """A network's file system may show a file that another node wrote only after some seconds."""
 TOLD_EVERY_S = 30.0
@@ -45,8 +47,12 @@ class Hello:
     slots: int
     source: str
     """Of its code, see pipeline/source.py."""
+    data: str
+    """Identity of its training split."""
+    problem: str
+    """Why it cannot train, if it cannot: then no node does."""
     host: str
-    token: str
+    token: str = ""
     """What it wrote into the run's folder, which node 0 must find there."""
 
 
@@ -80,7 +86,7 @@ class _Peer:
         *whole, self._buffer = self._buffer.split(b"\n")
         try:
             messages = [json.loads(line) for line in whole if line]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConnectionError("speaks another language") from None
         if len(self._buffer) > LONGEST_LINE or not all(isinstance(message, dict) for message in messages):
             raise ConnectionError("speaks another language")
@@ -91,9 +97,15 @@ class _Peer:
 
 
 def gather(
-    place: Place, source: str, folder: Path, seconds: float, signals: Signals, say: Callable[[str], None]
+    place: Place, hello: Hello, folder: Path, seconds: float, signals: Signals, say: Callable[[str], None]
 ) -> None:
     """Returns when every node is here and all agree, or when a signal to stop has come.
+
+    Args:
+        hello: what this node says of itself; its token is made here.
+        folder: the run's.
+        seconds: how long to wait for the others.
+        say: is told every half minute who is missing.
 
     Raises:
         ConfigError: they do not fit together; every node raises it.
@@ -103,15 +115,11 @@ def gather(
         _listen(place, seconds, signals).close()
         return
     mark = folder / f".node-{place.rank}"
-    hello = Hello(
-        node=place.rank,
-        nodes=place.nodes,
-        slots=place.slots,
-        source=source,
-        host=socket.gethostname(),
-        token=secrets.token_hex(8),
-    )
-    mark.write_text(hello.token)
+    hello = replace(hello, token=secrets.token_hex(8))
+    try:
+        mark.write_text(hello.token)
+    except OSError as error:
+        raise OSError(f"{mark} cannot be written ({error.strerror})") from None
     try:
         if place.rank == 0:
             _receive(place, hello, folder, seconds, signals, say)
@@ -135,7 +143,7 @@ def _listen(place: Place, seconds: float, signals: Signals) -> socket.socket:
                     f"master-port={place.port} cannot be opened ({os.strerror(error.errno or 0)}); use another on "
                     "every node, or end what holds it"
                 ) from None
-        signals.wait(0.2)
+        signals.wait(POLL_S)
 
 
 def _receive(
@@ -143,7 +151,7 @@ def _receive(
 ) -> None:
     """Node 0: waits until it has heard every other node, then answers all."""
     peers: list[_Peer] = []
-    complete = None
+    found = None
     told, end = time.monotonic(), time.monotonic() + seconds
     with _listen(place, seconds, signals) as server:
         server.setblocking(False)
@@ -157,19 +165,17 @@ def _receive(
                 peers = [peer for peer in peers if _heard(peer)]
                 here, unsure = _sorted_out(peers)
                 missing = set(range(1, place.nodes)) - {hello.node for hello in here}
-                reason = why_not(own, here)
+                # Who is late should hear the reason too.
+                reason, patience = why_not(own, here), LINGER_S if missing else 0.0
                 if not (reason or missing or unsure):
-                    complete = complete or time.monotonic()
-                    reason = _unshared(here, folder)
-                    if reason and time.monotonic() - complete < SHOWN_S:
-                        continue
+                    reason, patience = _unshared(here, folder), SHOWN_S
                     if not reason:
-                        _answer(peers, "")
-                        return
-                if reason:
+                        return _answer(peers, "")
+                found = (found or time.monotonic()) if reason else None
+                if found is not None and time.monotonic() - found >= patience:
                     _answer(peers, reason)
                     raise ConfigError(reason)
-                if time.monotonic() > end:
+                if time.monotonic() > end and not reason:
                     raise MissingNodesError(f"after {seconds:g} s still missing: {_named(missing)}")
                 if time.monotonic() - told > TOLD_EVERY_S:
                     told = time.monotonic()
@@ -217,8 +223,12 @@ def _heard(peer: _Peer) -> bool:
 def why_not(own: Hello, others: list[Hello]) -> str:
     """Why these nodes cannot train together; empty where they can."""
     hosts = {own.node: own.host}
+    fields = {"nodes": "--nodes", "slots": "--slots", "source": "code version", "data": "data's identity"}
+    for node in (own, *others):
+        if node.problem:
+            return f"node {node.node} ({node.host}) cannot train: {node.problem}"
     for other in others:
-        for field, what in (("nodes", "--nodes"), ("slots", "--slots"), ("source", "code version")):
+        for field, what in fields.items():
             ours, theirs = getattr(own, field), getattr(other, field)
             if ours != theirs:
                 return (

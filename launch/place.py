@@ -60,8 +60,8 @@ def resolve(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -
         others = [name for name, value in (("node-rank", rank), ("master", master)) if value is not None]
         if others:
             raise ConfigError(
-                f"this node's {' and '.join(others)} are known, but not the number of nodes; give --nodes or set "
-                "CHISPIKE_NODES (--nodes 1 for one machine)"
+                f"the number of nodes is missing beside {' and '.join(others)}; give --nodes or set CHISPIKE_NODES "
+                "(--nodes 1 for one machine)"
             )
         nodes = 1
     count = _number("the number of nodes", nodes, 1, 100_000)

@@ -7,6 +7,7 @@ passes a request to stop on to the ranks, starts them again when a rank or anoth
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,14 @@ from pathlib import Path
 from launch import options
 from launch.command import Parser
 from launch.devices import CPU_RANKS
-from launch.gather import SHOWN_S, MissingNodesError, gather
+from launch.gather import SHOWN_S, Hello, MissingNodesError, gather
+from launch.node_metrics import NodeMetrics
 from launch.place import MASTER_PORT, Place, resolve
 from launch.ranks import Ranks
 from launch.signals import Signals
 from pipeline import run_folder, run_lock, source
 from pipeline.config import Config
+from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +106,28 @@ def usual_slots(config: Config, nodes: int) -> int:
     return next((slots for slots in range(most, 0, -1) if micro_batches % (nodes * slots) == 0), most)
 
 
+def introduction(place: Place, config: Config) -> tuple[Hello, ConfigError | DataError | None]:
+    """What this node says of itself to the others, and what keeps it from training: its ranks would end, and those of
+    the other nodes wait for them in vain.
+    """
+    identity, problem = "", None
+    try:
+        identity = Manifest.load(f"{config.data.path}/train").identity
+        Manifest.load(f"{config.data.path}/val")
+    except (ConfigError, DataError) as error:
+        problem = error
+    hello = Hello(
+        node=place.rank,
+        nodes=place.nodes,
+        slots=place.slots,
+        source=source.version(),
+        data=identity[:16],
+        problem=str(problem or "")[:1000],
+        host=socket.gethostname(),
+    )
+    return hello, problem
+
+
 def launcher(place: Place, hostfile: Path, train: Sequence[str]) -> list[str]:
     """The command that starts this node's ranks."""
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
@@ -133,10 +158,10 @@ def dry_run(place: Place, train: list[str]) -> int:
     return subprocess.run(command, env=environment(), check=False).returncode
 
 
-def environment() -> dict[str, str]:
+def environment(**variables: str) -> dict[str, str]:
     """The ranks': ours, and the program can be imported wherever it lies."""
     path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT)}
+    return {**os.environ, **variables, "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT)}
 
 
 class Supervisor:
@@ -150,25 +175,40 @@ class Supervisor:
 
     def run(self) -> int:
         """Until the run has finished, was stopped, or cannot go on; the exit code."""
-        with tempfile.TemporaryDirectory(prefix="chispike-") as scratch:
-            return self._run(Path(scratch))
+        with tempfile.TemporaryDirectory(prefix="chispike-") as folder:
+            scratch, host, port = Path(folder), self._given.metrics_host, self._given.metrics_port
+            metrics = NodeMetrics(self._config, self._place.rank, scratch, host, port, self._signals)
+            self._say(f"metrics at {metrics.address}")
+            code = EXIT_INTERNAL
+            try:
+                code = self._run(scratch, metrics)
+            finally:
+                metrics.close(code == EXIT_DONE)
+            return code
 
-    def _run(self, scratch: Path) -> int:
+    def _run(self, scratch: Path, metrics: NodeMetrics) -> int:
         hostfile = scratch / "hostfile"
         hostfile.write_text(self._place.hostfile)
-        command, version = launcher(self._place, hostfile, self._train), source.version()
+        command = launcher(self._place, hostfile, self._train)
+        hello, problem = introduction(self._place, self._config)
+        if problem and self._place.nodes == 1:
+            raise problem
         while not self._finished(0):
             try:
                 if self._place.rank == 0:
                     self._await_lock()
-                gather(self._place, version, self._folder, self._given.resolve_timeout, self._signals, self._say)
+                gather(self._place, hello, self._folder, self._given.resolve_timeout, self._signals, self._say)
+            except ConfigError as refused:
+                raise (problem or refused) from None
             except MissingNodesError as error:
                 self._say(str(error))
                 return EXIT_INTERNAL
             if self._signals.seen:
                 self._say("stopped on request before the ranks were started; run again to continue")
                 return EXIT_STOPPED
-            ended = self._attend(Ranks(command, environment()))
+            metrics.ranks_run(True)
+            ended = self._attend(Ranks(command, environment(**metrics.variables)))
+            metrics.ranks_run(False)
             if self._finished(SHOWN_S if ended == EXIT_DONE else 0):
                 break
             if ended in (EXIT_USAGE, EXIT_DATA, EXIT_STOPPED):
@@ -180,6 +220,7 @@ class Supervisor:
                 self._say(f"the ranks ended ({why}) and were started again {self._restarts} times: given up")
                 return EXIT_INTERNAL
             self._restarts += 1
+            metrics.restarted()
             self._say(f"the ranks ended ({why}): restart {self._restarts} of {self._given.max_restarts}")
         self._say(f"{self._folder} has finished")
         return EXIT_DONE

@@ -177,4 +177,12 @@ def test_other_data_on_one_node_are_refused(case, digits, tmp_path):
     manifest.write_text(json.dumps(document))
     jobs = [*case.start(0), case.nodes.start(1, train=[*case.train, "--data.path", str(other)])]
     both_end(jobs, EXIT_USAGE)
-    assert re.search("^error: the ranks do not agree: data.path=.+ holds different data", jobs[0].output, re.M)
+    for job in jobs:
+        assert re.search(r"^error: data's identity is \w+ on node 1 \(node-1\) and \w+ on node 0", job.output, re.M)
+
+
+@pytest.mark.faults
+def test_other_options_on_one_node_are_refused_by_the_ranks(case):
+    jobs = [*case.start(0), case.nodes.start(1, train=[*case.train, "--optim.lr", "0.3"])]
+    both_end(jobs, EXIT_USAGE)
+    assert "error: the ranks do not agree: the configurations differ; start every node" in jobs[0].output

@@ -3,6 +3,9 @@
 import re
 import signal
 import socket
+import subprocess
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,8 +61,8 @@ def test_the_place_from_every_source(given, environ, place):
 @pytest.mark.parametrize(
     ("given", "environ", "message"),
     [
-        ({}, {"JOB_COMPLETION_INDEX": "0"}, "this node's node-rank are known, but not the number of nodes"),
-        ({"master": "a"}, {}, "this node's master are known, but not the number of nodes"),
+        ({}, {"JOB_COMPLETION_INDEX": "0"}, "the number of nodes is missing beside node-rank;"),
+        ({"master": "a"}, {}, "the number of nodes is missing beside master;"),
         ({"nodes": 2, "master": "a"}, {}, "node-rank is missing for 2 nodes"),
         ({"nodes": 2, "rank": 1}, {}, "the master is missing for 2 nodes"),
         ({"nodes": 2, "rank": 2, "master": "a"}, {}, "node-rank among 2 nodes: 2 is not allowed; use 0 to 1"),
@@ -121,23 +124,36 @@ def test_a_mistake_ends_with_64_and_one_line(words, message, capsys):
     assert output.count("\n") == 1
 
 
-def two_nodes(tmp_path: Path, first: list[str], second: list[str]) -> list[tuple[int, str]]:
-    """Exit code and output of two supervisors on this machine, which have different options."""
-    port, train = str(free_port()), ["--", "--recipe", "digits", "--run_dir", str(tmp_path / "run")]
+def two_nodes(digits: Path, tmp_path: Path, *, slots: str, data: str) -> list[tuple[int, str]]:
+    """Exit code and output of two supervisors on this machine; the second has `slots` ranks, and its data at `data`."""
+    port, train = str(free_port()), ["--", "--recipe", "digits", "--run_dir", str(tmp_path / "run"), "--data.path"]
     nodes = ["--nodes", "2", "--master", "127.0.0.1", "--master-port", port]
     started = [
-        supervise(*nodes, "--node-rank", "0", *first, *train),
-        supervise(*nodes, "--node-rank", "1", *second, *train),
+        supervise(*nodes, "--node-rank", "0", "--slots", "1", *train, str(digits)),
+        supervise(*nodes, "--node-rank", "1", "--slots", slots, *train, data),
     ]
-    outputs = [process.communicate(timeout=60)[0] for process in started]
-    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+    return [ended(process) for process in started]
 
 
-def test_nodes_that_do_not_fit_together_all_end_with_the_same_line(tmp_path):
-    for code, output in two_nodes(tmp_path, ["--slots", "1"], ["--slots", "2"]):
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code, and what it said behind the line that says where its metrics are."""
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output.partition("/metrics\n")[2]
+
+
+def test_nodes_that_do_not_fit_together_all_end_with_the_same_line(digits, tmp_path):
+    for code, output in two_nodes(digits, tmp_path, slots="2", data=str(digits)):
         assert code == 64, output
         line = r"error: --slots is 2 on node 1 \(.+\) and 1 on node 0 \(.+\); start every node with the same\n"
         assert re.fullmatch(line, output)
+
+
+def test_data_that_one_node_lacks_end_all_with_the_reason(digits, tmp_path):
+    (first, said), (second, told) = two_nodes(digits, tmp_path, slots="1", data="no")
+    assert (first, second) == (EXIT_USAGE, EXIT_USAGE)
+    assert said.endswith(f" cannot train: {told.removeprefix('error: ')}")
+    assert said.startswith("error: node 1 (")
+    assert "no shard set in no/train" in told
 
 
 @pytest.mark.parametrize(
@@ -146,21 +162,23 @@ def test_nodes_that_do_not_fit_together_all_end_with_the_same_line(tmp_path):
         ([{}], ""),
         ([{"nodes": 4}], "--nodes is 4 on node 1 (b) and 3 on node 0 (a)"),
         ([{"source": "2"}], "code version is 2 on node 1 (b) and 1 on node 0 (a)"),
+        ([{"data": "e"}], "data's identity is e on node 1 (b) and d on node 0 (a)"),
+        ([{"problem": "no disk"}], "node 1 (b) cannot train: no disk"),
         ([{}, {"host": "c"}], "--node-rank 1 was given to c and to b"),
         ([{"node": 0}], "--node-rank 0 was given to b and to a"),
         ([{"node": 3}], "--node-rank 3 was given to b and to no other"),
     ],
 )
 def test_why_nodes_cannot_train_together(others, reason):
-    own = Hello(node=0, nodes=3, slots=1, source="1", host="a", token="t")
+    own = Hello(node=0, nodes=3, slots=1, source="1", data="d", problem="", host="a")
     assert why_not(own, [replace(own, **{"node": 1, "host": "b", **other}) for other in others]).startswith(reason)
     if not reason:
         assert why_not(own, [replace(own, node=2), replace(own, node=1)]) == ""
 
 
 @pytest.mark.faults
-def test_a_run_folder_that_the_nodes_do_not_share_is_refused(tmp_path):
-    port, train = str(free_port()), ["--", "--recipe", "digits", "--run_dir"]
+def test_a_run_folder_that_the_nodes_do_not_share_is_refused(digits, tmp_path):
+    port, train = str(free_port()), ["--", "--recipe", "digits", "--data.path", str(digits), "--run_dir"]
     nodes = ["--nodes", "2", "--slots", "1", "--master", "127.0.0.1", "--master-port", port]
     started = [
         supervise(*nodes, "--node-rank", str(rank), *train, str(tmp_path / folder))
@@ -172,32 +190,55 @@ def test_a_run_folder_that_the_nodes_do_not_share_is_refused(tmp_path):
         assert "is not the same folder on node 1" in output
 
 
-def test_nodes_that_never_come_are_named(tmp_path):
+def test_nodes_that_never_come_are_named(digits, tmp_path):
     words = ["--nodes", "3", "--node-rank", "0", "--master", "127.0.0.1", "--master-port", str(free_port())]
-    train = ["--slots", "1", "--resolve-timeout", "0.5", "--", "--recipe", "digits", "--data.global_batch", "96"]
+    train = [
+        "--slots",
+        "1",
+        "--resolve-timeout",
+        "0.5",
+        "--",
+        "--recipe",
+        "digits",
+        "--data.path",
+        str(digits),
+        "--data.global_batch",
+        "96",
+    ]
     process = supervise(*words, *train, "--run_dir", str(tmp_path / "run"))
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 70
+    code, output = ended(process)
+    assert code == 70
     assert output == "node 0: after 0.5 s still missing: 2 nodes (1, 2)\n"
 
 
-def test_a_master_that_does_not_resolve_is_named(tmp_path):
+def test_a_master_that_does_not_resolve_is_named(digits, tmp_path):
     words = ["--nodes", "2", "--node-rank", "1", "--master", "node-0.invalid", "--slots", "1", "--resolve-timeout", "0"]
-    process = supervise(*words, "--", "--recipe", "digits", "--run_dir", str(tmp_path / "run"))
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 70
+    process = supervise(
+        *words, "--", "--recipe", "digits", "--data.path", str(digits), "--run_dir", str(tmp_path / "run")
+    )
+    code, output = ended(process)
+    assert code == 70
     assert re.fullmatch(r"node 1: node 0 at node-0.invalid:29500 was not reached within 0 s \(.+\)\n", output)
 
 
-def test_a_stop_while_it_waits_for_other_nodes(tmp_path):
+def test_a_stop_while_it_waits_for_other_nodes(digits, tmp_path):
     """Garbage on the port meanwhile does it no harm."""
     port = free_port()
     words = ["--nodes", "2", "--node-rank", "0", "--master", "127.0.0.1", "--master-port", str(port), "--slots", "1"]
-    process = supervise(*words, "--", "--recipe", "digits", "--run_dir", str(tmp_path / "run"))
+    process = supervise(
+        *words, "--", "--recipe", "digits", "--data.path", str(digits), "--run_dir", str(tmp_path / "run")
+    )
     mark = tmp_path / "run" / ".node-0"
     while not mark.exists():
         assert process.poll() is None
-    for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\x00\xff" * 5000, b'{"node": "1"}\n', b'{"node": 1}\n[]\n', b""):
+    for garbage in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x00\xff" * 5000,
+        b"[" * 4000 + b"\n",
+        b'{"node": "1"}\n',
+        b'{"node": 1}\n[]\n',
+        b"",
+    ):
         speaking = connected(port)
         speaking.sendall(garbage)
         speaking.close()
@@ -218,21 +259,49 @@ def connected(port: int) -> socket.socket:
             continue
 
 
-def test_a_port_that_is_taken_is_refused(tmp_path):
+def test_a_port_that_is_taken_is_refused(digits, tmp_path):
     with socket.create_server(("", 0)) as holder:
         port = holder.getsockname()[1]
-        words = ["--slots", "2", "--master-port", str(port), "--resolve-timeout", "0", "--", "--recipe", "digits"]
+        words = [
+            "--slots",
+            "2",
+            "--master-port",
+            str(port),
+            "--resolve-timeout",
+            "0",
+            "--",
+            "--recipe",
+            "digits",
+            "--data.path",
+            str(digits),
+        ]
         process = supervise(*words, "--run_dir", str(tmp_path / "run"))
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 64
     assert f"error: master-port={port} cannot be opened (Address already in use)" in output
 
 
+def answer(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
 def test_sigterm_saves_and_the_next_start_finishes_as_if_nothing_had_been(digits, straight, tmp_path):
     run_dir = tmp_path / "run"
     words = ["--slots", "2", "--master-port", str(free_port()), "--", *arguments(digits, run_dir)]
     process = supervise(*words)
+    _, address = read_until(process, r"metrics at (http://\S+)/metrics")
+    assert answer(address[1] + "/healthz") == (200, "ok\n")
+    assert answer(address[1] + "/readyz") == (503, "no\n")
     read_until(process, r"^step +6/")
+    assert answer(address[1] + "/readyz") == (200, "ok\n")
+    status, metrics = answer(address[1] + "/metrics")
+    assert status == 200
+    assert 'snn_run_restarts_total{node="0",run="run"} 0.0' in metrics
+    assert re.search(r'^snn_train_last_step_timestamp_seconds{rank="1",run="run"} ', metrics, re.MULTILINE)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_STOPPED, output
