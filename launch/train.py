@@ -4,23 +4,36 @@ Everything that a user can have asked wrongly is checked here, before torch is i
 one line, not a traceback from each rank.
 """
 
+import errno
 import logging
 import os
 import signal
 import sys
 import traceback
+import typing
 from pathlib import Path
 
 from launch.options import command
-from pipeline import exporter, run_folder, run_lock, trackers
+from pipeline import exporter, rank_log, run_folder, run_lock, trackers
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.deepspeed_settings import deepspeed_settings
-from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, DataError, LostRankError, NonFiniteError
+from pipeline.errors import (
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    LostRankError,
+    NonFiniteError,
+)
 from pipeline.snn.archs import ARCHS
 from pipeline.stops import Watch
 
 PATIENCE_S = 10
+Expected = CheckpointError | ConfigError | DataError | DivergedError | LostRankError | NonFiniteError
+EXPECTED = typing.get_args(Expected)
 
 
 def main(arguments: list[str]) -> int:
@@ -48,12 +61,16 @@ def main(arguments: list[str]) -> int:
         if rank == 0:
             lock = run_lock.hold(config.run_dir)  # noqa: F841 until this process ends
             check_port(config)
+        rank_log.begin(Path(config.run_dir), rank)
         from pipeline.train import train  # torch is imported here, after everything cheap was checked
 
         return train(config, watch)
-    except (ConfigError, DataError, LostRankError, NonFiniteError) as error:
+    except EXPECTED as error:
         return refuse(error, rank)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            where = f"{error.filename} " if error.filename else ""
+            return refuse(CheckpointError(f"{where}cannot be written ({error.strerror}); mend it and run again"), rank)
         traceback.print_exc()
         return EXIT_INTERNAL
 
@@ -64,10 +81,10 @@ def preflight(config: Config) -> dict | None:
     deepspeed_settings(config, world_size, num_parameters=0)
     if config.model.arch not in ARCHS:
         raise ConfigError(f"model.arch={config.model.arch!r} is not allowed; use one of {', '.join(ARCHS)}")
-    for split in ("train", "val"):
-        Manifest.load(f"{config.data.path}/{split}")  # a URL too
+    train, _ = (Manifest.load(f"{config.data.path}/{split}") for split in ("train", "val"))  # of a URL too
     trackers.require(config)
     finished = run_folder.admit(config, world_size)
+    run_folder.refuse_other_data(config, train.identity)
     if config.init_from and not (Path(config.run_dir) / "checkpoints").exists() and not Path(config.init_from).exists():
         raise ConfigError(f"init_from={config.init_from!r} does not exist; name a run's folder or a file of weights")
     return finished
@@ -81,7 +98,7 @@ def check_port(config: Config) -> None:
             tls.context()
 
 
-def refuse(error: ConfigError | DataError | LostRankError | NonFiniteError, rank: int) -> int:
+def refuse(error: Expected, rank: int) -> int:
     """Rank 0 speaks; another rank gives it time, since the launcher ends all ranks when the first one leaves."""
     if rank != 0:
         # The launcher's SIGTERM ends this wait when rank 0 has spoken; else the mistake is this rank's alone.

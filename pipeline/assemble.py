@@ -9,6 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pipeline import checkpoint, checkpoint_files, init_from, run_folder, source
+from pipeline.checkpoint_writer import Writer
 from pipeline.chi.allreduce import SIGNALS, Tap
 from pipeline.chi.calibrate import calibrated_widths
 from pipeline.chi.controller import ControllerState, start, targets_at
@@ -18,15 +19,18 @@ from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.ema import Ema
 from pipeline.engine import Place, build, join, normalise_as_one
 from pipeline.errors import ConfigError
+from pipeline.nonfinite import NonFinite
+from pipeline.pace import Pace
 from pipeline.progress import Progress
 from pipeline.rank_metrics import RankMetrics
+from pipeline.replicas import Replicas
 from pipeline.run_folder import flatten
 from pipeline.snn import sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
 from pipeline.step_trace import Trace
 from pipeline.stops import Watch
 
-STOP = SIGNALS.index("stop")
+STOP, UNSAVED = SIGNALS.index("stop"), SIGNALS.index("unsaved")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,10 +44,14 @@ class Run:
     ema: Ema
     neurons: NeuronState
     tap: Tap
+    nonfinite: NonFinite
+    pace: Pace
+    replicas: Replicas
     spread: Spread
     controller: ControllerState
     progress: Progress
     trace: Trace
+    writer: Writer
     step: int
     num_steps: int
     num_samples: int
@@ -84,6 +92,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         spread=spread,
         has_coverage=config.model.surrogate in ("triangle", "rectangle"),
         self_check=config.chi.self_check,
+        skips=True,
     )
     controller, step = start(neurons.widths), 0
     if saved is not None:
@@ -126,6 +135,14 @@ def prepare(config: Config, watch: Watch) -> Run:
         progress.began(controller)
     else:
         progress.say(f"resumed from the checkpoint after step {step}")
+    writer = Writer(
+        Path(config.run_dir),
+        active=place.rank == 0,
+        keep=config.train.keep_checkpoints,
+        step=step,
+        on_failure=lambda: tap.signals.__setitem__(UNSAVED, 1),
+        on_saved=progress.saved,
+    )
     watch.on_request(lambda: tap.signals.__setitem__(STOP, 1))  # all ranks hear of it with the next all-reduce
     return Run(
         config=config,
@@ -135,10 +152,20 @@ def prepare(config: Config, watch: Watch) -> Run:
         ema=ema,
         neurons=neurons,
         tap=tap,
+        nonfinite=NonFinite(
+            model,
+            loader,
+            micro_batch=config.data.micro_batch,
+            skips=config.train.nonfinite_skips,
+            world_size=place.world_size,
+        ),
+        pace=Pace(model, place.device, every=config.train.log_every, step=step, say=progress.say),
+        replicas=Replicas(engine, config.train.verify_every),
         spread=spread,
         controller=controller,
         progress=progress,
         trace=Trace(Path(config.run_dir), config.train.profile_steps if place.rank == 0 else 0, step),
+        writer=writer,
         step=step,
         num_steps=config.num_steps(num_samples),
         num_samples=num_samples,

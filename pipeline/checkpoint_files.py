@@ -4,6 +4,7 @@
       state.pt        parameters, optimizer state and BatchNorm statistics by name; counters; the controller
       state.sha256    its hash
     RUN/checkpoints/latest     the name of the newest
+    RUN/checkpoints/best       the name of the one with the best validation accuracy, and that accuracy
 
 A checkpoint is written to a temporary folder, fsynced, then renamed, so a kill at any moment leaves the one before it.
 """
@@ -19,34 +20,69 @@ import torch
 from pipeline.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
-KEEP = 2  # the newest, and the one to fall back to should it be damaged
 
 
-def save(run_dir: Path, step: int, state: dict) -> Path:
-    """Writes a checkpoint from rank 0; when it returns, the checkpoint is on the disk whole."""
+def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
+    """Writes a checkpoint from rank 0; when it returns, the checkpoint is on the disk whole.
+
+    Of the others the newest `keep` - 1 stay, and the best.
+    """
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{step:08d}"
-    temporary = root / f".{final.name}.tmp"
-    for leftover in root.glob(".*.tmp"):
-        shutil.rmtree(leftover)
-    temporary.mkdir()
-    torch.save(state, temporary / "state.pt")
-    digest = _digest(temporary / "state.pt")
-    (temporary / "state.sha256").write_text(digest + "\n")
-    for path in (temporary / "state.pt", temporary / "state.sha256", temporary):
+    final, unfinished = root / f"step-{step:08d}", temporary(root, step)
+    sweep(run_dir)
+    unfinished.mkdir()
+    torch.save(state, unfinished / "state.pt")
+    digest = _digest(unfinished / "state.pt")
+    (unfinished / "state.sha256").write_text(digest + "\n")
+    for path in (unfinished / "state.pt", unfinished / "state.sha256", unfinished):
         _fsync(path)
     if final.exists():
         shutil.rmtree(final)
-    os.replace(temporary, final)
-    pointer = root / ".latest.tmp-file"
-    pointer.write_text(final.name + "\n")
-    _fsync(pointer)
-    os.replace(pointer, root / "latest")
-    _fsync(root)
-    for old in sorted(root.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
+    os.replace(unfinished, final)
+    _point(root / "latest", final.name)
+    kept = _pointed(root / "best")
+    for old in sorted(root.glob("step-*"))[:-keep]:
+        if old.name not in kept:
+            shutil.rmtree(old)
     return final
+
+
+def temporary(root: Path, step: int) -> Path:
+    """Where the checkpoint after `step` lies until it is whole."""
+    return root / f".step-{step:08d}.tmp"
+
+
+def sweep(run_dir: Path) -> None:
+    """Removes what a kill in the middle of a save left behind."""
+    for leftover in (run_dir / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def mark_best(run_dir: Path, step: int, accuracy: float) -> None:
+    """Points `best` at the checkpoint after `step`, which is there; the one before loses its protection."""
+    _point(run_dir / "checkpoints" / "best", f"step-{step:08d} {accuracy!r}")
+
+
+def best(run_dir: Path) -> float:
+    """The accuracy of the best checkpoint; -1 where none is marked."""
+    words = _pointed(run_dir / "checkpoints" / "best")
+    return float(words[1]) if len(words) == 2 else -1.0
+
+
+def _point(pointer: Path, line: str) -> None:
+    unfinished = pointer.with_name(f".{pointer.name}.tmp-file")
+    unfinished.write_text(line + "\n")
+    _fsync(unfinished)
+    os.replace(unfinished, pointer)
+    _fsync(pointer.parent)
+
+
+def _pointed(pointer: Path) -> list[str]:
+    try:
+        return pointer.read_text().split()
+    except FileNotFoundError:
+        return []
 
 
 def load_newest(run_dir: Path) -> dict | None:

@@ -7,6 +7,7 @@ config_network.py.
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 
 from pipeline.config_checks import one_of, positive, require
@@ -192,8 +193,17 @@ class TrainConfig:
     """Optimizer steps between two lines of progress, at least 1."""
     checkpoint_every: int = 100
     """Optimizer steps between two checkpoints, at least 1."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay, at least 1; with 1 there is none to fall back to should it be damaged. The one with
+    the best validation accuracy stays in addition."""
     eval_every_epochs: float = 0.0
     """Epochs between two evaluations of the validation split; 0 evaluates at the end only."""
+    verify_every: int = 100
+    """Optimizer steps between two checks that all ranks hold the same parameters, which every save makes too; 0 makes
+    none. ZeRO-3, where each rank has its own part, has nothing to compare."""
+    on_nonfinite: str = "stop"
+    """What a loss or gradient that is not finite does, on all ranks alike: stop ends the run before the update;
+    skip(k) leaves the update out, names the step and its samples, and stops after k such steps in a row."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for the others in a collective before it gives them up, at least 1. What one rank does
     alone must end within it: a compilation at the first step, the decoding of a slow file."""
@@ -207,14 +217,23 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
         one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
-        require(self.profile_steps >= 0, "train.profile_steps", self.profile_steps, "an integer of at least 0")
+        for name in ("profile_steps", "verify_every"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "an integer of at least 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "a number in [0, 1)")
-        for name in ("log_every", "checkpoint_every"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
         got = self.eval_every_epochs
         require(math.isfinite(got) and got >= 0, "train.eval_every_epochs", got, "a number of at least 0")
+        fits = self.on_nonfinite == "stop" or self.nonfinite_skips > 0
+        require(fits, "train.on_nonfinite", self.on_nonfinite, "stop, or skip(k) with k of at least 1, as 'skip(3)'")
         got = self.timeout_s
         require(1 <= got <= 10**6, "train.timeout_s", got, "a number from 1 to 1000000")
+
+    @property
+    def nonfinite_skips(self) -> int:
+        """Steps in a row that may be skipped; 0 stops at the first."""
+        match = re.fullmatch(r"skip\((\d{1,9})\)", self.on_nonfinite)
+        return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,18 @@ class LostRankError(RuntimeError):
     exit_code = EXIT_INTERNAL
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class DivergedError(RuntimeError):
+    """Ranks hold different parameters."""
+
+    exit_code = EXIT_INTERNAL
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or gradient is NaN or infinite; no update was made from it."""
 

@@ -30,6 +30,7 @@ class Progress:
         self._exporter = exporter
         self._decisions: list[tuple[int, Evidence, Tensor, float]] = []
         self._below = [False] * len(layers)
+        self._saves: list[tuple[float, float]] = []
         if self._active:
             run_dir = Path(config.run_dir)
             self._journal = Journal(run_dir / "metrics.jsonl", step)
@@ -79,9 +80,10 @@ class Progress:
         data: Figures,
     ) -> None:
         """After each step; on every `log_every`-th it reads the step's tensors, the one time the host waits."""
-        if self._active and reading.skipped:
+        if self._active and reading.skipped and not reading.nonfinite:
             self.say(f"step {step} skipped: the fp16 gradient overflowed, so the loss scale was lowered")
             self._exporter.count(train_overflow_steps=1)
+        self._show_saves()
         if step % self._config.train.log_every and step != self._num_steps:
             return
         now = time.monotonic()
@@ -134,8 +136,16 @@ class Progress:
         if loss_scale is not None:
             self._exporter.publish({"train_loss_scale": loss_scale})
 
+    def skipped(self, step: int, line: str, samples: list[str]) -> None:
+        """What `NonFinite.judge` said of the step; it says nothing of a step that was finite."""
+        if self._active and line:
+            self.say(line)
+            self._journal.write({"step": step, "nonfinite": line, "nonfinite_samples": samples})
+            self._exporter.count(train_nonfinite_steps=1)
+
     def evaluated(self, step: int, loss: float, accuracy: float, num_samples: int, seconds: float) -> None:
         self._aside("evaluation", seconds)
+        self._show_saves()
         if self._active:
             record = {"step": step, "eval_loss": loss, "eval_accuracy_ratio": accuracy}
             self._record(record)
@@ -143,14 +153,22 @@ class Progress:
             self.say(f"validation after step {step}: {100 * accuracy:.2f} % of {num_samples} samples, loss {loss:.4f}")
         self._exporter.write()
 
-    def saved(self, step: int, seconds: float) -> None:
+    def held_up(self, seconds: float) -> None:
+        """How long the loop waited for a checkpoint to begin; it is written beside the steps that follow."""
         self._aside("checkpoint", seconds)
-        if self._active:
+        self._exporter.write()
+
+    def saved(self, _step: int, seconds: float) -> None:
+        """From the thread that wrote a checkpoint; shown with the next step, by the thread that shows all else."""
+        self._saves.append((seconds, time.time()))
+
+    def _show_saves(self) -> None:
+        while self._saves:
+            seconds, at = self._saves.pop(0)
             self._exporter.publish(
-                {"checkpoint_duration_seconds": seconds, "checkpoint_last_success_timestamp_seconds": time.time()}
+                {"checkpoint_duration_seconds": seconds, "checkpoint_last_success_timestamp_seconds": at}
             )
             self._exporter.count_save("success")
-        self._exporter.write()
 
     def _aside(self, phase: str, seconds: float) -> None:
         """Time that is not the steps' own."""
@@ -158,6 +176,7 @@ class Progress:
         self._exporter.add_phase(phase, seconds)
 
     def finish(self) -> None:
+        self._show_saves()
         self._exporter.finish()
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 RUN/config.json     the resolved configuration
 RUN/run.json        versions, commit, seed, data identity, classes, layers
 RUN/lock            held by rank 0 of the run that goes on in the folder (run_lock.py)
+RUN/logs/           each rank's lines (rank_log.py)
 RUN/metrics.jsonl   one record a logged step (metrics.py)
 RUN/checkpoints/    (checkpoint.py)
 RUN/summary.json    the result; its presence means that the run has finished
@@ -47,9 +48,12 @@ FREE = frozenset(
         "metrics.tls_key",
         "metrics.tensorboard",
         "metrics.wandb",
+        "train.keep_checkpoints",
         "train.log_every",
+        "train.on_nonfinite",
         "train.profile_steps",
         "train.timeout_s",
+        "train.verify_every",
     ]
 )
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "numpy", "prometheus-client")
@@ -92,6 +96,17 @@ def admit(config: Config, world_size: int) -> dict | None:
             f"started with, not world_size={world_size}; use as many, or another --run_dir"
         )
     return _read(folder / "summary.json")
+
+
+def refuse_other_data(config: Config, data_identity: str) -> None:
+    """Raises ConfigError where the run in the folder was trained on other data than those with this identity."""
+    before = (_read(Path(config.run_dir) / "run.json") or {}).get("data_identity", data_identity)
+    if before != data_identity:
+        raise ConfigError(
+            f"data.path={config.data.path!r} holds other data (data_identity {data_identity[:12]}) than the run in "
+            f"{config.run_dir} was started with ({before[:12]}); give it the old data, or start a run with another "
+            "--run_dir"
+        )
 
 
 class Stored(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import checkpoint, checkpoint_files, report, run_folder
+from pipeline import checkpoint, report, run_folder
 from pipeline.assemble import Run, prepare
 from pipeline.chi.allreduce import SIGNALS
 from pipeline.chi.controller import steer, targets_at
@@ -34,6 +34,7 @@ def train(config: Config, watch: Watch) -> int:
                 finish(run)
         finally:
             run.trace.close()
+            run.writer.close()
             run.progress.close()
             run.loader.close()
         leave()
@@ -50,12 +51,14 @@ def loop(run: Run) -> int:
             logits = engine(batch.images)
             loss = readout.loss(config.train, logits, batch.labels)
             tap.observe(loss, logits, batch.labels)
+            run.nonfinite.observe(batch, loss)
             tap.signals[BAD] = run.loader.bad.count
             engine.backward(loss)  # after the last micro-batch it reduces the gradients, and χ rides along
             tap.check()  # no update is made from a gradient that is not finite
             engine.step()
-        run.ema.update(run.step)
         reading = tap.read()  # the same on every rank
+        run.progress.skipped(run.step + 1, *run.nonfinite.judge(run.step + 1, reading.nonfinite))
+        run.ema.update(run.step)
         progress = (run.step + 1) / run.num_steps
         evidence = None if reading.skipped else run.spread.evidence(reading.indicators)
         run.controller, decision = steer(config.chi, run.controller, evidence, progress)
@@ -73,12 +76,17 @@ def loop(run: Run) -> int:
         run.spread.prepare(run.controller.count)
         run.trace.step()
         run.step += 1
-        stop, bad = reading.signals.tolist()  # in the order of SIGNALS; the one value a step that the host waits for
+        run.pace.step(run.step, run.loader.wait_s)
+        run.replicas.check(run.step)
+        stop, bad, unsaved = reading.signals.tolist()  # as SIGNALS; the one value a step that the host waits for
         if run.loader.too_many_bad(bad, run.step):  # the same on every rank
             refuse_bad(run, bad)
+        if unsaved:
+            run.writer.failed()
         if stop or run.step % config.train.checkpoint_every == 0 or run.step == run.num_steps:
             save(run)
         if stop and run.step < run.num_steps:
+            run.writer.wait()
             run.progress.say(f"stopped on request after step {run.step}, checkpoint saved; run again to continue")
             return EXIT_STOPPED
         if evaluation_due(run):
@@ -94,8 +102,9 @@ def refuse_bad(run: Run, count: int) -> None:
 
 
 def save(run: Run) -> None:
-    """A checkpoint of everything that the rest of the run depends on."""
+    """A checkpoint of everything that the rest of the run depends on; on the disk once the writer has waited."""
     began = time.monotonic()
+    run.replicas.compare(run.step)
     run.progress.flush()  # what the journal lacks when a run is resumed, it never gets
     state = {
         "step": run.step,
@@ -106,9 +115,8 @@ def save(run: Run) -> None:
         "loader": run.loader.state_dict(),
         "config": run.config.to_dict(),
     }
-    if run.place.rank == 0:
-        checkpoint_files.save(Path(run.config.run_dir), run.step, state)
-    run.progress.saved(run.step, time.monotonic() - began)
+    run.writer.begin(run.step, state)
+    run.progress.held_up(time.monotonic() - began)
 
 
 def evaluation_due(run: Run) -> bool:
@@ -128,12 +136,17 @@ def validate(run: Run) -> Evaluation:
         checkpoint.average_buffers(run.engine)  # the average's own
         result = evaluate(run.engine, batches, run.place.device)
     run.progress.evaluated(run.step, result.loss, result.accuracy, result.num_samples, time.monotonic() - began)
+    if result.accuracy > run.writer.best:
+        if run.writer.last_step != run.step:
+            save(run)
+        run.writer.mark_best(run.step, result.accuracy)
     return result
 
 
 def finish(run: Run) -> None:
     """The exact evaluation, the table by layer, the report, and the marker that the run is done."""
     result = validate(run)
+    run.writer.wait()
     if run.place.rank != 0:
         return
     run_dir = Path(run.config.run_dir)

@@ -1,6 +1,7 @@
 """launch/train.py with an accident at an exact point, which FAULT="RANK SIGNAL POINT N" in the environment names:
 RANK sends itself SIGNAL at its N-th passage, from 1, of POINT: forward, reduce, save or evaluate. SIGTERM+SIGTERM sends
-two, and stays at the point.
+two, and stays at the point. N may be several, as in 3,7. In the place of a signal, NAN makes a sample's pixels NaN,
+SLOW every forward pass from then on take 0.2 s more, and FLIP changes one element of the first parameter.
 
 The product knows nothing of this: the wraps are around DeepSpeed's and torch's own functions.
 """
@@ -20,7 +21,7 @@ def reached() -> bool:
     """Whether this passage is the one that was asked for."""
     global passages
     passages += 1
-    return passages == int(NTH)
+    return str(passages) in NTH.split(",")
 
 
 def strike() -> None:
@@ -36,10 +37,18 @@ def prepare_accident() -> None:
 
     forward, all_reduce, save = DeepSpeedEngine.forward, torch.distributed.all_reduce, torch.save
 
-    def struck_forward(engine, *args, **kwargs):
-        if engine.training == (POINT == "forward") and reached():
-            strike()
-        return forward(engine, *args, **kwargs)
+    def struck_forward(engine, images):
+        trains = engine.training and torch.is_grad_enabled()  # a calibration does not
+        if trains == (POINT == "forward") and engine.training == trains and reached():
+            if SIGNAL == "NAN":
+                images[3] = float("nan")
+            elif SIGNAL == "SLOW":
+                engine.module.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+            elif SIGNAL == "FLIP":
+                next(engine.module.parameters()).data.view(-1)[5] += 1e-3
+            else:
+                strike()
+        return forward(engine, images)
 
     def struck_all_reduce(tensor, *args, **kwargs):
         if tensor.numel() > 10_000 and reached():  # the gradient's: the others are of a few numbers

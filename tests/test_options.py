@@ -53,6 +53,7 @@ def vars_of(config: Config) -> list:
         (["--recipe", "digits", "--optim.lr", "nan"], "optim.lr=nan is not allowed; use a number above 0"),
         (["--recipe", "digits", "--data.global_batch", "100"], "use a multiple of data.micro_batch=16"),
         (["--recipe", "digits", "--train.timeout_s", "0"], "train.timeout_s=0.0 is not allowed; use a number from 1"),
+        (["--recipe", "digits", "--train.on_nonfinite", "skip(0)"], "use stop, or skip(k) with k of at least 1"),
         (["--recipe", "digits", "--data.flip", "yes"], "invalid true or false value: 'yes'"),
         (["--recipe", "digits", "--model.surrogate", "atan"], "chi.indicator='coverage' is undefined"),
     ],

@@ -17,7 +17,7 @@ from pipeline.checkpoint_files import load_newest
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.metrics import read_journal
-from tests.conftest import ROOT, kill, launch, start
+from tests.conftest import ROOT, launch, start
 from tests.tracked import tensorboard_curve
 from tests.training_runs import STEPS, Finished, arguments, read_until
 
@@ -123,9 +123,10 @@ def test_another_configuration_in_its_folder_is_refused(digits, straight):
 
 def test_a_run_killed_and_started_again_repeats_the_same_losses_bit_for_bit(digits, straight, tmp_path):
     run_dir = tmp_path / "run"
-    process = start("launch/train.py", *arguments(digits, run_dir))
-    read_until(process, r"^step +8/")
-    kill(process)
+    # SIGKILL to rank 0 with the second checkpoint half written; the launcher ends the other.
+    ended = launch("tests/fault_job.py", *arguments(digits, run_dir), FAULT="0 SIGKILL save 2")
+    assert ended.returncode == 256 - signal.SIGKILL, ended.output
+    assert ".step-00000010.tmp" in [folder.name for folder in (run_dir / "checkpoints").iterdir()]
     assert "step-00000005" in [folder.name for folder in (run_dir / "checkpoints").iterdir()]
     own = tmp_path / "deepspeed.json"
     own.write_text(json.dumps({"wall_clock_breakdown": True, "steps_per_print": 1, "comms_logger": {"enabled": True}}))
@@ -162,9 +163,19 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
     shutil.copytree(straight.run_dir, run_dir)
     (run_dir / "summary.json").unlink()
     shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS:08d}")
-    again = launch("launch/train.py", *arguments(digits, run_dir), ranks=1)
+    # In step 13 it meets a NaN, which it passes over.
+    words = [*arguments(digits, run_dir), "--train.on_nonfinite", "skip(1)"]
+    again = launch("tests/fault_job.py", *words, ranks=1, FAULT="0 NAN forward 17")
     assert again.returncode == EXIT_DONE, again.output
     assert "resumed from the checkpoint after step 10" in again.output
+    assert (
+        len(
+            re.findall(
+                "^step 13: the gradient of .* is not finite; .*; skipped, 1 of 1 in a row$", again.output, re.MULTILINE
+            )
+        )
+        == 1
+    )
     ours, theirs = losses(run_dir), losses(straight.run_dir)
     assert list(ours) == list(theirs)
     # From the same weights, the same micro-batches give the same losses; only their sum is taken in another order.

@@ -37,10 +37,12 @@ class Reading:
     signals: Tensor
     """`(len(SIGNALS),)` int64, summed over ranks."""
     skipped: bool
-    """The fp16 gradient overflowed: no parameter changed and the loss scale was lowered."""
+    """No parameter changed: the fp16 gradient overflowed, so that the loss scale was lowered; or see `nonfinite`."""
+    nonfinite: str = ""
+    """What was not finite, for a message, where it was not such an overflow; only of a tap that skips."""
 
 
-SIGNALS = ("stop", "bad_samples")
+SIGNALS = ("stop", "bad_samples", "unsaved")
 
 
 class Tap:
@@ -53,6 +55,7 @@ class Tap:
         spread: what the policy and the scale of the surrogate need beside the indicators; it travels along.
         has_coverage: whether the surrogate's support is bounded.
         self_check: compare the first gradient with `safe_get_full_grad` (one all-reduce of every parameter, once).
+        skips: a gradient that is not finite makes no update and is told by the reading, instead of an error.
 
     Raises:
         ConfigError: more ranks than counts are exact for; fp16 by torch_autocast.
@@ -67,6 +70,7 @@ class Tap:
         spread: Spread | None = None,
         has_coverage: bool = True,
         self_check: bool = True,
+        skips: bool = False,
     ) -> None:
         self._engine, self._layers, self._neurons = engine, list(layers), neurons
         self._spread = spread
@@ -83,7 +87,7 @@ class Tap:
         self._micro_batches = 0
         in_bucket = engine.zero_optimization_stage() in (0, 1) and not engine.fp16_enabled()
         carrier = BucketCarrier if in_bucket else PartitionCarrier
-        self._carrier = carrier(engine, watched, self._share, self_check=self_check)
+        self._carrier = carrier(engine, watched, self._share, self_check=self_check, skips=skips)
 
     # Each micro-batch: what this rank saw.
 
@@ -128,8 +132,9 @@ class Tap:
             correct=correct,
             signals=total.counts[-len(SIGNALS) :],
             skipped=total.skipped,
+            nonfinite=total.nonfinite,
         )
-        if self._spread is not None:
+        if self._spread is not None and not total.nonfinite:
             self._spread.take(total.floats[1:], num_ranks=self._world_size, neuron_steps=neuron_steps)
         self._neurons.zero_counts()
         self._loss.zero_()

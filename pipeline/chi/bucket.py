@@ -26,11 +26,12 @@ from pipeline.errors import NonFiniteError
 class BucketCarrier:
     """Counts the gradient where DeepSpeed reduces it; `share` gives what this rank adds to the bucket."""
 
-    def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool) -> None:
+    def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool, skips: bool) -> None:
         self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
         self._sums = watched.zeros()
         self._tail: Tensor | None = None
         self._num_floats = 0
+        self._skips, self._nonfinite = skips, ""
         self._zero1 = engine.zero_optimization_stage() == 1
         owner = engine.optimizer if self._zero1 else engine
         layout = self._zero1_layout if self._zero1 else self._zero0_layout
@@ -43,8 +44,9 @@ class BucketCarrier:
         """
         if self._tail is None:
             raise TapError("DeepSpeed reduced no gradient through allreduce_bucket; this version is not supported")
-        if not self._zero1:
-            self._require_finite()
+        if not self._zero1 and (reason := self._not_finite()):
+            self._refuse(reason)
+            self._leave_out_update()
         if self._unchecked:
             self._watched.compare(self._sums[:, 0], self._watched.full_counts())
             self._unchecked = False
@@ -57,22 +59,42 @@ class BucketCarrier:
         """
         assert self._tail is not None
         if self._zero1 and self._engine.optimizer.overflow:
-            self._require_finite()
-            raise NonFiniteError("the norm of the gradient is not finite")
+            self._refuse(self._not_finite() or "the norm of the gradient is not finite")
+        if self._nonfinite:
+            self._sums.fill_(float("nan"))
         total = Total(
             sums=self._sums[self._watched.layers],
             nnz=self._sums[:, 0].sum(),
+            skipped=bool(self._nonfinite),
+            nonfinite=self._nonfinite,
             counts=unpack(self._tail[: -self._num_floats]),
             floats=self._tail[-self._num_floats :].double(),
         )
-        self._sums, self._tail = self._watched.zeros(), None
+        self._sums, self._tail, self._nonfinite = self._watched.zeros(), None, ""
         return total
 
-    def _require_finite(self) -> None:
+    def _not_finite(self) -> str:
+        """Which gradients are not finite, for a message; empty where all are. The host waits for it."""
         finite = torch.isfinite(self._sums).all(1)
-        if not finite.all():
-            names = [name for name, ok in zip(self._watched.names, finite.tolist(), strict=True) if not ok]
-            raise NonFiniteError(f"the gradient of {names[0]} and of {len(names) - 1} more parameters is not finite")
+        if finite.all():
+            return ""
+        names = [name for name, ok in zip(self._watched.names, finite.tolist(), strict=True) if not ok]
+        return f"the gradient of {names[0]} and of {len(names) - 1} more parameters is not finite"
+
+    def _refuse(self, reason: str) -> None:
+        if not self._skips:
+            raise NonFiniteError(reason)
+        self._nonfinite = reason
+
+    def _leave_out_update(self) -> None:
+        """ZeRO-0: the engine's next step counts and clears the gradient, but changes no parameter."""
+        optimizer = self._engine.optimizer
+        update = optimizer.step
+
+        def left_out(*_args, **_kwargs) -> None:
+            optimizer.step = update
+
+        optimizer.step = left_out
 
     def _counted(self, reduce: Callable[..., Tensor], layout: Callable, averages: bool) -> Callable[..., Tensor]:
         def allreduce_bucket(bucket: list[Tensor], *args, **kwargs) -> Tensor:

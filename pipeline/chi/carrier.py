@@ -41,7 +41,9 @@ class Total:
     floats: Tensor
     """`(k,)` float64."""
     skipped: bool = False
-    """The gradient overflowed and DeepSpeed made no update: `sums` and `nnz` are NaN."""
+    """No update was made: `sums` and `nnz` are NaN."""
+    nonfinite: str = ""
+    """Why, where it was not the overflow that fp16's loss scale adapts to; what is not finite, for a message."""
 
 
 class Watched:

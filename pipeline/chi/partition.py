@@ -5,7 +5,7 @@ at which all of it passes. The carrier reads the partition in the pre-step hook 
 calls with the fp32 gradient that the update is made from, and sends one packed vector of float64:
 
     nnz, Σ|g|, Σg², spikes, covered of every layer     40 bytes a layer
-    nnz, Σg² of the network, loss, other counts        48 bytes
+    nnz, Σg² of the network, loss, other counts        56 bytes
 
 A weight that lies across partitions adds up, since all of its sums are additive. The all-reduce is asynchronous and
 overlaps the update; integers are exact up to 2⁵³. Where a gradient overflowed DeepSpeed makes no update and calls no
@@ -39,13 +39,14 @@ class Segment(NamedTuple):
 class PartitionCarrier:
     """Counts this rank's partition of the gradient when the optimizer steps; `share` gives what else it sends."""
 
-    def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool) -> None:
+    def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool, skips: bool) -> None:
         self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
         self._fp16 = engine.fp16_enabled()
         self._sums = watched.zeros()
         self._expected: Tensor | None = None
         self._vector: Tensor | None = None
         self._num_floats = 0
+        self._skips = skips
         self._work = None
         self._scale = 1.0
         self._segments: dict[int, list[Segment]] = {}
@@ -68,14 +69,16 @@ class PartitionCarrier:
         Raises:
             NonFiniteError: the gradient was not finite, in another precision than fp16; DeepSpeed made no update.
         """
-        skipped = self._vector is None
+        skipped, nonfinite = self._vector is None, ""
         if skipped:
             if self._groups_left != self._num_groups:
                 raise TapError("the optimizer stepped some of its groups only; this version is not supported")
             if not self._fp16:
-                raise NonFiniteError("the gradient is not finite")
-            if self._engine.optimizer.loss_scale <= 1:
-                raise NonFiniteError("the gradient is not finite in fp16, not even with a loss scale of 1")
+                nonfinite = "the gradient is not finite"
+            elif self._engine.optimizer.loss_scale <= 1:
+                nonfinite = "the gradient is not finite in fp16, not even with a loss scale of 1"
+            if nonfinite and not self._skips:
+                raise NonFiniteError(nonfinite)
             self._send(torch.full_like(self._sums, float("nan")))
         assert self._vector is not None
         if self._work is not None:
@@ -89,6 +92,7 @@ class PartitionCarrier:
             counts=counts.round().long(),
             floats=floats,
             skipped=skipped,
+            nonfinite=nonfinite,
         )
         self._sums, self._vector, self._work = self._watched.zeros(), None, None
         return total

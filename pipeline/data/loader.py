@@ -179,6 +179,12 @@ class Loader:
                 f"evaluation between steps; use at least {needed}, or a smaller data.window_shards"
             )
 
+    def names(self, position: int, count: int) -> list[str]:
+        """Names of the samples at stream positions, as the order has them: before a bad one was replaced."""
+        sizes = [shard.num_samples for shard in self.manifest.shards]
+        order = Order(sizes, seed=self._seed, window_shards=self._data.window_shards)  # the other is the threads'
+        return [self._samples.name(int(number)) for number in order.samples(position, count)[1]]
+
     def too_many_bad(self, count: int, step: int) -> bool:
         """Whether `count` stand-ins on all ranks, up to the end of `step`, are over `data.max_bad_ratio`.
 

@@ -224,7 +224,7 @@ class NeuronState:
 
     def to_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint has to hold of it, on the CPU; the widths are the controller's."""
-        return {name: getattr(self, name).cpu() for name in ("amplitudes", "rms_targets")}
+        return {name: getattr(self, name).to("cpu", copy=True) for name in ("amplitudes", "rms_targets")}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from another's `to_dict()`."""

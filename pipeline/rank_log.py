@@ -1,0 +1,57 @@
+"""Every rank's lines in RUN/logs/rank-N.log, with the time; on the console are rank 0's, and every rank's errors.
+
+Nothing but the standard library. A console that goes away (a closed terminal, a pipe whose reader died) does not end
+the run: its lines are in the file.
+"""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+
+class Tee:
+    """A text stream into a log file, and into a console where there is one."""
+
+    def __init__(self, console: TextIO, file: TextIO, *, shown: bool) -> None:
+        self._console, self._file, self._shown = console, file, shown
+        self._at_line_start = True
+
+    def write(self, text: str) -> int:
+        if self._shown:
+            try:
+                self._console.write(text)
+            except OSError:
+                self._shown = False
+        for line in text.splitlines(keepends=True):
+            if self._at_line_start:
+                self._file.write(time.strftime("%Y-%m-%d %H:%M:%S "))
+            self._file.write(line)
+            self._at_line_start = line.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+        if self._shown:
+            try:
+                self._console.flush()
+            except OSError:
+                self._shown = False
+
+    def __getattr__(self, name: str):
+        return getattr(self._console, name)
+
+
+def begin(run_dir: Path, rank: int) -> None:
+    """From here on what this process prints is in its rank's log too; a run that goes on adds to it."""
+    folder = run_dir / "logs"
+    folder.mkdir(exist_ok=True)
+    file = (folder / f"rank-{rank}.log").open("a", buffering=1, encoding="utf-8")
+    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} --- process {os.getpid()}: {' '.join(sys.argv[1:])}\n")
+    sys.stdout = Tee(sys.stdout, file, shown=rank == 0)
+    sys.stderr = Tee(sys.stderr, file, shown=True)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
