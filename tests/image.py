@@ -18,7 +18,6 @@ from tests.conftest import ROOT
 
 NOT_RUN = ("apt-get update", "useradd")
 """Beginnings of RUN steps that would change the machine that is borrowed."""
-_BORROWED = ("usr", "etc", "dev", "opt")
 _MOUNTS = """
 set -e
 mount --make-rprivate /
@@ -29,9 +28,8 @@ mount --bind /usr {root}/usr
 mount --bind /etc {root}/etc
 mount --bind /dev {root}/dev
 mount -t proc proc {root}/proc
-mount --bind {python} {root}/usr/local
-for folder in /opt/*/; do mkdir -p {root}$folder; mount --bind $folder {root}$folder; done
-for folder in /usr /etc /usr/local; do mount -o remount,bind,ro {root}$folder; done
+for folder in {python}/ /opt/*/; do mkdir -p {root}$folder; mount --bind $folder {root}$folder; done
+for folder in /usr /etc {python}; do mount -o remount,bind,ro {root}$folder; done
 """
 
 
@@ -65,7 +63,7 @@ class Image:
     def __init__(self, root: Path) -> None:
         self.root, self.not_run = root, []
         self.environ: dict[str, str] = {
-            "PATH": "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": f"{sys.base_prefix}/bin:/usr/local/bin:/usr/sbin:/usr/bin",
             "HOME": "/tmp",
         }
         self.user, self.workdir, self.entrypoint = "0:0", "/", []

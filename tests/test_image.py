@@ -58,7 +58,7 @@ def image(tmp_path_factory) -> Iterator[Image]:
     if os.geteuid() or subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("mounts cannot be made here, so there is no chroot: it takes root")
     if not (Path(sys.base_prefix) / "bin/python").exists() or sys.base_prefix == "/usr":
-        pytest.skip(f"{sys.base_prefix} cannot be lent to the chroot as /usr/local, where the image's Python is")
+        pytest.skip(f"{sys.base_prefix} cannot be lent to the chroot as the image's Python")
     root = tmp_path_factory.mktemp("image") / "root"
     root.mkdir()
     root.parent.chmod(0o755)

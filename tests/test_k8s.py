@@ -131,6 +131,14 @@ def test_a_jobset_and_a_runtime_hold_the_pods_of_the_base():
         assert not {d["kind"] for d in render(f"overlays/{overlay}")} & {"Job", "Service"}
 
 
+@pytest.mark.parametrize("overlay", ["jobset", "kubeflow-trainer"])
+def test_other_components_reach_the_pods_of_a_custom_object(overlay):
+    (workload,) = workloads(with_components("vanilla", ("rdma", "topology", "s3-data", overlay)))
+    assert workload.pod["containers"][0]["resources"]["limits"]["rdma/hca"] == 1
+    assert "podAntiAffinity" in workload.pod["affinity"]
+    assert {"secretRef": {"name": "chispike-s3"}} in workload.pod["containers"][0]["envFrom"]
+
+
 def test_every_name_in_a_patch_or_a_replacement_exists():
     defined, named = set(), set()
     for path in K8S.rglob("*.yaml"):
@@ -260,6 +268,11 @@ def test_the_pod_monitor_finds_the_pods_and_their_port():
     (endpoint,) = monitor["podMetricsEndpoints"]
     assert endpoint["port"] in {port["name"] for port in workload.pod["containers"][0]["ports"]}
     assert endpoint["path"] == "/metrics"
+
+
+def test_the_operators_rules_are_those_of_the_plain_prometheus():
+    plain = yaml.safe_load((K8S / "monitoring/rules.yml").read_text(encoding="utf-8"))
+    assert one(render("overlays/prometheus-operator"), "PrometheusRule")["spec"] == plain  # else run rules.py
 
 
 def test_a_component_for_data_elsewhere_opens_the_way_there():

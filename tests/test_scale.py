@@ -1,0 +1,46 @@
+"""What benchmarks/scale.py counts is what the program does, at sizes that a test can afford."""
+
+import json
+
+import pytest
+
+from benchmarks import scale, scale_parts
+from benchmarks.scale_parts import Set, downloads, every_sample_once, real_downloads, wanted
+from tests.conftest import ROOT
+
+SMALL = Set(sample_bytes=1.0, shard_bytes=100, window_shards=4)
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(scale_parts, "SAMPLES", 2_050)  # 20 shards of 100 and one of 50
+
+
+def test_every_rank_together_gets_every_sample_once():
+    assert every_sample_once(SMALL, world_size=64, micro_batch=4)
+
+
+@pytest.mark.parametrize("capacity", [10, 21])
+def test_the_real_cache_fetches_what_is_counted(capacity):
+    requests = list(wanted(SMALL, 16, 4, node=1))
+    assert downloads(iter(requests), capacity) == real_downloads(SMALL, 16, 4, 1, capacity)
+
+
+def test_a_small_cache_fetches_again_and_a_large_one_each_shard_once():
+    requests = list(wanted(SMALL, 16, 4, node=0))
+    distinct = len({shard for shards in requests for shard in shards})
+    assert downloads(iter(requests), len(SMALL.sizes)) == distinct == len(SMALL.sizes)
+    assert downloads(iter(requests), 8) > distinct
+
+
+def test_more_gpus_fail_more_often_and_checkpoints_follow():
+    few, many = scale.lost_work(8, 500, 2), scale.lost_work(4096, 500, 2)
+    assert few[0] == 512 * many[0]
+    assert few[1] < many[1]
+    assert few[2] > many[2]
+
+
+def test_the_committed_figures_are_of_these_assumptions():
+    results = json.loads((ROOT / "benchmarks/results/scale.json").read_text())
+    assert results["assumed"] == {name: {"value": value, "what": what} for name, (value, what) in scale.ASSUMED.items()}
+    assert all(row["met"] in (None, True) for row in results["rows"])
