@@ -3,7 +3,7 @@
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import kubernetes_validate
@@ -12,6 +12,8 @@ import yaml
 from kubeflow_trainer_api import models
 
 from data_prep.__main__ import _parser as prep_parser
+from launch import options, supervise
+from launch.place import resolve
 from pipeline import __version__
 from pipeline.errors import EXIT_DATA, EXIT_STOPPED, EXIT_USAGE
 from tests.manifests import (
@@ -25,6 +27,7 @@ from tests.manifests import (
     one,
     render,
     run_python,
+    training_port,
     with_components,
     workloads,
 )
@@ -307,3 +310,49 @@ def test_the_smoke_test_packs_what_it_trains_on(tmp_path):
     done = run_python([*words[:-1], str(tmp_path / "digits")], {"HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "digits/train/manifest.json").exists()
+
+
+TRAINING = ["vanilla", "cpu-smoke", "jobset", "kubeflow-trainer"]
+
+
+def commands(overlay: str, tmp_path: Path) -> Iterator[tuple[Workload, dict[str, str], list[str]]]:
+    """The job, and for each of its pods the environment and the words after `python`."""
+    (workload,) = workloads(render(f"overlays/{overlay}"))
+    (container,) = workload.pod["containers"]
+    for index in range(2):
+        variables = environment_of(workload, container, index)
+        yield workload, variables, argv(container, variables, tmp_path)
+
+
+@pytest.mark.parametrize("overlay", TRAINING)
+def test_every_pod_finds_its_place_and_its_run(overlay, tmp_path):
+    for index, (workload, variables, words) in enumerate(commands(overlay, tmp_path)):
+        assert words[:2] == ["-m", "launch.supervise"]
+        given, train = supervise.command_line(words[2:])
+        place = resolve(vars(given), variables)
+        assert (place.nodes, place.rank, place.master) == (2, index, f"{workload.job}-0.chispike")
+        assert workload.spec.get("completions", 2) == workload.spec.get("parallelism", 2) == 2
+        config = options.parse(train)
+        config.accumulation(place.nodes * place.slots)  # raises where the batch does not divide
+        (container,) = workload.pod["containers"]
+        limits = container["resources"]["limits"]
+        for train_job in (d["spec"]["trainer"] for d in workload.documents if d["kind"] == "TrainJob"):
+            limits = train_job["resourcesPerNode"]["limits"]
+        assert limits.get("nvidia.com/gpu", 1) == place.slots
+        mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+        assert mounts["/" + config.run_dir.split("/")[1]] is False
+        assert mounts["/" + config.data.path.split("/")[1]] is True
+        assert (given.metrics_host, given.metrics_port) == ("0.0.0.0", training_port(workload))
+        pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+        assert workload.pod["terminationGracePeriodSeconds"] >= pause + given.grace + 20
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("overlay", TRAINING)
+def test_the_program_itself_describes_the_run(overlay, tmp_path):
+    _, variables, words = next(commands(overlay, tmp_path))
+    done = run_python([*words[:2], "--dry-run", *words[2:]], {**variables, "HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert "node 0 of 2" in done.stdout
+    ranks = 2 if overlay == "cpu-smoke" else 8
+    assert f" = {ranks} ranks x " in done.stdout
