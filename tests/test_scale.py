@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import scale, scale_parts
 from benchmarks.scale_parts import Set, downloads, every_sample_once, real_downloads, wanted
+from pipeline.metric_table import METRICS
 from tests.conftest import ROOT
 
 SMALL = Set(sample_bytes=1.0, shard_bytes=100, window_shards=4)
@@ -44,3 +45,10 @@ def test_the_committed_figures_are_of_these_assumptions():
     results = json.loads((ROOT / "benchmarks/results/scale.json").read_text())
     assert results["assumed"] == {name: {"value": value, "what": what} for name, (value, what) in scale.ASSUMED.items()}
     assert all(row["met"] in (None, True) for row in results["rows"])
+
+
+def test_a_page_of_metrics_holds_what_each_rank_shows():
+    own = sum(4 if "phase" in metric.labels else 1 for metric in METRICS.values() if "rank" in metric.labels)
+    common = sum(3 if "layer" in metric.labels else 1 for metric in METRICS.values() if "rank" not in metric.labels)
+    assert scale.scrape(3, 1, first=False)[0] == 8 * own
+    assert scale.scrape(3, 1, first=True)[0] == 8 * own + common
