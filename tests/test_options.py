@@ -55,6 +55,12 @@ def vars_of(config: Config) -> list:
         (["--recipe", "digits", "--train.timeout_s", "0"], "train.timeout_s=0.0 is not allowed; use a number from 1"),
         (["--recipe", "digits", "--train.on_nonfinite", "skip(0)"], "use stop, or skip(k) with k of at least 1"),
         (["--recipe", "digits", "--data.flip", "yes"], "invalid true or false value: 'yes'"),
+        (
+            ["--recipe", "digits", "--metrics.tls_cert", "a.pem"],
+            "metrics.tls_key='' is not allowed; use a file together",
+        ),
+        (["--recipe", "digits", "--metrics.tls_key", "a.key"], "together with metrics.tls_cert, and none without it"),
+        (["--recipe", "digits", "--metrics.tls_client_ca", "a.pem"], "use a file only together with metrics.tls_cert"),
         (["--recipe", "digits", "--model.surrogate", "atan"], "chi.indicator='coverage' is undefined"),
     ],
 )
@@ -105,6 +111,12 @@ def test_a_taken_port_ends_with_one_line_and_64(tmp_path, digits):
         arguments = ("--recipe", "digits", "--data.path", str(digits), "--run_dir", str(tmp_path / "run"))
         done = run(*arguments, "--metrics.port", port)
     assert_one_clear_line(done, f"metrics.port={port}", "Address already in use", "0 for a free one")
+
+
+def test_a_certificate_that_cannot_be_read_ends_with_one_line_and_64(tmp_path, digits):
+    arguments = ("--recipe", "digits", "--data.path", str(digits), "--run_dir", str(tmp_path / "run"))
+    done = run(*arguments, "--metrics.port", "0", "--metrics.tls_cert", "/nowhere", "--metrics.tls_key", "/nowhere")
+    assert_one_clear_line(done, "metrics.tls_cert='/nowhere'", "No such file", "files in PEM form")
 
 
 def test_help_names_the_recipes_and_every_field():
