@@ -29,6 +29,7 @@ from pipeline import run_folder, run_lock, source
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
+from pipeline.stops import SUPERVISED
 
 ROOT = Path(__file__).parent.parent
 TRAIN = Path(__file__).with_name("train.py")
@@ -207,7 +208,7 @@ class Supervisor:
                 self._say("stopped on request before the ranks were started; run again to continue")
                 return EXIT_STOPPED
             metrics.ranks_run(True)
-            ended = self._attend(Ranks(command, environment(**metrics.variables)))
+            ended = self._attend(Ranks(command, environment(**metrics.variables, **{SUPERVISED: "1"})))
             metrics.ranks_run(False)
             if self._finished(SHOWN_S if ended == EXIT_DONE else 0):
                 break

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SUPERVISED = "CHISPIKE_SUPERVISED"
+"""In the environment of ranks that launch/supervise.py looks after."""
 LOOK_S = 2.0
 """Seconds between two looks at the launcher."""
 
@@ -22,7 +24,8 @@ class Watch:
     """Watches from its construction on; an orphan leaves at once until `on_request` says what a stop is."""
 
     def __init__(self) -> None:
-        self._launcher = launcher() if "LOCAL_RANK" in os.environ else None
+        supervised = SUPERVISED in os.environ  # then whoever started the launcher sees to its orphans, and starts again
+        self._launcher = launcher() if "LOCAL_RANK" in os.environ and not supervised else None
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._seen: set[int] = set()
