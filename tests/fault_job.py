@@ -38,8 +38,8 @@ def prepare_accident() -> None:
     forward, all_reduce, save = DeepSpeedEngine.forward, torch.distributed.all_reduce, torch.save
 
     def struck_forward(engine, images):
-        trains = engine.training and torch.is_grad_enabled()  # a calibration does not
-        if trains == (POINT == "forward") and engine.training == trains and reached():
+        trains = engine.module.training and torch.is_grad_enabled()  # a calibration does not
+        if trains == (POINT == "forward") and engine.module.training == trains and reached():
             if SIGNAL == "NAN":
                 images[3] = float("nan")
             elif SIGNAL == "SLOW":

@@ -241,7 +241,7 @@ def test_a_rank_with_another_parameter_is_named_before_it_is_saved(digits, tmp_p
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("point", "rank", "passage"), [("forward", 1, 30), ("reduce", 1, 8), ("evaluate", 1, 2)])
+@pytest.mark.parametrize(("point", "rank", "passage"), [("forward", 1, 30), ("reduce", 1, 8), ("evaluate", 1, 5)])
 def test_a_rank_killed_anywhere_ends_the_others_and_costs_only_what_came_after_the_last_save(
     digits, straight, tmp_path, point, rank, passage
 ):
@@ -258,7 +258,7 @@ def test_a_rank_killed_anywhere_ends_the_others_and_costs_only_what_came_after_t
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("point", "rank", "passage"), [("forward", 1, 30), ("reduce", 1, 8), ("save", 0, 2), ("evaluate", 1, 2)]
+    ("point", "rank", "passage"), [("forward", 1, 30), ("reduce", 1, 8), ("save", 0, 2), ("evaluate", 1, 5)]
 )
 def test_sigterm_anywhere_stops_all_with_a_checkpoint_and_repeats_no_step(
     digits, straight, tmp_path, point, rank, passage
