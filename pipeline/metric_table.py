@@ -35,7 +35,9 @@ METRICS = {
     "train_overflow_steps": Metric(
         "counter", "Optimizer steps that an overflow of the fp16 gradient made no update of"
     ),
-    "train_nonfinite_steps": Metric("counter", "Steps that ended the run, since their loss or gradient was not finite"),
+    "train_nonfinite_steps": Metric(
+        "counter", "Steps whose loss or gradient was not finite, so that they made no update"
+    ),
     "train_step_duration_seconds": Metric(
         "gauge", "Mean time of a step since the last logged one, without checkpoints and evaluations", RANK
     ),

@@ -12,6 +12,7 @@ from pipeline.chi.guards import record_of
 from pipeline.chi.policies import Evidence
 from pipeline.config import Config
 from pipeline.data.loader import Figures
+from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.metrics import Journal, layer_labels, progress_line, read_journal
 from pipeline.rank_metrics import RankMetrics
 from pipeline.trackers import Trackers
@@ -35,7 +36,8 @@ class Progress:
             run_dir = Path(config.run_dir)
             self._journal = Journal(run_dir / "metrics.jsonl", step)
             self._trackers = Trackers(config, layers, read_journal(run_dir / "metrics.jsonl"))
-            self.say(f"metrics at {exporter.where}")
+            if exporter.address:
+                self.say(f"metrics at {exporter.address}")
 
     def say(self, line: str) -> None:
         if self._active:
@@ -142,6 +144,14 @@ class Progress:
             self.say(line)
             self._journal.write({"step": step, "nonfinite": line, "nonfinite_samples": samples})
             self._exporter.count(train_nonfinite_steps=1)
+
+    def failed(self, error: CheckpointError | NonFiniteError) -> None:
+        """Counts what ends the run, for whoever looks at the metrics of a rank that is gone."""
+        if self._active and isinstance(error, NonFiniteError):
+            self._exporter.count(train_nonfinite_steps=1)
+        elif self._active:
+            self._exporter.count_save("error")
+        self._exporter.write()
 
     def evaluated(self, step: int, loss: float, accuracy: float, num_samples: int, seconds: float) -> None:
         self._aside("evaluation", seconds)

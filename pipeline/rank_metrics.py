@@ -50,8 +50,8 @@ class RankMetrics:
             folders: list = [None] * world_size
             torch.distributed.all_gather_object(folders, str(self._server.folder) if self._server else None)
             folder = folders[rank - local_rank]
-        self.where = self._server.address if self._server else folder
-        """For the reader of the console."""
+        self.address = self._server.address if self._server else None
+        """None where another process serves."""
         self._layers = layer_labels(layers)
         self._snapshot = Snapshot(Path(folder), f"rank-{rank}", run=Path(config.run_dir).name, rank=str(rank))
         for phase in PHASES:

@@ -15,7 +15,7 @@ from pipeline.chi.controller import steer, targets_at
 from pipeline.config import Config
 from pipeline.data.loader import evaluation_batches
 from pipeline.engine import answered, learning_rate, leave, loss_scale, set_learning_rate
-from pipeline.errors import EXIT_DONE, EXIT_STOPPED
+from pipeline.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NonFiniteError
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.progress import summary_table
 from pipeline.snn import readout
@@ -32,6 +32,9 @@ def train(config: Config, watch: Watch) -> int:
             code = loop(run)
             if code == EXIT_DONE:
                 finish(run)
+        except (CheckpointError, NonFiniteError) as error:
+            run.progress.failed(error)
+            raise
         finally:
             run.trace.close()
             run.writer.close()

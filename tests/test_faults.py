@@ -1,6 +1,7 @@
 """Accidents of the main job through the real launcher, two ranks: nothing is lost, one clear line, the exit code."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -161,8 +162,10 @@ def test_steps_that_are_not_finite_are_skipped_and_named_on_all_ranks(digits, tm
 @pytest.mark.faults
 def test_a_step_that_is_not_finite_ends_all_ranks_before_its_update(digits, straight, tmp_path):
     run_dir = tmp_path / "run"
-    ended = launch(JOB, *arguments(digits, run_dir), FAULT="1 NAN forward 25")
+    ended = launch(JOB, *arguments(digits, run_dir), FAULT="1 NAN forward 25", CHISPIKE_METRICS_DIR=str(tmp_path))
     assert ended.returncode == EXIT_INTERNAL, ended.output
+    assert "metrics at" not in ended.output, "whoever set the folder serves"
+    assert json.loads((tmp_path / "rank-0.json").read_text())["train_nonfinite_steps"] == [["run", 1]]
     (line,) = re.findall("^error.*", ended.output, re.MULTILINE)
     assert re.match(
         r"error: step 7: the gradient of \S+ and of \d+ more parameters is not finite; pixels or loss are not", line
@@ -186,7 +189,7 @@ def test_a_full_disk_ends_the_run_with_the_checkpoint_before_it_whole(digits, st
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("a small disk needs the right to mount one")
     try:
-        process = start("launch/train.py", *arguments(digits, run_dir))
+        process = start("launch/train.py", *arguments(digits, run_dir), CHISPIKE_METRICS_DIR=str(tmp_path))
         read_until(process, r"^step +5/")
         while not (run_dir / "checkpoints" / "step-00000005").exists():
             time.sleep(0.05)
@@ -201,6 +204,8 @@ def test_a_full_disk_ends_the_run_with_the_checkpoint_before_it_whole(digits, st
             output,
             re.MULTILINE,
         )
+        saves = json.loads((tmp_path / "rank-0.json").read_text())["checkpoint_saves"]
+        assert saves == [["run", "success", 1], ["run", "error", 1]]
         assert "Traceback" not in output
         assert checkpoints(run_dir) == ["latest", "step-00000005"]
         (disk / "filler").unlink()
