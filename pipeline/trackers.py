@@ -102,7 +102,7 @@ class TensorBoard:
 class WandB:
     def __init__(self, folder: Path, config: Config) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._library = wandb
         self._run = wandb.init(
@@ -125,7 +125,7 @@ class WandB:
 
 class MLflow:
     def __init__(self, folder: Path, config: Config) -> None:
-        from mlflow.tracking import MlflowClient
+        from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
         for talker in ("mlflow", "alembic"):  # of every table that they make
             logging.getLogger(talker).setLevel(logging.WARNING)
@@ -138,7 +138,7 @@ class MLflow:
             self._client.log_param(self._id, name, value)
 
     def write(self, step: int, values: dict[str, float], at_s: float | None) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         at_ms = round(1000 * (at_s or 0))
         metrics = [Metric(name, value, at_ms, step) for name, value in values.items()]

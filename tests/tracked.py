@@ -15,7 +15,7 @@ def tensorboard_curve(folder: Path, name: str) -> dict[int, float]:
 
 
 def wandb_curve(folder: Path, name: str) -> dict[int, float]:
-    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
 
     (file,) = folder.glob("offline-run-*/run-*.wandb")
     curve: dict[int, float] = {}
@@ -46,7 +46,7 @@ def leveldb_log(content: bytes, *, offset: int) -> Iterator[bytes]:
 
 
 def mlflow_curve(folder: Path, name: str) -> dict[int, float]:
-    from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder.absolute()}/mlflow.db")
     (experiment,) = [each for each in client.search_experiments() if each.name == "chispike"]
