@@ -104,7 +104,7 @@ def main() -> None:
         table.write(
             arguments.json,
             rows,
-            hardware=f"{table.processor()}, 2 cores, shared with other work; no GPU was at hand",
+            hardware=f"{table.processor()}, 2 cores; no GPU was at hand",
             versions={name: version(name) for name in ("torch", "deepspeed")},
             command="python -m benchmarks.checkpoint_stall",
             setting=f"SEW-ResNet34, 224 x 224, T=4, bf16, one rank, {BATCH} images a step, a save every {EVERY} steps",

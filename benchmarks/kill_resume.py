@@ -179,7 +179,7 @@ def main() -> int:
         table.write(
             arguments.json,
             rows,
-            hardware=f"{table.processor()}, 2 cores, shared with other work; no GPU",
+            hardware=f"{table.processor()}, 2 cores; no GPU was at hand",
             versions={name: version(name) for name in ("torch", "deepspeed")},
             command=f"python -m benchmarks.kill_resume --cycles {arguments.cycles} --seed SEED, for each of seeds",
             setting=f"the digits recipe, {STEPS} steps, two CPU ranks, a checkpoint every 3 steps",
