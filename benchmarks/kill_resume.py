@@ -108,8 +108,8 @@ class Job:
         return False
 
 
-def cycles(data: Path, scratch: Path, count: int, seed: int) -> tuple[list[float], int, list[str]]:
-    """Seconds from each kill to the next step that was done, runs that came to their end, and what differed."""
+def cycles(data: Path, scratch: Path, count: int, seed: int) -> tuple[int, list[float], int, list[str]]:
+    """Kills, at least `count`; seconds from each to the next step that was done; runs that ended; what differed."""
     straight = scratch / "straight"
     ended = launch("launch/train.py", *words(data, straight))
     assert ended.returncode == EXIT_DONE, ended.output
@@ -132,7 +132,7 @@ def cycles(data: Path, scratch: Path, count: int, seed: int) -> tuple[list[float
         found = differences(left(run_dir), expected)
         wrong += found
         print(f"run {finished} at its end: {found or 'the same, bit for bit'}", flush=True)
-    return restarts, finished, wrong
+    return kills, restarts, finished, wrong
 
 
 def repeated_after_stop(data: Path, run_dir: Path) -> int:
@@ -160,8 +160,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch, "digits")
         subprocess.run([sys.executable, "-m", "data_prep", "digits", str(data)], check=True)
-        count = 2 if arguments.quick else arguments.cycles
-        restarts, finished, wrong = cycles(data, Path(scratch), count, arguments.seed)
+        least = 2 if arguments.quick else arguments.cycles
+        count, restarts, finished, wrong = cycles(data, Path(scratch), least, arguments.seed)
         repeated = repeated_after_stop(data, Path(scratch, "stopped"))
     restarts = before.get("restarts_s", []) + restarts
     count, finished = count + before.get("kills", 0), finished + before.get("runs", 0)
