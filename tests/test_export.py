@@ -60,7 +60,7 @@ def test_the_cards_lines_load_the_weights_and_the_header_says_what_they_are(run,
     assert json.loads(header["classes"]) == [str(digit) for digit in range(10)]
     assert header["data_identity"] == about.about["data_identity"]
     assert json.loads(header["metrics"])["eval_accuracy_ratio"] == summary["eval_accuracy_ratio"]
-    assert json.loads(header["versions"])["torch"] == torch.__version__
+    assert json.loads(header["versions"]) == about.about["versions"]
     assert json.loads(header["config"])["train"]["seed"] == 0
     card = (tmp_path / "net.md").read_text(encoding="utf-8")
     assert f"| {100 * summary['eval_accuracy_ratio']:.2f} % |" in card

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -95,7 +96,7 @@ def test_the_run_folder_holds_what_is_needed_to_repeat_and_read_the_run(straight
     folder = straight.run_dir
     assert json.loads((folder / "config.json").read_text())["train"]["seed"] == 0
     run = json.loads((folder / "run.json").read_text())
-    assert run["versions"]["torch"] == torch.__version__
+    assert run["versions"]["torch"] == version("torch")
     assert run["world_size"] == 2
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
