@@ -18,8 +18,9 @@ data/digits/val/manifest.json: | $(VENV)/installed
 test: $(VENV)/installed-dev ## the tests that every change must pass
 	$(BIN)/python -m pytest -m "not faults" $(ARGS)
 
-test-faults: $(VENV)/installed-dev ## the long fault and matrix tests
-	$(BIN)/python -m pytest -m faults $(ARGS)
+test-faults: $(VENV)/installed-dev ## the long fault and matrix tests; their log is build/faults.log
+	@rm -f build/faults.log
+	$(BIN)/python -m pytest -m faults --log-to build/faults.log $(ARGS)
 
 check: $(VENV)/installed-dev ## lint, format, types
 	$(BIN)/ruff check .

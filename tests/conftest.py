@@ -19,6 +19,17 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--log-to", type=Path, metavar="FILE", help="append every test's outcome and time to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.log_to:
+        from tests.outcomes import Outcomes
+
+        config.pluginmanager.register(Outcomes(config.option.log_to, config.invocation_params.args))
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """Shards of scikit-learn's digits, made by the real command."""
