@@ -13,6 +13,7 @@ from pipeline.checkpoint_writer import Writer
 from pipeline.chi.allreduce import SIGNALS, Tap
 from pipeline.chi.calibrate import calibrated_widths
 from pipeline.chi.controller import ControllerState, start, targets_at
+from pipeline.chi.host import Later
 from pipeline.chi.spread import Spread
 from pipeline.config import Config
 from pipeline.data.loader import Loader, evaluation_batches
@@ -44,6 +45,7 @@ class Run:
     ema: Ema
     neurons: NeuronState
     tap: Tap
+    signals: Later
     nonfinite: NonFinite
     pace: Pace
     replicas: Replicas
@@ -152,6 +154,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         ema=ema,
         neurons=neurons,
         tap=tap,
+        signals=Later(tap.signals),
         nonfinite=NonFinite(
             model,
             loader,
@@ -181,7 +184,7 @@ def begin(
     batches = evaluation_batches(config.data, rank=0, world_size=1, device=place.device, split="train")
     images = next(batches).images
     batches.close()
-    widths = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, len(neurons.names)))
+    widths = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, controller.log_width))
     dist.broadcast(widths, 0)
     controller = start(widths.clamp(config.chi.width_min, config.chi.width_max))
     neurons.widths.copy_(controller.widths)

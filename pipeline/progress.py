@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from pipeline.chi.allreduce import Reading
-from pipeline.chi.controller import ControllerState, starved
+from pipeline.chi.controller import ControllerState, starved, targets_at
 from pipeline.chi.guards import record_of
 from pipeline.chi.policies import Evidence
 from pipeline.config import Config
@@ -16,6 +17,18 @@ from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.metrics import Journal, layer_labels, progress_line, read_journal
 from pipeline.rank_metrics import RankMetrics
 from pipeline.trackers import Trackers
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An optimizer step, as the loop tells of it; its tensors are read only where it is logged."""
+
+    number: int
+    reading: Reading
+    widths: Tensor
+    learning_rate: float
+    loss_scale: float | None
+    data: Figures
 
 
 class Progress:
@@ -70,73 +83,55 @@ class Progress:
             self._below = below
         self._decisions.clear()
 
-    def step(
-        self,
-        step: int,
-        reading: Reading,
-        *,
-        widths,
-        targets: list[float],
-        learning_rate: float,
-        loss_scale: float | None,
-        data: Figures,
-    ) -> None:
+    def step(self, step: Step) -> None:
         """After each step; on every `log_every`-th it reads the step's tensors, the one time the host waits."""
-        if self._active and reading.skipped and not reading.nonfinite:
-            self.say(f"step {step} skipped: the fp16 gradient overflowed, so the loss scale was lowered")
+        if self._active and step.reading.skipped and not step.reading.nonfinite:
+            self.say(f"step {step.number} skipped: the fp16 gradient overflowed, so the loss scale was lowered")
             self._exporter.count(train_overflow_steps=1)
         self._show_saves()
-        if step % self._config.train.log_every and step != self._num_steps:
+        if step.number % self._config.train.log_every and step.number != self._num_steps:
             return
         now = time.monotonic()
-        elapsed, steps = now - self._logged_at, step - self._logged_step
+        elapsed, steps = now - self._logged_at, step.number - self._logged_step
         if self._active:
-            self._log(step, reading, widths, targets, learning_rate, loss_scale, data, elapsed / steps)
+            self._log(step, steps, elapsed / steps)
             self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
-        self._exporter.pace(steps, elapsed, self._aside_s, data)
+        self._exporter.pace(steps, elapsed, self._aside_s, step.data)
         self._exporter.publish({"train_last_step_timestamp_seconds": time.time()})
         self._exporter.write()
-        self._logged_at, self._logged_step, self._wait_s, self._aside_s = now, step, data.wait_s, 0.0
+        self._logged_at, self._logged_step, self._wait_s, self._aside_s = now, step.number, step.data.wait_s, 0.0
 
-    def _log(
-        self,
-        step: int,
-        reading: Reading,
-        widths,
-        targets: list[float],
-        learning_rate: float,
-        loss_scale: float | None,
-        data: Figures,
-        step_s: float,
-    ) -> None:
-        """Rank 0's record of a step; `step_s` seconds went by for each step since the last."""
-        steps = step - self._logged_step
+    def _log(self, step: Step, steps: int, step_s: float) -> None:
+        """Rank 0's record of a step, `steps` after the last one, with `step_s` seconds for each."""
+        reading, chi = step.reading, self._config.chi
         layers = reading.indicators.to_lists()
-        held = self._config.chi.policy == "chi" and self._config.chi.indicator == "coverage"
+        targets = [float("nan")] * len(self._layers)
+        if chi.policy == "chi" and chi.indicator == "coverage":
+            targets = targets_at(chi, step.number / self._num_steps, step.widths).tolist()
         record = {
-            "step": step,
+            "step": step.number,
             "train_last_step_timestamp_seconds": time.time(),
             "train_loss": reading.loss.item(),
             "train_accuracy_ratio": reading.correct.item() / self._config.data.global_batch,
-            "train_learning_rate": learning_rate,
+            "train_learning_rate": step.learning_rate,
             "train_grad_norm": reading.indicators.grad_norm.square().sum().sqrt().item(),
             "train_images_per_second": self._config.data.global_batch / step_s,
-            "data_wait_ratio": (data.wait_s - self._wait_s) / (steps * step_s),
+            "data_wait_ratio": (step.data.wait_s - self._wait_s) / (steps * step_s),
             "network_chi": reading.indicators.network_chi.item(),
             "layer_chi": layers["chi"],
             "layer_participation_ratio": layers["participation"],
             "layer_coverage_ratio": layers["coverage"],
-            "layer_coverage_target_ratio": targets if held else [float("nan")] * len(self._layers),
-            "layer_surrogate_width": widths.tolist(),
+            "layer_coverage_target_ratio": targets,
+            "layer_surrogate_width": step.widths.tolist(),
             "layer_firing_rate_ratio": layers["firing_rate"],
             "layer_gradient_norm": layers["grad_norm"],
         }
-        self.say(progress_line(record, self._num_steps, eta_s=step_s * (self._num_steps - step)))
+        self.say(progress_line(record, self._num_steps, eta_s=step_s * (self._num_steps - step.number)))
         self._record(record)
         self.flush()
-        self._exporter.publish({**record, "train_step": step})
-        if loss_scale is not None:
-            self._exporter.publish({"train_loss_scale": loss_scale})
+        self._exporter.publish({**record, "train_step": step.number})
+        if step.loss_scale is not None:
+            self._exporter.publish({"train_loss_scale": step.loss_scale})
 
     def skipped(self, step: int, line: str, samples: list[str]) -> None:
         """What `NonFinite.judge` said of the step; it says nothing of a step that was finite."""

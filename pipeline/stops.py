@@ -51,14 +51,16 @@ class Watch:
                 self._launcher = None
                 if not self._ready:
                     leave(128 + signal.SIGTERM, "the launcher is gone before the run began")
-                say("the launcher is gone: the run stops after this step, with a checkpoint")
+                say("the launcher is gone: the run stops after this step or the next, with a checkpoint")
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _signalled(self, number: int) -> None:
         if number in self._seen:
             leave(128 + number, f"{signal.Signals(number).name} came again: leaving at once, without a checkpoint")
         if number in REQUESTS and not self._seen:
-            say(f"{signal.Signals(number).name}: the run stops after this step, with a checkpoint; once more, at once")
+            say(
+                f"{signal.Signals(number).name}: the run stops after this step or the next, with a checkpoint; once more, at once"
+            )
         self._seen.add(number)
 
 

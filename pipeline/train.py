@@ -11,13 +11,13 @@ import torch
 from pipeline import checkpoint, report, run_folder
 from pipeline.assemble import Run, prepare
 from pipeline.chi.allreduce import SIGNALS
-from pipeline.chi.controller import steer, targets_at
+from pipeline.chi.controller import steer
 from pipeline.config import Config
 from pipeline.data.loader import evaluation_batches
 from pipeline.engine import answered, learning_rate, leave, loss_scale, set_learning_rate
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NonFiniteError
 from pipeline.evaluate import Evaluation, evaluate
-from pipeline.progress import summary_table
+from pipeline.progress import Step, summary_table
 from pipeline.snn import readout
 from pipeline.stops import Watch
 
@@ -66,27 +66,22 @@ def loop(run: Run) -> int:
         evidence = None if reading.skipped else run.spread.evidence(reading.indicators)
         run.controller, decision = steer(config.chi, run.controller, evidence, progress)
         run.progress.decided(run.step + 1, decision, run.controller, progress)
-        run.progress.step(
-            run.step + 1,
-            reading,
-            widths=run.neurons.widths,
-            targets=targets_at(config.chi, progress, len(run.neurons.names)),
-            learning_rate=rate,
-            loss_scale=loss_scale(engine),
-            data=run.loader.figures(),
-        )
+        scale, data = loss_scale(engine), run.loader.figures()
+        run.progress.step(Step(run.step + 1, reading, run.neurons.widths, rate, scale, data))
         run.neurons.widths.copy_(run.controller.widths)
         run.spread.prepare(run.controller.count)
         run.trace.step()
         run.step += 1
         run.pace.step(run.step, run.loader.wait_s)
         run.replicas.check(run.step)
-        stop, bad, unsaved = reading.signals.tolist()  # as SIGNALS; the one value a step that the host waits for
+        stop, bad, unsaved = run.signals.late(reading.signals)  # as SIGNALS, of the step before: nothing waits for them
+        if saves := stop or run.step % config.train.checkpoint_every == 0 or run.step == run.num_steps:
+            stop, bad, unsaved = run.signals.newest()
         if run.loader.too_many_bad(bad, run.step):  # the same on every rank
             refuse_bad(run, bad)
         if unsaved:
             run.writer.failed()
-        if stop or run.step % config.train.checkpoint_every == 0 or run.step == run.num_steps:
+        if saves:
             save(run)
         if stop and run.step < run.num_steps:
             run.writer.wait()

@@ -88,11 +88,16 @@ def plain_gradient(engine, data: list, precision: str) -> dict[str, torch.Tensor
     return totals
 
 
+WAITS = ("aten::_local_scalar_dense", "aten::lift_fresh")
+"""What makes the host wait on a GPU, and shows on a CPU: a value that is read, a tensor made from Python numbers."""
+
+
 class Counter:
-    """Counts collective calls and elements while it is open."""
+    """Counts collective calls, their bytes, and `waits` of the host while it is open."""
 
     def __enter__(self) -> "Counter":
-        self.calls, self.bytes = 0, 0
+        self.calls, self.bytes, self.waits = 0, 0, 0
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]).__enter__()
         self._originals = {name: getattr(dist, name) for name in COLLECTIVES}
         for name, original in self._originals.items():
             setattr(dist, name, self._counted(original))
@@ -107,6 +112,8 @@ class Counter:
         return call
 
     def __exit__(self, *_) -> None:
+        self._profile.__exit__(None, None, None)
+        self.waits = sum(event.count for event in self._profile.key_averages() if event.key in WAITS)
         for name, original in self._originals.items():
             setattr(dist, name, original)
 
@@ -124,7 +131,8 @@ def make(
         train=TrainConfig(zero_stage=stage, precision=precision),
     )
     engine = build(config, module, world_size)
-    tap = Tap(engine, module.spiking_layers(), bind(module)) if tapped else None
+    neurons = bind(module)
+    tap = Tap(engine, module.spiking_layers(), neurons) if tapped else None
     return engine, module, tap
 
 

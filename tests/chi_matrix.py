@@ -92,6 +92,7 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
         step(bare, batches(rank, accumulation, STEPS), None)
     result["calls_with"], result["calls_without"] = counter.calls, bare_counter.calls
     result["extra_bytes"] = counter.bytes - bare_counter.bytes
+    result["extra_waits"] = counter.waits - bare_counter.waits
     return result
 
 

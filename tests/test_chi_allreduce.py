@@ -70,6 +70,12 @@ def test_the_tap_adds_no_collective_or_a_small_one_and_few_bytes(matrix, case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_chi_makes_the_host_wait_for_nothing_but_in_zero_0_whether_the_gradient_is_finite(matrix, case):
+    stage, precision, _ = case
+    assert matrix[case]["extra_waits"] == (1 if stage == 0 and precision != "fp16" else 0)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_rates_and_signals_are_summed_over_ranks(matrix, case):
     for step in matrix[case]["steps"]:
         assert step["bad_samples"] == 1 + 2

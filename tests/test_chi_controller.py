@@ -9,6 +9,7 @@ from pipeline.chi.controller import FLOOR_STEP, ControllerState, start, steer, t
 from pipeline.chi.policies import Evidence
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError
+from tests.chi_engines import WAITS
 
 CPU = torch.device("cpu")
 
@@ -61,12 +62,21 @@ def test_coverage_reaches_its_target_from_any_start(width):
     assert coverage(state.widths).tolist() == pytest.approx([0.4] * 3, abs=1e-3)
 
 
+def test_no_decision_makes_the_host_wait():
+    state, evidence = start(torch.ones(3)), seen([0.1, 0.4, 0.9])
+    with torch.profiler.profile() as profile:
+        for policy in ("chi", "schedule"):
+            steer(held(policy=policy), state, evidence, 0.5)
+    assert not {event.key for event in profile.key_averages()} & set(WAITS)
+
+
 def test_targets_move_linearly_with_the_position_and_the_depth():
     config = ChiConfig(target=0.6, target_end=0.2)
-    assert targets_at(config, 0.25, 3) == pytest.approx([0.5] * 3)
+    log_width = torch.zeros(3, dtype=torch.float64)
+    assert targets_at(config, 0.25, log_width).tolist() == pytest.approx([0.5] * 3)
     sloped = ChiConfig(target=0.6, target_end=0.4, target_slope=0.2)
-    assert targets_at(sloped, 0.0, 3) == pytest.approx([0.5, 0.6, 0.7])
-    assert targets_at(sloped, 1.0, 3) == pytest.approx([0.3, 0.4, 0.5])
+    assert targets_at(sloped, 0.0, log_width).tolist() == pytest.approx([0.5, 0.6, 0.7])
+    assert targets_at(sloped, 1.0, log_width).tolist() == pytest.approx([0.3, 0.4, 0.5])
 
 
 def test_a_slope_that_leaves_no_target_for_a_layer_is_refused():

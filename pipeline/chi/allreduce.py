@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.chi.bucket import BucketCarrier
 from pipeline.chi.carrier import Share, Watched
+from pipeline.chi.host import Constants
 from pipeline.chi.indicator import Indicators, indicators
 from pipeline.chi.limbs import MAX_RANKS
 from pipeline.chi.partition import PartitionCarrier
@@ -85,6 +86,7 @@ class Tap:
         self._loss = torch.zeros((), device=watched.device)
         self._correct = torch.zeros(1, dtype=torch.int64, device=watched.device)
         self._micro_batches = 0
+        self._neuron_steps = Constants(watched.device)
         in_bucket = engine.zero_optimization_stage() in (0, 1) and not engine.fp16_enabled()
         carrier = BucketCarrier if in_bucket else PartitionCarrier
         self._carrier = carrier(engine, watched, self._share, self_check=self_check, skips=skips)
@@ -116,7 +118,7 @@ class Tap:
         total = self._carrier.after_step()
         num_layers = len(self._layers)
         spikes, covered, (correct, *_) = total.counts.split([num_layers, num_layers, 1 + len(SIGNALS)])
-        neuron_steps = torch.tensor([layer.neuron.neuron_steps for layer in self._layers], device=spikes.device)
+        neuron_steps = self._neuron_steps([layer.neuron.neuron_steps for layer in self._layers])
         neuron_steps = (neuron_steps * self._micro_batches * self._world_size).double()
         reading = Reading(
             indicators=indicators(

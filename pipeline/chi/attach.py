@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.chi import controller
 from pipeline.chi.calibrate import calibrated_widths
 from pipeline.chi.controller import ControllerState
+from pipeline.chi.host import Constants
 from pipeline.chi.indicator import Indicators, gradient_sums, indicators
 from pipeline.chi.limbs import pack, unpack
 from pipeline.chi.spread import Spread
@@ -45,6 +46,7 @@ class Pilot:
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         numbers = [layer.weight.numel() for layer in self.layers]
         self._weights = torch.tensor(numbers, device=self.neurons.widths.device)
+        self._counted = Constants(self.neurons.widths.device)
         self._spread = Spread(config, self.layers, self.neurons)
         self._reduced: Tensor | None = None
         self._hook = optimizer.register_step_pre_hook(self._before_step)
@@ -57,7 +59,7 @@ class Pilot:
         if self.config.policy != "chi" or self.config.indicator != "coverage":
             raise ConfigError("chi.attach: calibrate() sets coverage to its target; use it with policy chi, indicator "
                               "coverage")  # fmt: skip
-        targets = controller.targets_at(self.config, 0.0, len(self.layers))
+        targets = controller.targets_at(self.config, 0.0, self.controller.log_width)
         widths = calibrated_widths(self._network, images, self.neurons, targets)
         if self._is_reduced:
             dist.broadcast(widths, 0)
@@ -120,8 +122,7 @@ class Pilot:
     # Under DDP: what this rank counted goes along with the last bucket.
 
     def _counts(self) -> Tensor:
-        counted = [neuron.counted for neuron in self.neurons.neurons]
-        steps = torch.tensor(counted, device=self.neurons.spikes.device)
+        steps = self._counted([neuron.counted for neuron in self.neurons.neurons])
         return torch.cat((self.neurons.spikes, self.neurons.covered, steps))
 
     def _reduce(self, _, bucket) -> torch.futures.Future[Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.chi.carrier import Share, TapError, Total, Watched
+from pipeline.chi.host import Constants
 from pipeline.chi.indicator import gradient_sums
 from pipeline.chi.limbs import pack, unpack
 from pipeline.errors import NonFiniteError
@@ -29,6 +30,7 @@ class BucketCarrier:
     def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool, skips: bool) -> None:
         self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
         self._sums = watched.zeros()
+        self._rows = Constants(watched.device)
         self._tail: Tensor | None = None
         self._num_floats = 0
         self._skips, self._nonfinite = skips, ""
@@ -111,7 +113,7 @@ class BucketCarrier:
                 # A copy: the flat bucket is DeepSpeed's, and is freed or reused after the step.
                 self._tail = flat[-tail.numel() :].clone().mul_(self._engine.dp_world_size if averages else 1)
             parts = reduced.split([p.numel() for p in owned])
-            self._sums[self._watched.rows(owned)] = torch.stack([gradient_sums(part) for part in parts])
+            self._sums[self._rows(self._watched.rows(owned))] = torch.stack([gradient_sums(part) for part in parts])
             return reduced
 
         return allreduce_bucket

@@ -1,7 +1,5 @@
 """Widths to start from: those that put a batch's coverage at the target, layer by layer."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +11,7 @@ SAMPLES = 1 << 20
 
 
 @torch.no_grad()
-def calibrated_widths(network: nn.Module, images: Tensor, neurons: NeuronState, targets: Sequence[float]) -> Tensor:
+def calibrated_widths(network: nn.Module, images: Tensor, neurons: NeuronState, targets: Tensor) -> Tensor:
     """w `(L,)` fp32, the `targets[ℓ]`-quantile of |h - v_th| in layer ℓ over one forward pass of `images`.
 
     The network is left as it was: its batch statistics, its mode, its counters at zero.
@@ -31,7 +29,7 @@ def calibrated_widths(network: nn.Module, images: Tensor, neurons: NeuronState, 
             buffer.copy_(kept[name])
         neurons.zero_counts()
     widths = []
-    for steps, target in zip(seen, targets, strict=True):
+    for steps, target in zip(seen, targets.tolist(), strict=True):
         distances = torch.cat(steps)
         thinned = distances[:: -(-len(distances) // SAMPLES)]
         rank = max(1, round(target * len(thinned)))

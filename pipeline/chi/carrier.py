@@ -55,14 +55,14 @@ class Watched:
         self.parameters = [p for _, p in named]
         self.device = self.parameters[0].device
         self._rows = {id(p): row for row, p in enumerate(self.parameters)}
-        self.layers = self.rows(weights)
+        self.layers = torch.tensor(self.rows(weights), device=self.device)
         """`(L,)` rows of the layers' weights."""
         self.numel = torch.tensor([numel(p) for p in self.parameters], device=self.device)
         """`(P,)` elements of every parameter."""
 
-    def rows(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+    def rows(self, parameters: Sequence[nn.Parameter]) -> list[int]:
         """Where these parameters stand among all."""
-        return torch.tensor([self._rows[id(p)] for p in parameters], dtype=torch.int64, device=self.device)
+        return [self._rows[id(p)] for p in parameters]
 
     def zeros(self) -> Tensor:
         """`(P, 3)` float64 for the sums of every parameter."""

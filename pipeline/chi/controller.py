@@ -58,14 +58,14 @@ def start(widths: Tensor) -> ControllerState:
     return ControllerState(start=log_width, log_width=log_width, total=log_width.new_zeros(3, len(widths)), count=0)
 
 
-def targets_at(config: ChiConfig, progress: float, num_layers: int) -> list[float]:
-    """Every layer's target at `progress` in [0, 1] of the run.
+def targets_at(config: ChiConfig, progress: float, log_width: Tensor) -> Tensor:
+    """`(L,)` float64, every layer's target at `progress` in [0, 1] of the run, where `log_width` is.
 
     Linear in the run from `target` to `target_end`, and in depth by `target_slope` around that.
     """
     level = config.target + (config.target_end - config.target) * progress
-    deepest = max(num_layers - 1, 1)
-    return [level + config.target_slope * (layer / deepest - 0.5) for layer in range(num_layers)]
+    depth = torch.arange(len(log_width), dtype=torch.float64, device=log_width.device) / max(len(log_width) - 1, 1)
+    return level + config.target_slope * (depth - 0.5)
 
 
 def steer(
@@ -101,6 +101,6 @@ def starved(config: ChiConfig, mean: Evidence) -> Tensor:
 
 
 def _hold(config: ChiConfig, start: Tensor, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:
-    targets = torch.tensor(targets_at(config, progress, len(log_width)), dtype=torch.float64, device=log_width.device)
-    change = config.eta * torch.nan_to_num(targets - mean.indicator, nan=0.0, posinf=0.0, neginf=0.0)
+    missing = targets_at(config, progress, log_width) - mean.indicator
+    change = config.eta * torch.nan_to_num(missing, nan=0.0, posinf=0.0, neginf=0.0)
     return log_width + torch.where(starved(config, mean), change.clamp_min(FLOOR_STEP), change)

@@ -5,6 +5,7 @@ policies, and the mean square of the surrogate, which `model.scale=rms` holds wh
 import torch
 from torch import Tensor
 
+from pipeline.chi.host import Constants
 from pipeline.chi.indicator import Indicators
 from pipeline.chi.policies import Evidence
 from pipeline.config import ChiConfig
@@ -23,7 +24,7 @@ class Spread:
     def __init__(self, config: ChiConfig, layers: list[SpikingLayer], neurons: NeuronState) -> None:
         self._config, self._layers, self._neurons = config, layers, neurons
         self._squares = torch.zeros(len(layers), dtype=torch.float64, device=neurons.widths.device)
-        self._seen = [0] * len(layers)
+        self._seen, self._looked = [0] * len(layers), Constants(neurons.widths.device)
         self._looks = config.policy == "ds_atgo"
         self._rms = any(neuron.rule.scale == "rms" for neuron in neurons.neurons)
         self._mean: Tensor | None = None
@@ -59,7 +60,7 @@ class Spread:
         """
         parts = [self._squares[:0]]
         if self._looks:
-            parts.append(self._squares / torch.tensor(self._seen, device=self._squares.device).clamp_min(1))
+            parts.append(self._squares / self._looked([max(1, seen) for seen in self._seen]))
         if self._rms:
             parts.append(self._neurons.grad_sq)
         return torch.cat(parts).float()

@@ -214,6 +214,8 @@ class NeuronState:
     """Sum of g(h - v_th)^2 since `zero_counts`, (L,) fp64."""
     rms_targets: torch.Tensor
     """E[g^2] that `hold_rms` keeps, (L,) fp64; NaN before its first call. Saved with the amplitudes."""
+    has_rms: torch.Tensor
+    """Layers whose surrogate has scale rms, (L,) bool."""
 
     def zero_counts(self) -> None:
         """Start the three counters again from 0."""
@@ -243,9 +245,8 @@ class NeuronState:
         mean_sq = grad_sq / neuron_steps
         first = self.rms_targets.isnan() & (mean_sq > 0) & mean_sq.isfinite()
         self.rms_targets.copy_(torch.where(first, mean_sq, self.rms_targets))
-        held = torch.tensor([neuron.rule.scale == "rms" for neuron in self.neurons], device=self.grad_sq.device)
         wanted = surrogate.rms_amplitudes(self.amplitudes, mean_sq, self.rms_targets)
-        self.amplitudes.copy_(torch.where(held, wanted, self.amplitudes))
+        self.amplitudes.copy_(torch.where(self.has_rms, wanted, self.amplitudes))
 
     @property
     def neuron_steps(self) -> tuple[int, ...]:
@@ -284,6 +285,7 @@ def bind(model: nn.Module) -> NeuronState:
         covered=torch.zeros(L, dtype=torch.int64, device=device),
         grad_sq=torch.zeros(L, dtype=torch.float64, device=device),
         rms_targets=torch.full((L,), float("nan"), dtype=torch.float64, device=device),
+        has_rms=torch.tensor([neuron.rule.scale == "rms" for _, neuron in layers], device=device),
     )
     for index, neuron in enumerate(state.neurons):
         tally = Tally(state.spikes[index], state.covered[index], state.grad_sq[index])
