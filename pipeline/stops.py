@@ -58,9 +58,8 @@ class Watch:
         if number in self._seen:
             leave(128 + number, f"{signal.Signals(number).name} came again: leaving at once, without a checkpoint")
         if number in REQUESTS and not self._seen:
-            say(
-                f"{signal.Signals(number).name}: the run stops after this step or the next, with a checkpoint; once more, at once"
-            )
+            name = signal.Signals(number).name
+            say(f"{name}: the run stops after this step or the next, with a checkpoint; once more, at once")
         self._seen.add(number)
 
 
