@@ -70,7 +70,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         device=place.device,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision],
     )
-    saved = checkpoint_files.load_newest(Path(config.run_dir))
+    saved = checkpoint_files.load_to_resume(Path(config.run_dir))
     agree(config, saved["step"] if saved else 0, loader.manifest.identity, place.device)
     classes = len(loader.manifest.classes)
     model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
     """Writes a checkpoint from rank 0; when it returns, the checkpoint is on the disk whole.
 
-    Of the others the newest `keep` - 1 stay, and the best.
+    Of those before it the newest `keep` - 1 stay, and the best. Later ones were damaged when the run was resumed; they
+    are left until it has passed them, for were they counted, this one might be removed in their favour.
     """
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,7 @@ def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
     os.replace(unfinished, final)
     _point(root / "latest", final.name)
     kept = _pointed(root / "best")
-    for old in sorted(root.glob("step-*"))[:-keep]:
+    for old in sorted(path for path in root.glob("step-*") if path.name <= final.name)[:-keep]:
         if old.name not in kept:
             shutil.rmtree(old)
     return final
@@ -89,6 +90,21 @@ def load_newest(run_dir: Path) -> dict | None:
     """The newest checkpoint that is whole, or None; a damaged one is named and passed over."""
     folders = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
     return next((state for folder in folders if (state := load(folder)) is not None), None)
+
+
+def load_to_resume(run_dir: Path) -> dict | None:
+    """The newest checkpoint that is whole; None where a run has none yet.
+
+    Raises:
+        DataError: it has some, and all are damaged. To begin anew would cost what a backup might still save.
+    """
+    state = load_newest(run_dir)
+    if state is None and (steps := saved_steps(run_dir)):
+        raise DataError(
+            f"{run_dir}/checkpoints has none that can be read (after steps {', '.join(map(str, steps))}: all damaged); "
+            "restore one, or remove that folder to train from the start"
+        )
+    return state
 
 
 def load(folder: Path) -> dict | None:

@@ -62,6 +62,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_loaded(tmp_path, ca
     assert "step-00000002 is damaged" in caplog.text
 
 
+def test_no_checkpoint_gives_way_to_damaged_ones_of_later_steps(tmp_path):
+    """The run goes on from step 1, since the two newest are damaged."""
+    saved(tmp_path, 1, 30, 40, keep=3)
+    for step in (30, 40):
+        flip_a_bit(tmp_path / "checkpoints" / f"step-{step:08d}")
+    assert newest_step(tmp_path) == 1
+    for step in (2, 3, 31, 41):
+        saved(tmp_path, step)
+        assert newest_step(tmp_path) == step
+
+
 def writer(run_dir: Path, failures: list, done: list) -> Writer:
     return Writer(
         run_dir,

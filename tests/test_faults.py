@@ -6,9 +6,7 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -24,7 +22,7 @@ from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED
 from pipeline.metrics import read_journal
 from tests.conftest import ROOT, kill, launch, start
 from tests.test_training import assert_same_result
-from tests.training_runs import STEPS, arguments, read_until
+from tests.training_runs import STEPS, arguments, rank_of, read_until
 
 JOB = "tests/fault_job.py"
 
@@ -42,13 +40,6 @@ def test_a_rank_that_falls_silent_is_given_up_after_the_timeout(digits, tmp_path
         assert "Traceback" not in said
     finally:
         kill(process)
-
-
-def rank_of(process: subprocess.Popen, rank: int) -> psutil.Process:
-    """The process of a rank below the launcher."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    (found,) = (p for p in below if p.environ().get("RANK") == str(rank))
-    return found
 
 
 def checkpoints(run_dir: Path) -> list[str]:
@@ -89,25 +80,6 @@ def test_a_second_signal_leaves_at_once_from_inside_a_save_and_costs_only_what_c
     assert "resumed from the checkpoint after step 5" in again.output
     assert_same_result(run_dir, straight)
     assert checkpoints(run_dir) == ["best", "latest", "step-00000010", "step-00000014"]
-
-
-@pytest.mark.faults
-def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(digits, straight, tmp_path):
-    run_dir = tmp_path / "run"
-    process = start("launch/train.py", *arguments(digits, run_dir))
-    read_until(process, r"^step +2/")
-    holder = rank_of(process, 0).pid
-    os.kill(holder, signal.SIGSTOP)
-    refused = launch("launch/train.py", *arguments(digits, run_dir))
-    os.kill(holder, signal.SIGCONT)
-    assert refused.returncode == 64, refused.output
-    assert re.findall("^error.*", refused.output, re.MULTILINE) == [
-        f"error: run_dir='{run_dir}' is in use by process {holder} on {socket.gethostname()}; stop that run and wait "
-        "for its end, or choose another --run_dir"
-    ]
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == EXIT_DONE, output
-    assert_same_result(run_dir, straight)
 
 
 @pytest.mark.faults
@@ -300,17 +272,3 @@ def test_a_clock_that_jumps_backwards_changes_no_result_and_no_rate(digits, stra
     assert all(0 < r["train_images_per_second"] < 1e6 and 0 <= r["data_wait_ratio"] <= 1 for r in records)
     stamps = [r["train_last_step_timestamp_seconds"] for r in records]
     assert stamps != sorted(stamps), "the clock did jump"
-
-
-@pytest.mark.faults
-def test_a_read_only_run_folder_is_refused_to_a_user_who_may_not_write(digits, tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to become a user without rights in the folder")
-    (tmp_path / "run").mkdir(mode=0o555)
-    for folder in (tmp_path, *tmp_path.parents[:2], digits, digits.parent):
-        folder.chmod(0o755)
-    nobody = "import os, sys; from launch.train import main; os.setuid(65534); sys.exit(main(sys.argv[1:]))"
-    command = ["-c", nobody, "--recipe", "digits", "--data.path", str(digits), "--run_dir", str(tmp_path / "run")]
-    refused = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert refused.returncode == 64, refused.stderr
-    assert refused.stderr.startswith(f"error: run_dir='{tmp_path}/run' is not writable; choose another")

@@ -6,6 +6,8 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DONE
 from tests.conftest import start
@@ -49,6 +51,13 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> tuple[str, re.Ma
         if match := re.search(pattern, line):
             return seen, match
     raise AssertionError(f"the job ended before {pattern!r}:\n{seen}")
+
+
+def rank_of(process: subprocess.Popen, rank: int) -> psutil.Process:
+    """The process of a rank below the launcher."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    (found,) = (p for p in below if p.environ().get("RANK") == str(rank))
+    return found
 
 
 def run_and_scrape(digits: Path, run_dir: Path) -> Finished:
