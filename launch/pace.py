@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.metrics import read_journal
+from pipeline.metrics import rate_decimals, read_journal
 from pipeline.run_folder import Stored, flatten, read
 
 SAME = ("data.image_size", "data.image_size_start", "data.micro_batch", "train.precision", "train.zero_stage")
@@ -19,9 +19,9 @@ def line(config: Config, num_samples: int) -> str:
     if found is None:
         return f"not known: no run of {config.recipe} beside {config.run_dir} has measured a rate with these settings"
     run, rate = found
-    epoch_s = num_samples / rate
+    epoch_s, shown = num_samples / rate, f"{rate:,.{rate_decimals(rate)}f}"
     return (
-        f"{duration(epoch_s)} an epoch, {duration(epoch_s * config.train.epochs)} in all, at {rate:,.0f} images/s: the "
+        f"{duration(epoch_s)} an epoch, {duration(epoch_s * config.train.epochs)} in all, at {shown} images/s: the "
         f"median of {run.folder}, on {run.about['world_size']} ranks of its machine ({run.about['cpu']}, "
         f"{run.about['cores']} cores); evaluations and checkpoints come on top"
     )

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from pipeline.metrics import read_journal
+from pipeline.metrics import rate_decimals, read_journal
 from pipeline.page import columns, document, picture
 from pipeline.run_folder import FREE, flatten
 
@@ -104,7 +104,7 @@ def results(runs: Sequence[Run]) -> dict[str, list[str]]:
         "last logged step": [str(record["step"]) for record in ends],
         "training loss there, nats": [_number(record["train_loss"], 4) for record in ends],
         "mean firing rate": [_number(_layer_means(run, "layer_firing_rate_ratio")[-1], 3) for run in runs],
-        "images/s, median": [_number(median(values), 0) for values in rates],
+        "images/s, median": [_number(rate, rate_decimals(rate)) for rate in map(median, rates)],
         "waiting for data, median": [_percent(median(values)) for values in waits],
         "parameters": [f"{run.about['num_parameters']:,}" for run in runs],
         "ranks": [str(run.about["world_size"]) for run in runs],

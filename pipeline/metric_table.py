@@ -32,6 +32,7 @@ METRICS = {
     "train_learning_rate": Metric("gauge", "Learning rate"),
     "train_loss_scale": Metric("gauge", "Loss scale of fp16"),
     "train_images_per_second": Metric("gauge", "Images trained per second since the last logged step, over all ranks"),
+    "train_image_size_pixels": Metric("gauge", "Side of the images of the last logged step, where they grow"),
     "train_overflow_steps": Metric(
         "counter", "Optimizer steps that an overflow of the fp16 gradient made no update of"
     ),

@@ -6,7 +6,6 @@ A record's keys are the metrics' names without `snn_`; a value is a number, or f
 import json
 import math
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +60,8 @@ def _plain(value):
 def progress_line(record: dict, num_steps: int, eta_s: float) -> str:
     """What rank 0 prints every `log_every` steps."""
     chi, width = record["layer_chi"], record["layer_surrogate_width"]
+    rate, side = record["train_images_per_second"], record.get("train_image_size_pixels")
+    minutes, seconds = divmod(int(eta_s), 60)
     coverage = [value for value in record["layer_coverage_ratio"] if not math.isnan(value)]
     parts = [
         f"step {record['step']:>{len(str(num_steps))}}/{num_steps}",
@@ -69,8 +70,14 @@ def progress_line(record: dict, num_steps: int, eta_s: float) -> str:
         f"χ {min(chi):.3f}–{max(chi):.3f}",
         f"coverage {min(coverage):.2f}–{max(coverage):.2f}" if coverage else "coverage undefined",
         f"width {min(width):.2f}–{max(width):.2f}",
-        f"{record['train_images_per_second']:.0f} img/s",
+        *([f"{side}²"] if side is not None else []),
+        f"{rate:.{rate_decimals(rate)}f} img/s",
         f"data wait {100 * record['data_wait_ratio']:.1f} %",
-        f"ETA {time.strftime('%H:%M:%S', time.gmtime(eta_s))}",
+        f"ETA {minutes // 60:02}:{minutes % 60:02}:{seconds:02}",
     ]
     return " · ".join(parts)
+
+
+def rate_decimals(rate: float) -> int:
+    """Decimals that show two digits of a rate above 0, or more: 1.7 and 0.017, but 1570."""
+    return max(0, 1 - math.floor(math.log10(rate)))

@@ -116,6 +116,7 @@ class Progress:
             "train_learning_rate": step.learning_rate,
             "train_grad_norm": reading.indicators.grad_norm.square().sum().sqrt().item(),
             "train_images_per_second": self._config.data.global_batch / step_s,
+            **({"train_image_size_pixels": step.data.image_size} if self._config.data.image_size_start else {}),
             "data_wait_ratio": (step.data.wait_s - self._wait_s) / (steps * step_s),
             "network_chi": reading.indicators.network_chi.item(),
             "layer_chi": layers["chi"],

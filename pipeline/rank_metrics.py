@@ -56,7 +56,7 @@ class RankMetrics:
         self._snapshot = Snapshot(Path(folder), f"rank-{rank}", run=Path(config.run_dir).name, rank=str(rank))
         for phase in PHASES:
             self.add_phase(phase, 0.0)
-        self._shown = Figures(0.0, 0, 0, dict.fromkeys(REASONS, 0))
+        self._shown = Figures(wait_s=0.0, queue_depth=0, bytes_read=0, bad=dict.fromkeys(REASONS, 0), image_size=0)
         self._count_data(self._shown)
         if rank == 0:
             self._describe(config, world_size, num_steps, identity)

@@ -126,13 +126,15 @@ def overview() -> list[dict]:
             "{{run}}, lowest layer": f"min by (run) (snn_layer_chi{{{RUN}}})",
             "{{run}}, lowest participation": f"min by (run) (snn_layer_participation_ratio{{{RUN}}})",
         }, unit="percentunit"),
-        panel("Learning rate", {"{{run}}": f"snn_train_learning_rate{{{RUN}}}"}, size=(8, 7)),
-        panel("Gradient norm", {"{{run}}": f"snn_train_grad_norm{{{RUN}}}"}, size=(8, 7)),
+        panel("Learning rate", {"{{run}}": f"snn_train_learning_rate{{{RUN}}}"}, size=(6, 7)),
+        panel("Gradient norm", {"{{run}}": f"snn_train_grad_norm{{{RUN}}}"}, size=(6, 7)),
+        panel("Side of the images, pixels", {"{{run}}": f"snn_train_image_size_pixels{{{RUN}}}"}, size=(6, 7),
+              note="Only with data.image_size_start."),
         panel("Steps without an update, and fp16's loss scale", {
             "{{run}}, overflows per minute": f"60 * rate(snn_train_overflow_steps_total{{{RUN}}}[$__rate_interval])",
             "{{run}}, not finite per minute": f"60 * rate(snn_train_nonfinite_steps_total{{{RUN}}}[$__rate_interval])",
             "{{run}}, loss scale": f"snn_train_loss_scale{{{RUN}}}",
-        }, size=(8, 7), note="There is a loss scale only with train.precision fp16."),
+        }, size=(6, 7), note="There is a loss scale only with train.precision fp16."),
         panel("Runs", {"": f"snn_run_info{{{RUN}}}"}, kind="table", size=(WIDTH, 5)),
     ]  # fmt: skip
 

@@ -38,6 +38,8 @@ class Figures(NamedTuple):
     bytes_read: int
     bad: dict[str, int]
     """Samples replaced, by reason."""
+    image_size: int
+    """Side of the last step's images, in pixels."""
 
 
 class Loader:
@@ -100,7 +102,16 @@ class Loader:
         return self._step
 
     def figures(self) -> Figures:
-        return Figures(self.wait_s, self._stream.queue_depth, self._shards.bytes_read, dict(self.bad.by_reason))
+        return Figures(
+            wait_s=self.wait_s,
+            queue_depth=self._stream.queue_depth,
+            bytes_read=self._shards.bytes_read,
+            bad=dict(self.bad.by_reason),
+            image_size=self._image_size(max(0, self._step - 1)),
+        )
+
+    def _image_size(self, step: int) -> int:
+        return image_size_at(self._data, step * self._data.global_batch // self._order.num_samples)
 
     def steps(self, start: int, stop: int) -> Iterator[Iterator[Batch]]:
         """The micro-batches of each optimizer step in [start, stop), read and decoded ahead of use.
@@ -144,7 +155,7 @@ class Loader:
             area_min=self._data.crop_area_min,
             aspect=self._data.crop_aspect,
             flip=self._data.flip,
-            image_size=image_size_at(self._data, step * self._data.global_batch // self._order.num_samples),
+            image_size=self._image_size(step),
         )
         bad = [
             (
