@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -19,6 +20,7 @@ from tests.training_runs import arguments
 
 MONITORING = ROOT / "k8s/monitoring"
 RULES = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"][0]["rules"]
+DRAW = MONITORING / "picture.py"
 CONDITIONAL = {
     "train_loss_scale": "train.precision fp16",
     "run_restarts": "launch/supervise.py",
@@ -26,8 +28,9 @@ CONDITIONAL = {
 """Metrics that the run below lacks, and what they need."""
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("dashboards", MONITORING / "dashboards.py")
+def script(name: str):
+    """A script of k8s/monitoring, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(name, MONITORING / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -75,7 +78,7 @@ def test_the_page_lists_every_metric_and_alert():
 
 
 def test_the_generated_dashboards_are_fresh_and_whole():
-    made = generator().dashboards()
+    made = script("dashboards").dashboards()
     files = {path.name: path.read_text() for path in (MONITORING / "grafana/dashboards").iterdir()}
     assert files == made, "run: python k8s/monitoring/dashboards.py"
     for name, dashboard in dashboards().items():
@@ -89,8 +92,17 @@ def test_the_generated_dashboards_are_fresh_and_whole():
             assert box["x"] + box["w"] <= 24
             places |= cells
             for target in panel["targets"]:
-                for metric in generator().metrics_of(target["expr"]):
+                for metric in script("dashboards").metrics_of(target["expr"]):
                     assert f"`snn_{metric}" in panel["description"]
+
+
+def test_the_picture_shows_panels_that_the_dashboards_have(tmp_path):
+    picture = script("picture")
+    for dashboard, title in picture.PANELS:
+        for target in picture.panel(dashboard, title)["targets"]:
+            assert "$" not in picture.filled(target["expr"], "watched", 5.0)
+    with pytest.raises(SystemExit, match=r"^error: no Prometheus answers at http://127.0.0.1:\d+ \("):
+        picture.draw(str(tmp_path / "no.png"), f"http://127.0.0.1:{free_port()}", 1, "watched")
 
 
 def lost(ours: object, theirs: object, path: str = "") -> set[str]:
@@ -220,6 +232,12 @@ def test_every_panel_has_data_from_a_run_that_prometheus_scrapes(digits, tmp_pat
         ]
         assert empty == []
         assert [one["metric"]["alertname"] for one in prometheus.ask('ALERTS{severity="critical"}')] == []
+        picture = tmp_path / "watched.png"
+        for run, code, said in (("watched", 0, ""), ("other", 1, "holds nothing of run 'other' within 30 minutes")):
+            words = [str(picture), "--url", prometheus.url, "--run", run]
+            drawn = subprocess.run([sys.executable, DRAW, *words], capture_output=True, text=True)
+            assert (drawn.returncode, said in drawn.stderr) == (code, True), drawn.stderr
+        assert picture.read_bytes().startswith(b"\x89PNG")
     finally:
         kill(prometheus.process)
 

@@ -143,11 +143,12 @@ def layers() -> list[dict]:
     coverage = f"snn_layer_coverage_ratio{{{RUN}}}"
     off = f"{coverage} - snn_layer_coverage_target_ratio{{{RUN}}}"
     return [
-        *by_layer("χ", "chi", "percentunit"),
-        *by_layer("Participation", "participation_ratio", "percentunit"),
-        *by_layer("Coverage", "coverage_ratio", "percentunit", "Only of surrogates with bounded support."),
-        *by_layer("Width of the surrogate", "surrogate_width", "short"),
-        *by_layer("Firing rate", "firing_rate_ratio", "percentunit"),
+        *by_layer("χ: weights that receive gradient", "chi", "percentunit"),
+        *by_layer("Participation of the weights", "participation_ratio", "percentunit"),
+        *by_layer("Coverage: near the threshold", "coverage_ratio", "percentunit",
+                  "Only of surrogates with bounded support."),
+        *by_layer("Width of the surrogate", "surrogate_width", "short", "In units of the potential."),
+        *by_layer("Firing rate: neuron-steps that spike", "firing_rate_ratio", "percentunit"),
         *by_layer("Gradient norm", "gradient_norm", "short"),
         panel("Coverage above its target", {"{{layer}}": off}, unit="percentunit", note="With chi.policy chi."),
         panel("Now: firing rate", {"{{layer}}": f"snn_layer_firing_rate_ratio{{{RUN}}}"}, unit="percentunit",

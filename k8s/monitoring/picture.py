@@ -1,65 +1,145 @@
-"""Draws a run as Prometheus holds it:  python k8s/monitoring/picture.py FILE.png [--url URL] [--minutes 30] [--run RUN]
+"""Draws panels of the Grafana dashboards without Grafana:  python k8s/monitoring/picture.py FILE.png [--run RUN]
 
-For those without Grafana. Nothing but matplotlib beside the standard library.
+Queries, titles, units and legends are those of the dashboards' files; the data come from a Prometheus. Nothing but
+matplotlib beside the standard library.
 """
 
 import argparse
 import json
+import math
+import re
 import time
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-CURVES = {
-    "Loss": {"training": "snn_train_loss", "validation": "snn_eval_loss"},
-    "Accuracy": {"training": "snn_train_accuracy_ratio", "validation": "snn_eval_accuracy_ratio"},
-    "Images per second": {"": "snn_train_images_per_second"},
-    "χ by layer": {"{layer}": "snn_layer_chi"},
-    "Coverage by layer": {"{layer}": "snn_layer_coverage_ratio"},
-    "Width of the surrogate by layer": {"{layer}": "snn_layer_surrogate_width"},
-    "Firing rate by layer": {"{layer}": "snn_layer_firing_rate_ratio"},
-    "Seconds of a step, by rank": {"rank {rank}": "snn_train_step_duration_seconds"},
-    "Waiting for data, share of the time, by rank": {
-        "rank {rank}": 'sum by (rank) (rate(snn_train_phase_seconds_total{phase="data_wait",SELECT}[1m]))'
-        " / sum by (rank) (rate(snn_train_phase_seconds_total{SELECT}[1m]))"
-    },
-}
+DASHBOARDS = Path(__file__).parent / "grafana/dashboards"
+PANELS = (
+    ("overview", "Throughput, images per second"),
+    ("overview", "Loss"),
+    ("overview", "Accuracy"),
+    ("layers", "χ: weights that receive gradient"),
+    ("layers", "Coverage: near the threshold"),
+    ("layers", "Width of the surrogate"),
+    ("layers", "Participation of the weights"),
+    ("layers", "Firing rate: neuron-steps that spike"),
+    ("data", "Where the time goes"),
+)
+SCRAPE_S = 5
+"""scrape_interval of prometheus.yml: more points than that there are not."""
+MOST_POINTS = 300
+TICKS_S = [s * 60**power for power in range(4) for s in (5, 10, 15, 30, 60)]
+Series = list[tuple[str, dict[int, float]]]
+"""A legend, and values by time."""
 
 
-def ask(url: str, expression: str, start: float, end: float) -> list[dict]:
-    """The series of an expression between two times, at most 600 points each."""
-    step = max(1.0, (end - start) / 600)
+def panel(dashboard: str, title: str) -> dict:
+    panels = json.loads((DASHBOARDS / f"{dashboard}.json").read_text(encoding="utf-8"))["panels"]
+    return next(one for one in panels if one["title"] == title)
+
+
+def filled(expression: str, run: str, step: int) -> str:
+    """An expression with the dashboard's variables as Grafana would put them in."""
+    rate_interval = f"{max(4 * SCRAPE_S, step + SCRAPE_S)}s"
+    values = {"job": ".+", "run": run, "node": ".+", "__rate_interval": rate_interval}
+    return re.sub(r"\$(\w+)", lambda name: values[name[1]], expression)
+
+
+def ask(url: str, expression: str, start: int, end: int, step: int) -> list[dict]:
     query = urllib.parse.urlencode({"query": expression, "start": start, "end": end, "step": step})
-    with urllib.request.urlopen(f"{url}/api/v1/query_range?{query}", timeout=30) as response:
-        return json.load(response)["data"]["result"]
+    try:
+        with urllib.request.urlopen(f"{url}/api/v1/query_range?{query}", timeout=30) as response:
+            return json.load(response)["data"]["result"]
+    except OSError as error:
+        message = f"error: no Prometheus answers at {url} ({error}); start one (make monitor), or give --url"
+        raise SystemExit(message) from None
+
+
+def read(one: dict, url: str, run: str, start: int, end: int) -> Series:
+    """All series of a panel, NaN where Prometheus has nothing."""
+    step = max(SCRAPE_S, math.ceil((end - start) / MOST_POINTS))
+    found = []
+    for target in one["targets"]:
+        for series in ask(url, filled(target["expr"], run, step), start, end, step):
+            of = series["metric"]
+            legend = re.sub(r"{{(\w+)}}", lambda label, of=of: of.get(label[1], ""), target["legendFormat"])
+            values = {int(at): float(value) for at, value in series["values"]}
+            found.append((legend, {at: values.get(at, math.nan) for at in range(start, end + 1, step)}))
+    return found
+
+
+def curves(axis: Axes, one: dict, series: Series) -> None:
+    for legend, values in series:
+        axis.plot(list(values), list(values.values()), label=legend, linewidth=1.6)
+    axis.set_ylim(bottom=0)
+
+
+def stack(axis: Axes, one: dict, series: Series) -> None:
+    heights = [list(values.values()) for _, values in series]
+    axis.stackplot(list(series[0][1]), heights, labels=[legend for legend, _ in series], alpha=0.75)
+    axis.set_ylim(0, 1)
+
+
+def history(axis: Axes, one: dict, series: Series) -> None:
+    """A row for each layer, its first layer at the top, and a scale that says what the colours mean."""
+    series = sorted(series, key=lambda one: one[0], reverse=True)
+    rows = [list(values.values()) for _, values in series]
+    mesh = axis.pcolormesh(
+        list(series[0][1]), range(len(rows)), rows, shading="nearest", cmap="viridis", rasterized=True
+    )
+    names = [legend for legend, _ in series]
+    first_column = axis.get_subplotspec().is_first_col()
+    axis.set_yticks(range(len(names)), names if first_column else [""] * len(names))
+    axis.grid(visible=False)
+    beside = axis.inset_axes((1.02, 0, 0.04, 1))
+    scale = axis.figure.colorbar(mesh, cax=beside, format=formatter(one), ticks=MaxNLocator(4))
+    scale.ax.tick_params(labelsize=8)
+
+
+def formatter(one: dict) -> FuncFormatter:
+    percent = one["fieldConfig"]["defaults"]["unit"] == "percentunit"
+    return FuncFormatter(lambda value, _: f"{100 * value:.3g} %" if percent else f"{value:,.4g}")
 
 
 def draw(path: str, url: str, minutes: float, run: str) -> None:
-    end = time.time()
-    select = f'run=~"{run}"'
-    figure, axes = pyplot.subplots(3, 3, figsize=(15, 9), constrained_layout=True)
-    began = end
-    for axis, (title, queries) in zip(axes.flat, CURVES.items(), strict=True):
-        for legend, expression in queries.items():
-            filled = expression.replace("SELECT", select) if "SELECT" in expression else f"{expression}{{{select}}}"
-            found = ask(url, filled, end - 60 * minutes, end)
-            for number, series in enumerate(found):
-                times, values = zip(*((float(at), float(value)) for at, value in series["values"]), strict=True)
-                began = min(began, times[0])
-                color = pyplot.get_cmap("viridis")(number / max(1, len(found) - 1)) if "{layer}" in legend else None
-                label = legend.format(**series["metric"])
-                axis.plot(times, values, label=label, color=color, linewidth=1.5, marker="." if len(times) == 1 else "")
-        axis.set_title(title, loc="left", fontsize=11)
+    """Raises SystemExit, in one line, where Prometheus is not there or holds nothing of the run."""
+    end = int(time.time())
+    panels = [panel(*where) for where in PANELS]
+    found = [read(one, url, run, end - int(60 * minutes), end) for one in panels]
+    times = [at for series in found for _, values in series for at, value in values.items() if not math.isnan(value)]
+    if not times:
+        raise SystemExit(f"error: {url} holds nothing of run {run!r} within {minutes:g} minutes")
+    began, ended = min(times), max(times)
+    figure, axes = pyplot.subplots(3, 3, figsize=(11, 8))
+    figure.subplots_adjust(left=0.155, right=0.945, bottom=0.07, top=0.97, wspace=0.42, hspace=0.27)
+    for axis, one, series in zip(axes.flat, panels, found, strict=True):
+        axis.set_title(one["title"], loc="left", fontsize=10, fontweight="bold")
         axis.grid(alpha=0.3)
-        if any(queries) and axis.has_data():
-            axis.legend(fontsize=7, frameon=False)
-    for axis in axes.flat:
-        axis.xaxis.set_major_formatter(lambda at, _: f"{at - began:.0f} s")
-    figure.savefig(path, dpi=80)
+        axis.tick_params(labelsize=8)
+        stacked = "stacking" in one["fieldConfig"]["defaults"].get("custom", {})
+        plot = history if one["type"] == "status-history" else stack if stacked else curves
+        if not series:  # coverage, say, of a surrogate that has none
+            axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center")
+            continue
+        plot(axis, one, series)
+        if plot is not history:
+            axis.yaxis.set_major_formatter(formatter(one))
+            axis.legend(fontsize=7, framealpha=0.8, handlelength=1.2, loc="center" if stacked else "best")
+        axis.set_xlim(began, ended)
+        every = next(s for s in TICKS_S if s >= (ended - began) / 6)
+        axis.set_xticks(range(began, ended + 1, every))
+        axis.xaxis.set_major_formatter(
+            FuncFormatter(lambda at, _: f"{(at - began) // 60:.0f}:{(at - began) % 60:02.0f}")
+        )
+    figure.supxlabel("minutes:seconds since the first scrape", fontsize=9, y=0.012)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
