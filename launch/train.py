@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 import typing
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
         watch = Watch()
         if rank == 0:
             lock = run_lock.hold(config.run_dir)  # noqa: F841 until this process ends
-            check_port(config)
+            check_ports(config)
         rank_log.begin(Path(config.run_dir), rank)
         from pipeline.train import train  # torch is imported here, after everything cheap was checked
 
@@ -91,12 +92,22 @@ def preflight(config: Config) -> dict | None:
     return finished
 
 
-def check_port(config: Config) -> None:
-    """Of the metrics, which a supervisor serves where there is one."""
-    if not os.environ.get(exporter.FOLDER_VARIABLE):
-        exporter.listen(config.metrics.host, config.metrics.port).close()
-        if tls := exporter.tls_of(config.metrics):
-            tls.context()
+def check_ports(config: Config) -> None:
+    """The metrics' and that on which the ranks meet; a supervisor, where there is one, has seen to both."""
+    if os.environ.get(exporter.FOLDER_VARIABLE):
+        return
+    exporter.listen(config.metrics.host, config.metrics.port).close()
+    if tls := exporter.tls_of(config.metrics):
+        tls.context()
+    port = os.environ.get("MASTER_PORT")
+    if port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun's agent listens on it
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ConfigError(
+                f"port {port}, on which the ranks meet, cannot be opened ({os.strerror(error.errno or 0)}), as where "
+                "another training runs; give the launcher a free one: deepspeed --master_port PORT …"
+            ) from None
 
 
 def refuse(error: Expected, rank: int) -> int:

@@ -52,14 +52,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(script: str, *arguments: str, ranks: int = 2, **environment: str) -> subprocess.Popen[str]:
+def start(
+    script: str, *arguments: str, ranks: int = 2, master_port: int | None = None, **environment: str
+) -> subprocess.Popen[str]:
     """Starts `script` on CPU ranks by the real deepspeed launcher, in a process group of its own."""
     command = [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        str(free_port()),
+        str(master_port or free_port()),
         script,
         *arguments,
     ]
@@ -80,9 +82,9 @@ class Ended(NamedTuple):
     """What the launcher and all ranks wrote to stdout and stderr."""
 
 
-def launch(script: str, *arguments: str, ranks: int = 2, **environment: str) -> Ended:
+def launch(script: str, *arguments: str, ranks: int = 2, master_port: int | None = None, **environment: str) -> Ended:
     """Runs `script` as `start` does, to its end."""
-    process = start(script, *arguments, ranks=ranks, **environment)
+    process = start(script, *arguments, ranks=ranks, master_port=master_port, **environment)
     try:
         output, _ = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE
-from tests.conftest import ROOT, Ended, launch, start
+from tests.conftest import ROOT, Ended, free_port, launch, start
 from tests.test_checkpoint_files import flip_a_bit, lose_the_hash, rename_half, truncate
 from tests.test_training import assert_same_result
 from tests.training_runs import arguments, rank_of, read_until
@@ -147,6 +147,22 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(digits, strai
     output, _ = process.communicate(timeout=200)
     assert process.returncode == EXIT_DONE, output
     assert_same_result(run_dir, straight)
+
+
+@pytest.mark.faults
+def test_a_second_training_on_a_launchers_port_is_refused_and_the_first_goes_on(digits, straight, tmp_path):
+    """As where both leave it at the launcher's 29500."""
+    first, port = tmp_path / "first", free_port()
+    process = start(TRAIN, *arguments(digits, first), master_port=port)
+    read_until(process, r"^step +2/")
+    holder = rank_of(process, 0).pid
+    os.kill(holder, signal.SIGSTOP)
+    refused = launch(TRAIN, *arguments(digits, tmp_path / "second"), master_port=port)
+    os.kill(holder, signal.SIGCONT)
+    assert_refused(refused, f"error: port {port}, on which the ranks meet, cannot be opened (Address already in use)")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == EXIT_DONE, output
+    assert_same_result(first, straight)
 
 
 @pytest.mark.faults
