@@ -64,7 +64,8 @@ class ChiConfig:
     width_end: float = 0.5
     """Width at the end under policy schedule, in units of the potential; log-linear from model.width."""
     eta: float = 0.5
-    """Gain of the integral controller: log w += eta (target - indicator), above 0."""
+    """Gain of the controller, above 0: the share of the distance to its target, in log w, that a coverage goes in one
+    decision; of other indicators log w += eta (target - indicator)."""
     interval: int = 10
     """Optimizer steps between two decisions, at least 1."""
     floor_coverage: float = 0.01

@@ -34,8 +34,15 @@ def held(target: float = 0.4, **settings) -> ChiConfig:
     return ChiConfig(target=target, target_end=target, **{"interval": 1, **settings})
 
 
+def gaussian(widths, spreads, mean=0.0):
+    """Coverage of a Gaussian potential of standard deviation `spreads`, its mean `mean` of them off the threshold."""
+    reach = widths.double() / spreads
+    normal = torch.distributions.Normal(0.0, 1.0)
+    return normal.cdf(reach - mean) - normal.cdf(-reach - mean)
+
+
 def test_one_decision_is_the_integral_law():
-    config = held(eta=0.5, interval=2)
+    config = held(eta=0.5, interval=2, indicator="participation")
     state, decision = steer(config, start(torch.full((2,), 1.0)), seen([0.1, 0.9]), 0.0)
     assert state.log_width.tolist() == [0.0, 0.0]
     assert decision is None
@@ -48,18 +55,26 @@ def test_one_decision_is_the_integral_law():
     assert not state.total.any()
 
 
+def test_a_decision_on_coverage_goes_eta_of_the_way_where_the_potential_is_a_centred_gaussian():
+    spreads = torch.tensor([0.7, 1.0, 1.6], dtype=torch.float64)
+    right = 0.5244005127 * spreads  # holds 40 %
+    state, _ = steer(held(eta=0.25), start(torch.ones(3)), seen(gaussian(torch.ones(3), spreads)), 0.0)
+    assert state.log_width.tolist() == pytest.approx((0.25 * right.log()).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.5])
 @pytest.mark.parametrize("width", [0.05, 0.3, 1.0, 8.0])
-def test_coverage_reaches_its_target_from_any_start(width):
+def test_coverage_reaches_its_target_from_any_start(width, mean):
     spreads = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
-
-    def coverage(widths):
-        """Of a centred Gaussian potential of standard deviation `spreads`."""
-        return torch.erf(widths.double() / (spreads * math.sqrt(2)))
-
     state = start(torch.full((3,), width))
-    for _ in range(60):
-        state, _ = steer(held(), state, seen(coverage(state.widths)), 0.0)
-    assert coverage(state.widths).tolist() == pytest.approx([0.4] * 3, abs=1e-3)
+    for _ in range(15):
+        state, _ = steer(held(), state, seen(gaussian(state.widths, spreads, mean)), 0.0)
+    assert gaussian(state.widths, spreads, mean).tolist() == pytest.approx([0.4] * 3, abs=1e-3)
+
+
+def test_one_decision_at_most_doubles_or_halves_a_width():
+    state, _ = steer(held(eta=1.0), start(torch.ones(2)), seen([1e-6, 1 - 1e-6]), 0.0)
+    assert state.widths.tolist() == pytest.approx([2.0, 0.5])
 
 
 def test_no_decision_makes_the_host_wait():
@@ -86,9 +101,12 @@ def test_a_slope_that_leaves_no_target_for_a_layer_is_refused():
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_an_indicator_that_is_not_finite_moves_nothing_and_is_forgotten(broken):
-    state, _ = steer(held(), start(torch.full((2,), 1.0)), seen([broken, 0.2]), 0.0)
+    config = held(indicator="participation")
+    state, _ = steer(config, start(torch.full((2,), 1.0)), seen([broken, 0.2]), 0.0)
     assert state.log_width.tolist() == pytest.approx([0.0, 0.1])
-    state, _ = steer(held(), state, seen([0.2, 0.2]), 0.0)
+    unmoved, _ = steer(held(), state, seen([broken, 0.4]), 0.0)
+    assert unmoved.log_width.tolist() == state.log_width.tolist()
+    state, _ = steer(config, state, seen([0.2, 0.2]), 0.0)
     assert state.log_width.tolist() == pytest.approx([0.1, 0.2])
 
 

@@ -2,10 +2,14 @@
 
 An integral controller in log-width, every `interval` steps on the mean indicator since the last decision:
 
-    log w_ℓ += η (target_ℓ - indicator_ℓ),   w_min ≤ w_ℓ ≤ w_max
+    log w_ℓ += η (log r(target_ℓ) - log r(coverage_ℓ)),   w_min ≤ w_ℓ ≤ w_max
 
-Coverage answers a change of ln w by at most 0.48 (a centred Gaussian potential), so η = 0.5 is a loop gain of 0.24 at
-most: it settles without ringing. A layer whose own coverage or firing rate lies below its floor gets no, or next to no,
+r(p) is the half-width, in standard deviations, that holds a share p of a centred Gaussian. Were the potential one, r
+would be w over its spread, and η the share of the distance to the right width that one decision goes: with η = 0.5 a
+width that is off by a factor of 8 is off by 7 % after five decisions. A potential whose mean lies below the threshold
+answers more strongly, by up to half as much again at the targets in use, which leaves the loop far from ringing. Other
+indicators have no such law, and steer by log w_ℓ += η (target_ℓ - indicator_ℓ). One decision at most doubles or halves
+a width. A layer whose own coverage or firing rate lies below its floor gets no, or next to no,
 gradient; it is widened by a quarter at every decision until it is above, whatever the indicator says.
 Everything is a pure function of tensors on the training device: no host read. The other policies are in policies.py.
 """
@@ -20,6 +24,8 @@ from pipeline.chi import policies
 from pipeline.chi.policies import Evidence
 from pipeline.config import ChiConfig
 
+MAX_STEP = math.log(2)
+"""Largest change of ln w at a decision."""
 FLOOR_STEP = math.log(1.25)
 """Least change of ln w at a decision on a layer below its floor."""
 
@@ -101,6 +107,12 @@ def starved(config: ChiConfig, mean: Evidence) -> Tensor:
 
 
 def _hold(config: ChiConfig, start: Tensor, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:
-    missing = targets_at(config, progress, log_width) - mean.indicator
-    change = config.eta * torch.nan_to_num(missing, nan=0.0, posinf=0.0, neginf=0.0)
+    target, indicator = targets_at(config, progress, log_width), mean.indicator
+    gap = _reach(target).log() - _reach(indicator).log() if config.indicator == "coverage" else target - indicator
+    change = torch.where(indicator.isfinite(), config.eta * gap, 0.0).clamp(-MAX_STEP, MAX_STEP)
     return log_width + torch.where(starved(config, mean), change.clamp_min(FLOOR_STEP), change)
+
+
+def _reach(coverage: Tensor) -> Tensor:
+    """r of a coverage, which counts as at least 0.001 and at most 0.999."""
+    return math.sqrt(2) * torch.erfinv(coverage.clamp(1e-3, 1 - 1e-3))
