@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from benchmarks.chi_study_run import Setting
+from benchmarks.chi_study_run import Setting, Varied
 
 FIXED = {"policy": "fixed"}
 LOW = ("fixed 0.25", "fixed 0.5", "fixed 1.0", "atan")
@@ -114,6 +114,59 @@ def _transfer() -> list[Setting]:
     return runs
 
 
+def _deep() -> list[Setting]:
+    """What a deep network asks of the control: the cost of random starts, courses, slopes in depth, scales; T = 2."""
+    atan = {"surrogate": "atan", "width": 0.31830988618379067, "policy": FIXED}
+    arms = {
+        "chi 0.6 to 0.2": {"width": None, "policy": FROZEN},
+        "fixed 1.0": {"policy": FIXED},
+        "chi 0.6 to 0.2, from 1.0": {"policy": FROZEN},
+        "atan": atan,
+        "chi 0.4, from 1.0": {"policy": chi(0.4)},
+        "chi 0.5 to 0.3, from 1.0": {"policy": chi(0.5, 0.3)},
+        "chi 0.6 to 0.2, from 1.0, rms": {"scale": "rms", "policy": FROZEN},
+        "chi 0.6 to 0.2, from 1.0, peak": {"scale": "peak", "policy": FROZEN},
+        "chi 0.4, from 1.0, deeper narrower": {"policy": chi(0.4, target_slope=-0.3)},
+        "chi 0.4, from 1.0, deeper wider": {"policy": chi(0.4, target_slope=0.3)},
+        "fixed 0.5": {"width": 0.5, "policy": FIXED},
+        "fixed 2.0": {"width": 2.0, "policy": FIXED},
+    }
+    common = {"arch": "sew_cifar26", "T": 2, "epochs": 4, "num_images": 5_000, "lr": 0.2}
+    return [Setting(arm=arm, **setting, **common, seed=seed) for seed in (0, 1) for arm, setting in arms.items()]
+
+
+def quick(target: float, target_end: float | None = None, **settings) -> dict:
+    """By the law in log r, with a decision every second step."""
+    return chi(target, target_end, interval=2, **settings)
+
+
+def _deep_quick() -> list[Setting]:
+    """The deep network by the quick control: started anywhere, or where the first batch's coverage is at its target."""
+    arms = {
+        "quick 0.4": {"policy": quick(0.4)},
+        "quick 0.4, calibrated": {"policy": quick(0.4), "calibrated": True},
+        "quick 0.5 to 0.3, deeper narrower, calibrated": {
+            "policy": quick(0.5, 0.3, target_slope=-0.3),
+            "calibrated": True,
+        },
+    }
+    common = {"width": None, "arch": "sew_cifar26", "T": 2, "epochs": 4, "num_images": 5_000, "lr": 0.2}
+    return [Varied(arm=arm, **setting, **common, seed=seed) for seed in (0, 1) for arm, setting in arms.items()]
+
+
+def _search_quick() -> list[Setting]:
+    """The small network by the quick control from random starts, over two seeds; and widths that are drawn anew."""
+    arms = {
+        "quick 0.4": {"policy": quick(0.4)},
+        "quick 0.6 to 0.2": {"policy": quick(0.6, 0.2)},
+        "quick 0.5 to 0.3, deeper narrower": {"policy": quick(0.5, 0.3, target_slope=-0.2)},
+        "quick 0.5 to 0.3, two scales": {"policy": quick(0.5, 0.3), "jitter": 0.7},
+    }
+    return [
+        Varied(arm=arm, width=None, lr=0.2, seed=seed, **setting) for seed in (0, 1) for arm, setting in arms.items()
+    ]
+
+
 STAGES: dict[str, list[Setting]] = {
     "sweep": _rivals(0.1),
     "search": _search(0.1),
@@ -122,5 +175,8 @@ STAGES: dict[str, list[Setting]] = {
     "floor": _floor(),
     "final": _final(),
     "final_32": _final_32(),
+    "deep": _deep(),
+    "deep_quick": _deep_quick(),
+    "search_quick": _search_quick(),
     "transfer": _transfer(),
 }

@@ -48,6 +48,17 @@ class Setting:
     """What the result is measured on: held_out or test."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Varied(Setting):
+    """What was tried later."""
+
+    jitter: float = 0.0
+    """Before every step each layer's width goes up or down by this much of ln w, as a coin falls."""
+    calibrated: bool = False
+    """Start where the coverage of the first batch is at its target."""
+    neuron: str = "if"
+
+
 def images_of(shards: Path, split: str, image_size: int, cache: Path) -> tuple[Tensor, Tensor]:
     """Every image of a split, `(n, 3, S, S)` bf16, normalised, and labels `(n,)`; decoded once, kept in `cache`."""
     kept = cache / f"{split}-{image_size}.pt"
@@ -93,7 +104,10 @@ def run(setting: Setting, shards: Path, cache: Path) -> dict:
     generator = torch.Generator().manual_seed(setting.seed)
     drawn = torch.randperm(NUM_TRAIN, generator=torch.Generator().manual_seed(0))[: setting.num_images]
     torch.manual_seed(setting.seed)
-    model = ModelConfig(arch=setting.arch, T=setting.T, surrogate=setting.surrogate, scale=setting.scale)
+    varied = setting if isinstance(setting, Varied) else Varied(**asdict(setting))
+    model = ModelConfig(
+        arch=setting.arch, T=setting.T, surrogate=setting.surrogate, scale=setting.scale, neuron=varied.neuron
+    )
     network = sew_resnet.build(model, num_classes=10, image_size=setting.image_size)
     layers = network.spiking_layers()
     starts = torch.rand(len(layers), generator=torch.Generator().manual_seed(1000 + setting.seed))
@@ -103,6 +117,8 @@ def run(setting: Setting, shards: Path, cache: Path) -> dict:
     optimizer = torch.optim.SGD(network.parameters(), lr=setting.lr, momentum=MOMENTUM)
     steps = setting.epochs * (setting.num_images // setting.batch)
     pilot = chi.attach(network, optimizer, steps=steps, **setting.policy)
+    if varied.calibrated:
+        pilot.calibrate(images[drawn[: setting.batch]].float())
     course, losses = [], []
     for step in range(steps):
         if step % (steps // setting.epochs) == 0:
@@ -116,6 +132,9 @@ def run(setting: Setting, shards: Path, cache: Path) -> dict:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if varied.jitter:
+            coins = torch.randn(len(layers), generator=generator).sign()
+            pilot.neurons.widths.mul_((varied.jitter * coins).exp())
         losses.append(loss.detach())
         if (step + 1) % (steps // 8) == 0 and pilot.indicators is not None:
             at = {name: getattr(pilot.indicators, name).tolist() for name in ("coverage", "participation", "chi")}
