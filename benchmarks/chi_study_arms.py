@@ -1,7 +1,5 @@
 """Every run of the χ study, stage by stage; what each stage is for stands in docs/chi_study.md."""
 
-from dataclasses import asdict
-
 from benchmarks.chi_study_run import Setting, Varied
 
 FIXED = {"policy": "fixed"}
@@ -86,16 +84,6 @@ def _final() -> list[Setting]:
     return sorted(runs, key=lambda setting: setting.arm.startswith(("atan", "rival")))
 
 
-def _final_32() -> list[Setting]:
-    """The frozen arms at the images' own resolution, at the test split; a seed of every arm before the next seed."""
-    return [
-        Setting(**{**asdict(setting), "image_size": 32})
-        for seed in range(6)
-        for setting in _final()
-        if setting.seed == seed and not setting.arm.startswith("rival")
-    ]
-
-
 def _transfer() -> list[Setting]:
     """The frozen setting, untouched, at other T, another resolution and three times the depth."""
     elsewhere = {
@@ -167,6 +155,37 @@ def _search_quick() -> list[Setting]:
     ]
 
 
+FROZEN_QUICK = quick(0.5, 0.3, target_slope=-0.2)
+"""What the search by the quick control ended with."""
+
+
+def _final_32() -> list[Setting]:
+    """At the images' own resolution, at the test split, over 4 epochs; a seed of every arm before the next seed."""
+    runs = []
+    for seed in range(4):
+        common = {"lr": 0.2, "seed": seed, "split": "test", "image_size": 32, "epochs": 4}
+        arm = "chi: coverage 0.5 to 0.3, less in deep layers, any start"
+        runs.append(Setting(arm=arm, width=None, policy=FROZEN_QUICK, **common))
+        runs.append(Setting(arm="best fixed: triangle 1.0", width=1.0, policy=FIXED, **common))
+        atan = {"surrogate": "atan", "width": 0.31830988618379067, "policy": FIXED}
+        runs.append(Setting(arm="atan: alpha 2", **atan, **common))
+    return runs
+
+
+def _other_neuron() -> list[Setting]:
+    """LIF with τ = 2, whose potentials spread half as far: what was swept for IF, and what was frozen for it."""
+    atan = {"surrogate": "atan", "width": 0.31830988618379067, "policy": FIXED}
+    arms = {
+        "chi 0.5 to 0.3, lif": {"width": None, "policy": FROZEN_QUICK},
+        "fixed 1.0, lif": {"width": 1.0, "policy": FIXED},
+        "atan, lif": atan,
+        "fixed 0.5, lif": {"width": 0.5, "policy": FIXED},
+        "fixed 0.25, lif": {"width": 0.25, "policy": FIXED},
+        "fixed 2.0, lif": {"width": 2.0, "policy": FIXED},
+    }
+    return [Varied(arm=arm, neuron="lif", lr=0.2, seed=seed, **arms[arm]) for seed in (0, 1) for arm in arms]
+
+
 STAGES: dict[str, list[Setting]] = {
     "sweep": _rivals(0.1),
     "search": _search(0.1),
@@ -178,5 +197,6 @@ STAGES: dict[str, list[Setting]] = {
     "deep": _deep(),
     "deep_quick": _deep_quick(),
     "search_quick": _search_quick(),
+    "other_neuron": _other_neuron(),
     "transfer": _transfer(),
 }

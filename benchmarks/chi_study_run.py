@@ -138,7 +138,8 @@ def run(setting: Setting, shards: Path, cache: Path) -> dict:
         losses.append(loss.detach())
         if (step + 1) % (steps // 8) == 0 and pilot.indicators is not None:
             at = {name: getattr(pilot.indicators, name).tolist() for name in ("coverage", "participation", "chi")}
-            course.append({"step": step + 1, "widths": pilot.neurons.widths.tolist(), **at})
+            norms = [layer.weight.norm().item() for layer in layers]
+            course.append({"step": step + 1, "widths": pilot.neurons.widths.tolist(), "weight_norms": norms, **at})
     if setting.split == "held_out":
         measured = images[NUM_TRAIN:], labels[NUM_TRAIN:]
     else:
