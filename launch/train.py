@@ -111,8 +111,8 @@ def check_ports(config: Config) -> None:
 
 
 def refuse(error: Expected, rank: int) -> int:
-    """Rank 0 speaks; another rank gives it time, since the launcher ends all ranks when the first one leaves."""
-    if rank != 0:
+    """Rank 0 speaks; another rank of its node gives it time, since the launcher ends all when the first one leaves."""
+    if rank != 0 and rank == int(os.environ.get("LOCAL_RANK", rank)):
         # The launcher's SIGTERM ends this wait when rank 0 has spoken; else the mistake is this rank's alone.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.sigtimedwait([signal.SIGUSR2], PATIENCE_S)
