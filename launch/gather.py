@@ -5,7 +5,7 @@ different starts never find each other. It speaks first, and answers each node w
 
     node 0 → node k   {"chispike": 1}               then a newline every BEAT_S
     node k → node 0   {"node": k, "nodes": N, …}    then a newline every BEAT_S
-    node 0 → node k   {"refused": ""}               go; else the reason, and every node ends with it
+    node 0 → node k   {"refused": "", "code": 0}    go; else the reason and an exit code, and every node ends with both
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from launch.place import Place
 from launch.signals import Signals
-from pipeline.errors import ConfigError
+from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_USAGE, ConfigError, DataError
 
 BEAT_S = 1.0
 SILENT_S = 5.0
@@ -52,6 +52,8 @@ class Hello:
     problem: str
     """Why it cannot train, if it cannot: then no node does."""
     host: str
+    code: int = EXIT_USAGE
+    """It ends with this exit code, if it has a problem, and so does every node."""
     token: str = ""
     """What it wrote into the run's folder, which node 0 must find there."""
 
@@ -109,6 +111,7 @@ def gather(
 
     Raises:
         ConfigError: they do not fit together; every node raises it.
+        DataError: the same, where a node's data are the reason.
         MissingNodesError: not all were there within `seconds`.
     """
     if place.nodes == 1:
@@ -170,11 +173,12 @@ def _receive(
                 if not (reason or missing or unsure):
                     reason, patience = _unshared(here, folder), SHOWN_S
                     if not reason:
-                        return _answer(peers, "")
+                        return _answer(peers, "", EXIT_DONE)
                 found = (found or time.monotonic()) if reason else None
                 if found is not None and time.monotonic() - found >= patience:
-                    _answer(peers, reason)
-                    raise ConfigError(reason)
+                    code = next((node.code for node in (own, *here) if node.problem), EXIT_USAGE)
+                    _answer(peers, reason, code)
+                    raise _refusal(reason, code)
                 if time.monotonic() > end and not reason:
                     raise MissingNodesError(f"after {seconds:g} s still missing: {_named(missing)}")
                 if time.monotonic() - told > TOLD_EVERY_S:
@@ -185,10 +189,14 @@ def _receive(
                 peer.connection.close()
 
 
-def _answer(peers: list[_Peer], reason: str) -> None:
+def _answer(peers: list[_Peer], reason: str, code: int) -> None:
     for peer in peers:
         with suppress(OSError):
-            peer.say({"refused": reason})
+            peer.say({"refused": reason, "code": code})
+
+
+def _refusal(reason: str, code: int) -> ConfigError | DataError:
+    return DataError(reason) if code == EXIT_DATA else ConfigError(reason)
 
 
 def _sorted_out(peers: list[_Peer]) -> tuple[list[Hello], bool]:
@@ -212,7 +220,7 @@ def _heard(peer: _Peer) -> bool:
     try:
         for message in peer.lines():
             peer.hello = Hello(**message)
-            if not all(type(getattr(peer.hello, field)) is int for field in ("node", "nodes", "slots")):
+            if not all(type(getattr(peer.hello, field)) is int for field in ("node", "nodes", "slots", "code")):
                 raise TypeError
     except (OSError, TypeError):
         peer.connection.close()
@@ -286,7 +294,7 @@ def _answered(peer: _Peer, own: Hello, end: float, signals: Signals) -> bool:
     """Whether node 0 has said to go; False where time is up or a signal has come.
 
     Raises:
-        ConfigError: node 0 refused.
+        ConfigError, DataError: node 0 refused.
         OSError: this is not node 0's supervisor (old ranks hold the port, say), or it has left.
     """
     while not signals.seen and time.monotonic() < end:
@@ -295,7 +303,7 @@ def _answered(peer: _Peer, own: Hello, end: float, signals: Signals) -> bool:
             if "chispike" in message:
                 peer.say(asdict(own))
             elif message.get("refused"):
-                raise ConfigError(str(message["refused"]))
+                raise _refusal(str(message["refused"]), message.get("code", EXIT_USAGE))
             else:
                 return True
     return False

@@ -14,6 +14,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,8 @@ ALONE_S = 15.0
 """Ranks end together. When one has gone and others still run after so long, they wait for it in vain."""
 NOT_BEGUN = (256 - signal.SIGTERM, 128 + signal.SIGTERM)
 """The launcher's code for a rank that our SIGTERM, its first, ended at once: one that had no step to save yet."""
+FAREWELL_S = 60.0
+"""For the ranks of other nodes to end and their supervisors to ask: a closed connection ends them in seconds."""
 LEASE_S = 100.0
 """A network's file system may hold the lock of a machine that has died so long (NFS: 90 s)."""
 
@@ -76,7 +79,9 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--master", metavar="HOST", help="name or address of node 0")
     parser.add_argument("--master-port", dest="port", type=int, help=f"a free port of node 0 [{MASTER_PORT}]")
     parser.add_argument("--slots", type=int, metavar="S", help="ranks on each node [its GPUs, or 2 without one]")
-    parser.add_argument("--max-restarts", type=int, default=3, metavar="R", help="of the ranks [3]")
+    parser.add_argument(
+        "--max-restarts", type=int, default=3, metavar="R", help="of the ranks, without a new checkpoint [3]"
+    )
     parser.add_argument(
         "--resolve-timeout", type=float, default=600, metavar="SECONDS", help="to wait for the other nodes [600]"
     )
@@ -124,6 +129,7 @@ def introduction(place: Place, config: Config) -> tuple[Hello, ConfigError | Dat
         source=source.version(),
         data=identity[:16],
         problem=str(problem or "")[:1000],
+        code=problem.exit_code if problem else EXIT_USAGE,
         host=socket.gethostname(),
     )
     return hello, problem
@@ -146,6 +152,14 @@ def launcher(place: Place, hostfile: Path, train: Sequence[str]) -> list[str]:
             place.master,
         ]
     return [*deepspeed, *where, str(TRAIN), *train]
+
+
+def newest_checkpoint(folder: Path) -> str:
+    """The name of a run's newest checkpoint, which sorts by its step; empty where there is none."""
+    try:
+        return (folder / "checkpoints" / "latest").read_text().strip()
+    except OSError:
+        return ""
 
 
 def dry_run(place: Place, train: list[str]) -> int:
@@ -172,7 +186,8 @@ class Supervisor:
         self._place, self._config, self._train, self._given = place, config, train, given
         self._folder = Path(config.run_dir)
         self._signals = signals
-        self._restarts = 0
+        self._restarts, self._saved = 0, ""
+        """Of the ranks since a checkpoint came that is newer than `_saved`, the newest at the last restart."""
 
     def run(self) -> int:
         """Until the run has finished, was stopped, or cannot go on; the exit code."""
@@ -199,7 +214,7 @@ class Supervisor:
                 if self._place.rank == 0:
                     self._await_lock()
                 gather(self._place, hello, self._folder, self._given.resolve_timeout, self._signals, self._say)
-            except ConfigError as refused:
+            except (ConfigError, DataError) as refused:
                 raise (problem or refused) from None
             except MissingNodesError as error:
                 self._say(str(error))
@@ -208,17 +223,22 @@ class Supervisor:
                 self._say("stopped on request before the ranks were started; run again to continue")
                 return EXIT_STOPPED
             metrics.ranks_run(True)
-            ended = self._attend(Ranks(command, environment(**metrics.variables, **{SUPERVISED: "1"})))
+            ended = self._attend(Ranks(command, environment(**metrics.variables, **{SUPERVISED: str(os.getpid())})))
             metrics.ranks_run(False)
             if self._finished(SHOWN_S if ended == EXIT_DONE else 0):
                 break
+            if ended in (EXIT_USAGE, EXIT_DATA):
+                self._tell(replace(hello, problem=f"its ranks ended with exit code {ended}, see there", code=ended))
             if ended in (EXIT_USAGE, EXIT_DATA, EXIT_STOPPED):
                 return ended
             if self._signals.seen:
                 return EXIT_STOPPED if ended in NOT_BEGUN else EXIT_INTERNAL
+            if (newest := newest_checkpoint(self._folder)) > self._saved:
+                self._restarts, self._saved = 0, newest
             why = "rank 0 left no summary.json" if ended == EXIT_DONE else f"exit code {ended}"
             if self._restarts == self._given.max_restarts:
-                self._say(f"the ranks ended ({why}) and were started again {self._restarts} times: given up")
+                times = f"{self._restarts} times without a new checkpoint"
+                self._say(f"the ranks ended ({why}) and were started again {times}: given up")
                 return EXIT_INTERNAL
             self._restarts += 1
             metrics.restarted()
@@ -251,6 +271,14 @@ class Supervisor:
         finally:
             ranks.close()
         return ended
+
+    def _tell(self, farewell: Hello) -> None:
+        """Once more to the meeting, since the other nodes would wait there for this one: so they end as it does."""
+        if self._place.nodes > 1:
+            with suppress(
+                ConfigError, DataError, MissingNodesError
+            ):  # it is what they were told, or they were not there
+                gather(self._place, farewell, self._folder, FAREWELL_S, self._signals, self._say)
 
     def _await_lock(self) -> None:
         """Until rank 0 can have the run's folder to itself. Raises ConfigError where another run keeps it."""

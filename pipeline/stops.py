@@ -1,4 +1,4 @@
-"""What ends a rank from outside: a request to stop, the same request again, the death of its launcher.
+"""What ends a rank from outside: a request to stop, the same request again, the death of whoever started it.
 
 A thread watches, since Python runs a signal's handler only when the main thread comes back from a collective or a long
 C++ call. Nothing but the standard library: it begins before torch is imported.
@@ -12,20 +12,27 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SUPERVISED = "CHISPIKE_SUPERVISED"
-"""In the environment of ranks that launch/supervise.py looks after."""
+"""In the environment of ranks that launch/supervise.py looks after: its process id."""
+GONE = "the supervisor is gone: leaving at once, without a checkpoint"
 LOOK_S = 2.0
 """Seconds between two looks at the launcher."""
 
 
 class Watch:
-    """Watches from its construction on; an orphan leaves at once until `on_request` says what a stop is."""
+    """Watches from its construction on; an orphan leaves at once until `on_request` says what a stop is.
+
+    A rank of a supervisor leaves the launcher's death to it, which starts again, and ends at once when it is gone
+    itself: its successor, or those of other nodes, wait for the run's folder and go on from the newest checkpoint.
+    """
 
     def __init__(self) -> None:
-        supervised = SUPERVISED in os.environ  # then whoever started the launcher sees to its orphans, and starts again
-        self._launcher = launcher() if "LOCAL_RANK" in os.environ and not supervised else None
+        supervisor = os.environ.get(SUPERVISED)
+        self._supervisor = None if supervisor is None else opened(int(supervisor))
+        self._launcher = launcher() if "LOCAL_RANK" in os.environ and supervisor is None else None
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._seen: set[int] = set()
@@ -44,9 +51,12 @@ class Watch:
 
     def _watch(self) -> None:
         while True:
-            readable, _, _ = select.select([self._read], [], [], LOOK_S)
-            for number in os.read(self._read, 64) if readable else b"":
+            watched = [self._read] + ([] if self._supervisor is None else [self._supervisor])
+            readable, _, _ = select.select(watched, [], [], LOOK_S)
+            for number in os.read(self._read, 64) if self._read in readable else b"":
                 self._signalled(number)
+            if self._supervisor in readable:
+                leave(128 + signal.SIGTERM, GONE)
             if self._launcher is not None and launcher() != self._launcher:
                 self._launcher = None
                 if not self._ready:
@@ -61,6 +71,16 @@ class Watch:
             name = signal.Signals(number).name
             say(f"{name}: the run stops after this step or the next, with a checkpoint; once more, at once")
         self._seen.add(number)
+
+
+def opened(pid: int) -> int | None:
+    """A descriptor of a process, readable once it has ended; None where the kernel has none (before Linux 5.3)."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        leave(128 + signal.SIGTERM, GONE)
+    except OSError:
+        return None
 
 
 def launcher() -> tuple[int, int]:
@@ -78,6 +98,6 @@ def say(line: str) -> None:
         print(f"rank {os.environ.get('RANK', '0')}: {line}", file=sys.stderr, flush=True)
 
 
-def leave(code: int, line: str) -> None:
+def leave(code: int, line: str) -> NoReturn:
     say(line)
     os._exit(code)

@@ -1,9 +1,12 @@
 """The supervisor of one node: where it stands, what it refuses, and that a stop loses nothing."""
 
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -14,7 +17,8 @@ import pytest
 from launch.gather import Hello, why_not
 from launch.place import Place, first_host, resolve
 from launch.supervise import main
-from pipeline.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError
+from launch.train import refuse
+from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, LostRankError
 from tests.conftest import free_port
 from tests.supervised import processes_with, supervise
 from tests.test_training import assert_same_result
@@ -137,7 +141,7 @@ def two_nodes(digits: Path, tmp_path: Path, *, slots: str, data: str) -> list[tu
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code, and what it said behind the line that says where its metrics are."""
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     return process.returncode, output.partition("/metrics\n")[2]
 
 
@@ -154,6 +158,22 @@ def test_data_that_one_node_lacks_end_all_with_the_reason(digits, tmp_path):
     assert said.endswith(f" cannot train: {told.removeprefix('error: ')}")
     assert said.startswith("error: node 1 (")
     assert "no shard set in no/train" in told
+
+
+@pytest.mark.parametrize(("local_rank", "waits"), [("1", True), ("0", False)])
+def test_only_ranks_beside_rank_0_give_it_time_to_speak(local_rank, waits, monkeypatch, capsys):
+    """The signal that ends the wait is there already; who does not wait leaves it where it is."""
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    on_sigterm, end = signal.getsignal(signal.SIGTERM), {signal.SIGUSR2}
+    signal.pthread_sigmask(signal.SIG_BLOCK, end)
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
+    try:
+        assert refuse(LostRankError("another rank is gone"), 1) == EXIT_INTERNAL
+        assert signal.sigtimedwait(end, 0) is None if waits else signal.sigtimedwait(end, 0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, end)
+        signal.signal(signal.SIGTERM, on_sigterm)
+    assert capsys.readouterr().err == "error on rank 1: another rank is gone\n"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +208,18 @@ def test_a_run_folder_that_the_nodes_do_not_share_is_refused(digits, tmp_path):
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 64, output
         assert "is not the same folder on node 1" in output
+
+
+@pytest.mark.faults
+def test_data_that_only_the_ranks_of_one_node_find_damaged_end_all_nodes_with_65(digits, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(digits, other)
+    for tar in (other / "train").glob("*.tar"):
+        tar.unlink()
+    (first, said), (second, told) = two_nodes(digits, tmp_path, slots="1", data=str(other))
+    assert (first, second) == (EXIT_DATA, EXIT_DATA), said + told
+    assert re.search(r"^error: node 1 \(.+\) cannot train: its ranks ended with exit code 65, see there$", said, re.M)
+    assert ".tar cannot be opened (No such file or directory)" in told
 
 
 def test_nodes_that_never_come_are_named(digits, tmp_path):
@@ -310,4 +342,43 @@ def test_sigterm_saves_and_the_next_start_finishes_as_if_nothing_had_been(digits
     again = supervise(*words)
     output, _ = again.communicate(timeout=200)
     assert again.returncode == EXIT_DONE, output
+    assert_same_result(run_dir, straight)
+
+
+def kill_rank(run_dir: Path, local_rank: int) -> None:
+    (pid,) = set(processes_with(str(run_dir))) & set(processes_with(f"--local_rank={local_rank}"))
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.faults
+def test_restarts_are_given_back_by_a_new_checkpoint_and_by_nothing_else(digits, tmp_path):
+    run_dir = tmp_path / "run"
+    train = [*arguments(digits, run_dir), "--train.epochs", "6", "--train.checkpoint_every", "20"]
+    process = supervise("--slots", "2", "--max-restarts", "1", "--master-port", str(free_port()), "--", *train)
+    read_until(process, r"^step +7/")
+    kill_rank(run_dir, 1)
+    read_until(process, r"restart 1 of 1")
+    read_until(process, r"^step +45/")  # to save the second checkpoint, after step 40, it has waited for the first
+    kill_rank(run_dir, 1)
+    read_until(process, r"restart 1 of 1")
+    read_until(process, r"^step +(21|41)/")
+    kill_rank(run_dir, 1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERNAL, output
+    assert "were started again 1 times without a new checkpoint: given up" in output
+
+
+@pytest.mark.faults
+def test_ranks_end_when_their_supervisor_is_killed_and_the_next_one_finishes(digits, straight, tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["--slots", "2", "--master-port", str(free_port()), "--", *arguments(digits, run_dir)]
+    process = supervise(*words)
+    read_until(process, r"^step +7/")
+    process.kill()
+    output, _ = process.communicate(timeout=60)  # until nobody holds its output any more
+    assert output.count("the supervisor is gone: leaving at once, without a checkpoint") == 2, output
+    again = supervise(*words)
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == EXIT_DONE, output
+    assert "resumed from the checkpoint after step 5" in output
     assert_same_result(run_dir, straight)
