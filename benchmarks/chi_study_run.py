@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline import chi
 from pipeline.config import DataConfig, ModelConfig
-from pipeline.data.loader import evaluation_batches
+from pipeline.data.evaluation import evaluation_batches
 from pipeline.snn import readout, sew_resnet
 
 NUM_TRAIN = 40_000

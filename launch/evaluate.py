@@ -108,7 +108,7 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
     import torch
 
     from pipeline.cores import cores_per_rank
-    from pipeline.data.loader import evaluation_batches
+    from pipeline.data.evaluation import evaluation_batches
     from pipeline.evaluate import evaluate_in_detail
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,7 +16,8 @@ from pipeline.chi.controller import ControllerState, start, targets_at
 from pipeline.chi.host import Later
 from pipeline.chi.spread import Spread
 from pipeline.config import Config
-from pipeline.data.loader import Loader, evaluation_batches
+from pipeline.data.evaluation import evaluation_batches
+from pipeline.data.loader import Loader
 from pipeline.ema import Ema
 from pipeline.engine import Place, build, join, normalise_as_one
 from pipeline.errors import ConfigError

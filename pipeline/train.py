@@ -13,7 +13,7 @@ from pipeline.assemble import Run, prepare
 from pipeline.chi.allreduce import SIGNALS
 from pipeline.chi.controller import steer
 from pipeline.config import Config
-from pipeline.data.loader import evaluation_batches
+from pipeline.data.evaluation import evaluation_batches
 from pipeline.engine import answered, learning_rate, leave, loss_scale, set_learning_rate
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NonFiniteError
 from pipeline.evaluate import Evaluation, evaluate

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config import DataConfig
-from pipeline.data.loader import Batch, Loader, evaluation_batches
+from pipeline.data.evaluation import evaluation_batches
+from pipeline.data.loader import Batch, Loader
 from pipeline.data.samples import truncated
 from pipeline.errors import ConfigError, DataError
 from tests.data_sets import drawn_jpeg, real_jpegs, write_set

@@ -16,7 +16,8 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data.cache import Cache, cached_bytes
-from pipeline.data.loader import Loader, evaluation_batches
+from pipeline.data.evaluation import evaluation_batches
+from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Order
 from pipeline.data.remote import ClosedError, Remote

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig
+from pipeline.data.evaluation import evaluation_batches
 from pipeline.data.graph import Graph
-from pipeline.data.loader import Batch, Loader, evaluation_batches
+from pipeline.data.loader import Batch, Loader
 from pipeline.errors import ConfigError, DataError
 from tests.data_sets import ROOT, drawn_jpeg, real_jpegs, write_set
 

@@ -8,7 +8,8 @@ import torch
 
 from launch.options import parse
 from pipeline.config import DataConfig
-from pipeline.data.loader import Batch, Loader, evaluation_batches
+from pipeline.data.evaluation import evaluation_batches
+from pipeline.data.loader import Batch, Loader
 from pipeline.data.resolution import image_size_at
 from pipeline.errors import ConfigError
 from tests.data_sets import drawn_jpeg, write_set

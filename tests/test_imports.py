@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BASE = {"pipeline", "pipeline.errors", "pipeline.cores"}
-CONFIG = BASE | {"pipeline.config", "pipeline.config_network"}
+CONFIG = BASE | {"pipeline.config", "pipeline.config_network", "pipeline.config_training"}
 MANIFEST = "pipeline.data.manifest"
 
 # Longest prefix wins; a module may import its own room and what is listed.
@@ -17,9 +17,10 @@ ALLOWED = {
     "pipeline": set(),
     "pipeline.errors": set(),
     "pipeline.cores": set(),
-    "pipeline.config": BASE | {"pipeline.config_checks", "pipeline.config_network"},
+    "pipeline.config": BASE | {"pipeline.config_checks", "pipeline.config_network", "pipeline.config_training"},
     "pipeline.config_checks": BASE,
     "pipeline.config_network": BASE | {"pipeline.config_checks"},
+    "pipeline.config_training": BASE | {"pipeline.config_checks"},
     "pipeline.data": CONFIG,
     "pipeline.snn": CONFIG,
     "pipeline.chi": CONFIG | {"pipeline.snn"},

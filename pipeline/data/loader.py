@@ -1,19 +1,18 @@
-"""The training stream and the evaluation of a shard set, for one rank.
+"""The training stream of a shard set, for one rank. evaluation.py has the other one.
 
 Order → numbers → Samples → files and windows → Stream → Batch
 """
 
 import atexit
 import logging
-from collections.abc import Generator, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import central_windows, random_windows
+from pipeline.data.augment import random_windows
 from pipeline.data.bad import BadSamples, refuse, too_many
 from pipeline.data.cache import cached_bytes
 from pipeline.data.order import Order
@@ -24,7 +23,7 @@ from pipeline.data.shards import Shards
 from pipeline.data.stream import Batch, Request, Stream
 from pipeline.errors import ConfigError
 
-__all__ = ["Batch", "Loader", "evaluation_batches"]
+__all__ = ["Batch", "Loader"]
 
 log = logging.getLogger(__name__)
 
@@ -264,7 +263,7 @@ class Loader:
     def close(self) -> None:
         """Ends the threads and closes the shards."""
         atexit.unregister(self.close)
-        _end(self._stream, self._shards)
+        end(self._stream, self._shards)
 
 
 def _count(state: dict[str, object], name: str) -> int:
@@ -274,7 +273,7 @@ def _count(state: dict[str, object], name: str) -> int:
     return value
 
 
-def _end(stream: Stream, shards: Shards) -> None:
+def end(stream: Stream, shards: Shards) -> None:
     shards.interrupt()
     stream.close()
     shards.close()
@@ -294,56 +293,3 @@ def open_shards(data: DataConfig, split: str) -> Shards:
 def sizes(taken: Taken) -> np.ndarray:
     """`(n, 2)` int64 heights and widths."""
     return np.stack((taken.records["height"], taken.records["width"]), axis=1).astype(np.int64)
-
-
-def evaluation_batches(
-    data: DataConfig, *, rank: int, world_size: int, device: torch.device, split: str = "val"
-) -> Generator[Batch, None, None]:
-    """Every sample of a split exactly once over all ranks; each rank gets the same number of batches.
-
-    Padding and bad samples are not `valid`: another sample of the split fills their place.
-
-    Raises:
-        ConfigError, DataError: as `Loader`; also when this rank's bad samples alone are over `data.max_bad_ratio`.
-    """
-    shards, m = open_shards(data, split), data.micro_batch
-    samples, bad = Samples(shards), BadSamples()
-    total = shards.manifest.num_samples
-    per_rank = -(-total // (m * world_size))
-
-    def request(index: int) -> Request:
-        position = (rank * per_rank + index) * m
-        places = position + np.arange(m)
-        valid = places < total
-        filled = np.minimum(places, total - 1)  # padding and stand-ins are of shards at hand: none is fetched for them
-        owners = shards.owners(filled[[0, -1]])
-        shards.expect(range(owners[0], min(owners[1] + 3, len(shards.manifest.shards))))
-        taken = samples.take(filled, lambda slot, attempt: (int(filled[slot]) - 1 - attempt) % total)
-        valid[list(taken.bad)] = False
-        reported = [
-            (samples.name(number), samples.bad[number], "it does not count in the evaluation")
-            for slot, number in taken.bad.items()
-            if places[slot] < total
-        ]
-        return Request(
-            index=index,
-            numbers=taken.numbers,
-            encoded=taken.encoded,
-            windows=central_windows(
-                sizes(taken), image_size=data.image_size, resize=data.eval_resize or data.image_size
-            ),
-            labels=taken.records["label"].astype(np.int64),
-            valid=valid,
-            position=position,
-            bad=reported,
-        )
-
-    stream = Stream(data, device, samples, request, bad)
-    end = partial(_end, stream, shards)
-    atexit.register(end)  # of an evaluation that nobody finished
-    try:
-        yield from stream.run(range(per_rank))
-        refuse(bad.reasons, count=bad.count, seen=total, num_samples=total, max_ratio=data.max_bad_ratio)
-    finally:
-        atexit.unregister(end)
-        end()
