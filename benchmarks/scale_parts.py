@@ -74,14 +74,13 @@ def planning_s(data: Set, world_size: int, micro_batch: int) -> float:
 def wanted(data: Set, world_size: int, micro_batch: int, node: int) -> Iterator[list[int]]:
     """The shards that the ranks of a node ask their cache for, request after request, in one epoch.
 
-    As `Loader._shards_between`: the windows of the micro-batch, and the window after each.
+    As the loader: the windows of the micro-batch, and the window that the rank needs next.
     """
     order, global_batch = data.order(), world_size * micro_batch
     for step in range(-(-SAMPLES // global_batch)):
         for rank in range(node * RANKS_PER_NODE, (node + 1) * RANKS_PER_NODE):
             first = step * global_batch + rank * micro_batch
-            windows = [*order.shards_at(first), *order.shards_at(first + micro_batch - 1)]
-            yield list(dict.fromkeys(int(shard) for window in windows for shard in window))
+            yield order.coming(first, first + micro_batch - 1, share=micro_batch, global_batch=global_batch)
 
 
 def downloads(requests: Iterator[list[int]], capacity: int) -> int:

@@ -224,8 +224,9 @@ def test_a_run_in_the_smallest_cache_that_is_allowed(origin, server, tmp_path):
 def test_shards_are_read_ahead_of_use(server, tmp_path):
     one = Loader(config(server.url, tmp_path, prefetch=1), seed=5, rank=0, world_size=1, device=CPU)
     next(next(one.steps(0, 100)))
-    first, second = one._order.shards_at(0)
-    expected = {f"{int(shard):06d}" for shard in (*first, *second)}
+    coming = one._order.coming(0, 0, share=12, global_batch=12)
+    assert len(coming) == 4  # of two windows
+    expected = {f"{shard:06d}" for shard in coming}
     deadline = time.monotonic() + 30
     while not expected <= set(cached(tmp_path)):
         assert time.monotonic() < deadline
@@ -272,7 +273,8 @@ raise SystemExit(7)
 
 def test_a_crash_that_forgets_to_close_waits_for_no_download(server, tmp_path):
     order = Order([s.num_samples for s in Manifest.load(f"{server.url}/train").shards], seed=5, window_shards=2)
-    server.faults = {f"train-{int(shard):06d}.tar": ["stalled"] * 9 for shard in order.shards_at(0)[1]}
+    following = order.coming(0, 0, share=12, global_batch=12)[2:]
+    server.faults = {f"train-{shard:06d}.tar": ["stalled"] * 9 for shard in following}
     process = subprocess.run(
         [sys.executable, "-c", CRASHING, server.url, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -34,6 +34,16 @@ def test_a_small_cache_fetches_again_and_a_large_one_each_shard_once():
     assert downloads(iter(requests), 8) > distinct
 
 
+def test_of_the_windows_that_a_large_batch_passes_over_nothing_is_fetched():
+    order, needed = SMALL.order(), set()  # 512 samples a batch, 400 a window
+    for step in range(5):
+        needed |= {int(shard) for at in (512 * step, 512 * step + 31) for shard in order.shards_at(at)}
+    requests = list(wanted(SMALL, 128, 4, node=0))
+    ahead_of_the_end = {int(shard) for shard in order.shards_at(5 * 512)}
+    assert {shard for shards in requests for shard in shards} <= needed | ahead_of_the_end
+    assert downloads(iter(requests), 10) == real_downloads(SMALL, 128, 4, 0, 10)
+
+
 def test_more_gpus_fail_more_often_and_checkpoints_follow():
     few, many = scale.lost_work(8, 500, 2), scale.lost_work(4096, 500, 2)
     assert few[0] == 512 * many[0]

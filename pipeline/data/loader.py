@@ -143,7 +143,8 @@ class Loader:
         step, within = divmod(micro_batch, self._accumulation)
         position = step * self._data.global_batch + self._rank * self._share + within * m
         if self._shards.is_cached:  # local ones stay open: a window may lie anywhere in them
-            self._shards.expect(self._shards_between(position, position + m - 1))
+            last, global_batch = position + m - 1, self._data.global_batch
+            self._shards.expect(self._order.coming(position, last, share=self._share, global_batch=global_batch))
         epochs, numbers = self._order.samples(position, m)
         taken = self._samples.take(numbers, lambda slot, attempt: self._order.replacement(position + slot, attempt))
         windows = random_windows(
@@ -174,11 +175,6 @@ class Loader:
             position=position,
             bad=bad,
         )
-
-    def _shards_between(self, first: int, last: int) -> list[int]:
-        """The shards of the windows of these positions and of the window after."""
-        windows = [*self._order.shards_at(first), *self._order.shards_at(last)]
-        return list(dict.fromkeys(int(shard) for window in windows for shard in window))
 
     def _check_cache(self) -> None:
         shard_bytes = [cached_bytes(shard) for shard in self.manifest.shards]

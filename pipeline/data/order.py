@@ -72,15 +72,30 @@ class Order:
         _, members = self._window_at(epoch, place)
         return int(members[int(mix(self._seed, epoch, _REPLACEMENT, place, attempt)[0] % np.uint64(len(members)))])
 
-    def shards_at(self, position: int) -> list[np.ndarray]:
-        """The shards of the window that holds a stream position, and of the window after it."""
+    def shards_at(self, position: int) -> np.ndarray:
+        """The shards of the window that holds a stream position."""
         epoch, place = divmod(position, self.num_samples)
         self._plan(epoch)
-        window, size = self._window_number(place), self._window_shards
-        here = self._shards[window * size : (window + 1) * size]
-        if (window + 1) * size < len(self._shards):
-            return [here, self._shards[(window + 1) * size : (window + 2) * size]]
-        return [here, self._permuted_shards(epoch + 1)[:size]]
+        window = self._window_number(place)
+        return self._shards[window * self._window_shards : (window + 1) * self._window_shards]
+
+    def coming(self, first: int, last: int, *, share: int, global_batch: int) -> list[int]:
+        """The shards of the windows of positions `first` and `last`, then those of the window that the rank needs next.
+
+        `first` and `last` lie in the rank's `share` of a global batch. Where global batches are larger than windows it
+        passes over some: the next is the one in which its share of a later batch lies.
+        """
+        end = self._window_end(last)
+        offset = first % global_batch // share * share  # where the rank's share of each global batch begins
+        step = -((offset + share - end - 1) // global_batch)  # the first whose share reaches `end`, rounded up
+        following = max(end, step * global_batch + offset)
+        return list(dict.fromkeys(int(shard) for at in (first, last, following) for shard in self.shards_at(at)))
+
+    def _window_end(self, position: int) -> int:
+        """The stream position at which the window of `position` is over."""
+        epoch, place = divmod(position, self.num_samples)
+        self._plan(epoch)
+        return epoch * self.num_samples + int(self._starts[self._window_number(place) + 1])
 
     def largest_window(self, shard_bytes: Sequence[int]) -> int:
         """An upper bound on the bytes of a window's shards, in any epoch."""
