@@ -87,13 +87,16 @@ def table(stage: str) -> None:
 
 
 def report(json_path: str | None, plot_path: str | None) -> None:
-    """The final stage's table, and with the paths given its file and the plot."""
+    """The table of the final stages, and with the paths given its file and the plot."""
     import torch
 
     from benchmarks import chi_study_report
 
     every = finished()
-    rows = chi_study_report.rows([record for record in every if record["stage"] == "final"])
+    rows = []
+    for stage, where in (("final", ""), ("final_32", "32 x 32: ")):
+        rows += chi_study_report.rows([record for record in every if record["stage"] == stage], where)
+    rows += chi_study_report.carried([record for record in every if record["stage"] == "other_neuron"])
     results.show(rows)
     if json_path:
         results.write(

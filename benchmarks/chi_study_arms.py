@@ -128,20 +128,6 @@ def quick(target: float, target_end: float | None = None, **settings) -> dict:
     return chi(target, target_end, interval=2, **settings)
 
 
-def _deep_quick() -> list[Setting]:
-    """The deep network by the quick control: started anywhere, or where the first batch's coverage is at its target."""
-    arms = {
-        "quick 0.4": {"policy": quick(0.4)},
-        "quick 0.4, calibrated": {"policy": quick(0.4), "calibrated": True},
-        "quick 0.5 to 0.3, deeper narrower, calibrated": {
-            "policy": quick(0.5, 0.3, target_slope=-0.3),
-            "calibrated": True,
-        },
-    }
-    common = {"width": None, "arch": "sew_cifar26", "T": 2, "epochs": 4, "num_images": 5_000, "lr": 0.2}
-    return [Varied(arm=arm, **setting, **common, seed=seed) for seed in (0, 1) for arm, setting in arms.items()]
-
-
 def _search_quick() -> list[Setting]:
     """The small network by the quick control from random starts, over two seeds; and widths that are drawn anew."""
     arms = {
@@ -159,6 +145,18 @@ FROZEN_QUICK = quick(0.5, 0.3, target_slope=-0.2)
 """What the search by the quick control ended with."""
 
 
+def _deep_quick() -> list[Setting]:
+    """The deep network by the quick control: started anywhere, or where the first batch's coverage is at its target."""
+    arms = {
+        "chi 0.5 to 0.3, calibrated": {"policy": FROZEN_QUICK, "calibrated": True},
+        "chi 0.5 to 0.3, any start": {"policy": FROZEN_QUICK},
+        "quick 0.4, calibrated": {"policy": quick(0.4), "calibrated": True},
+        "quick 0.4, any start": {"policy": quick(0.4)},
+    }
+    common = {"width": None, "arch": "sew_cifar26", "T": 2, "epochs": 4, "num_images": 5_000, "lr": 0.2}
+    return [Varied(arm=arm, **setting, **common, seed=seed) for seed in (0, 1) for arm, setting in arms.items()]
+
+
 def _final_32() -> list[Setting]:
     """At the images' own resolution, at the test split, over 4 epochs; a seed of every arm before the next seed."""
     runs = []
@@ -172,6 +170,10 @@ def _final_32() -> list[Setting]:
     return runs
 
 
+CARRIED = ("chi 0.5 to 0.3, lif", "fixed 1.0, lif", "atan, lif", "fixed 0.5, lif")
+"""What is run over more seeds: where the search and the sweep for IF ended, the baseline, and a width for LIF."""
+
+
 def _other_neuron() -> list[Setting]:
     """LIF with τ = 2, whose potentials spread half as far: what was swept for IF, and what was frozen for it."""
     atan = {"surrogate": "atan", "width": 0.31830988618379067, "policy": FIXED}
@@ -183,7 +185,8 @@ def _other_neuron() -> list[Setting]:
         "fixed 0.25, lif": {"width": 0.25, "policy": FIXED},
         "fixed 2.0, lif": {"width": 2.0, "policy": FIXED},
     }
-    return [Varied(arm=arm, neuron="lif", lr=0.2, seed=seed, **arms[arm]) for seed in (0, 1) for arm in arms]
+    seeds = [(seed, arm) for seed in range(5) for arm in arms if seed == 0 or arm in CARRIED]
+    return [Varied(arm=arm, neuron="lif", lr=0.2, seed=seed, **arms[arm]) for seed, arm in seeds]
 
 
 STAGES: dict[str, list[Setting]] = {
