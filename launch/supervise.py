@@ -275,9 +275,7 @@ class Supervisor:
     def _tell(self, farewell: Hello) -> None:
         """Once more to the meeting, since the other nodes would wait there for this one: so they end as it does."""
         if self._place.nodes > 1:
-            with suppress(
-                ConfigError, DataError, MissingNodesError
-            ):  # it is what they were told, or they were not there
+            with suppress(ConfigError, DataError, MissingNodesError):  # what they were told, or they were not there
                 gather(self._place, farewell, self._folder, FAREWELL_S, self._signals, self._say)
 
     def _await_lock(self) -> None:

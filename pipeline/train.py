@@ -74,14 +74,15 @@ def loop(run: Run) -> int:
         run.step += 1
         run.pace.step(run.step, run.loader.wait_s)
         run.replicas.check(run.step)
-        stop, bad, unsaved = run.signals.late(reading.signals)  # as SIGNALS, of the step before: nothing waits for them
-        if saves := stop or run.step % config.train.checkpoint_every == 0 or run.step == run.num_steps:
-            stop, bad, unsaved = run.signals.newest()
-        if run.loader.too_many_bad(bad, run.step):  # the same on every rank
-            refuse_bad(run, bad)
+        saves = run.step % config.train.checkpoint_every == 0 or run.step == run.num_steps
+        told, (stop, bad, unsaved) = run.step - 1, run.signals.late(reading.signals)  # SIGNALS: nothing waits for them
+        if saves or stop or evaluation_due(run):  # here the host waits anyway
+            told, (stop, bad, unsaved) = run.step, run.signals.newest()
+        if run.loader.too_many_bad(bad, told):  # the same on every rank
+            refuse_bad(run, bad, told)
         if unsaved:
             run.writer.failed()
-        if saves:
+        if saves or stop:
             save(run)
         if stop and run.step < run.num_steps:
             run.writer.wait()
@@ -92,11 +93,11 @@ def loop(run: Run) -> int:
     return EXIT_DONE
 
 
-def refuse_bad(run: Run, count: int) -> None:
-    """Ends every rank with the bad samples of all ranks, by name."""
+def refuse_bad(run: Run, count: int, step: int) -> None:
+    """Ends every rank with the bad samples of all ranks, by name; `count` of them until after `step`."""
     reasons: list = [None] * run.place.world_size
     torch.distributed.all_gather_object(reasons, run.loader.bad.reasons)
-    run.loader.refuse_bad(count, run.step, {name: reason for part in reasons for name, reason in part.items()})
+    run.loader.refuse_bad(count, step, {name: reason for part in reasons for name, reason in part.items()})
 
 
 def save(run: Run) -> None:
