@@ -157,6 +157,14 @@ def _deep_quick() -> list[Setting]:
     return [Varied(arm=arm, **setting, **common, seed=seed) for seed in (0, 1) for arm, setting in arms.items()]
 
 
+def _final_quick() -> list[Setting]:
+    """The second frozen setting where the first was judged: beside the other arms of `_final`, at their seeds."""
+    arm = "chi: coverage 0.5 to 0.3, less in deep layers, any start"
+    return [
+        Setting(arm=arm, width=None, policy=FROZEN_QUICK, lr=0.2, seed=seed, split="test") for seed in range(20)
+    ]
+
+
 def _final_32() -> list[Setting]:
     """At the images' own resolution, at the test split, over 4 epochs; a seed of every arm before the next seed."""
     runs = []
@@ -196,6 +204,7 @@ STAGES: dict[str, list[Setting]] = {
     "confirm": _confirm(),
     "floor": _floor(),
     "final": _final(),
+    "final_quick": _final_quick(),
     "final_32": _final_32(),
     "deep": _deep(),
     "deep_quick": _deep_quick(),
