@@ -160,9 +160,7 @@ def _deep_quick() -> list[Setting]:
 def _final_quick() -> list[Setting]:
     """The second frozen setting where the first was judged: beside the other arms of `_final`, at their seeds."""
     arm = "chi: coverage 0.5 to 0.3, less in deep layers, any start"
-    return [
-        Setting(arm=arm, width=None, policy=FROZEN_QUICK, lr=0.2, seed=seed, split="test") for seed in range(20)
-    ]
+    return [Setting(arm=arm, width=None, policy=FROZEN_QUICK, lr=0.2, seed=seed, split="test") for seed in range(20)]
 
 
 def _final_32() -> list[Setting]:

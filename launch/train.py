@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    if rank != 0:  # what these say is of the machine (no compiler) or of the run (a damaged checkpoint): rank 0 says it
-        for name in ("pipeline.snn", "pipeline.checkpoint_files"):
+    if rank != 0:  # what these say is of the machine (no compiler, no bf16) or the run (a damaged checkpoint), once
+        for name in ("pipeline.engine", "pipeline.snn", "pipeline.checkpoint_files"):
             logging.getLogger(name).setLevel(logging.ERROR)
     try:
         config, dry_run = command(arguments)

@@ -1,6 +1,11 @@
-"""How many cores a rank may use."""
+"""What of this machine's processor a rank may use."""
 
 import os
+import re
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+NVIDIA = Path("/dev/nvidiactl")
 
 
 def cores_per_rank() -> int:
@@ -10,3 +15,20 @@ def cores_per_rank() -> int:
     """
     ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
     return max(1, len(os.sched_getaffinity(0)) // int(ranks))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies in bf16 (AVX-512 or AMX, or Arm's bf16); without, it is emulated, slowly.
+
+    Where the system does not tell, it is taken to.
+    """
+    try:
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return True
+    return flags is None or not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
+
+
+def quick_precision() -> str:
+    """`train.precision` of recipes that train on a CPU too: bf16, or fp32 where only a CPU is there that lacks it."""
+    return "bf16" if NVIDIA.exists() or cpu_has_bf16() else "fp32"

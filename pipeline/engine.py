@@ -19,11 +19,13 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from pipeline.config import Config, OptimConfig
-from pipeline.cores import cores_per_rank
+from pipeline.cores import cores_per_rank, cpu_has_bf16
 from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.errors import ConfigError, LostRankError
 from pipeline.snn.kernels.norm import Ranks
 from pipeline.snn.neurons import Neuron, NeuronState
+
+log = logging.getLogger(__name__)
 
 # DeepSpeed would compile a C++ operator that only its inference uses, and crash where there is no compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -126,6 +128,8 @@ def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
         raise ConfigError(
             "train.precision='fp16' is not allowed on this device, which does not compute in fp16; use bf16 or fp32"
         )
+    if config.train.precision == "bf16" and accelerator and accelerator.device_name() == "cpu" and not cpu_has_bf16():
+        log.warning("this processor has no bf16: it is emulated, several times slower than --train.precision fp32")
     if config.deepspeed_config:  # what it asks DeepSpeed to show
         logging.getLogger("DeepSpeed").setLevel(logging.INFO)
     # DeepSpeed broadcasts weights as bytes of contiguous memory.

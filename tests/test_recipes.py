@@ -9,6 +9,7 @@ import torch
 from launch.devices import options
 from launch.options import parse
 from launch.recipes import RECIPES
+from pipeline import cores
 from pipeline.config import ModelConfig, OptimConfig
 from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.engine import learning_rate
@@ -77,3 +78,24 @@ def test_the_baseline_is_the_published_recipe():
         step = math.ceil(epoch * samples / 256)
         wanted = 0.05 * (1 + math.cos(math.pi * epoch / 320))
         assert learning_rate(config, step, samples) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "has_bf16"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 sha_ni\n", True),
+        ("flags\t\t: fpu avx2 amx_bf16\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),  # Arm
+        ("model name\t: bf16\nflags\t\t: fpu avx2 avx512f\n", False),
+        ("processor\t: 0\n", True),  # a system that does not tell
+    ],
+)
+def test_recipes_for_a_cpu_too_use_bf16_where_it_is_no_slower(tmp_path, monkeypatch, cpuinfo, has_bf16):
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(cores, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cores, "NVIDIA", tmp_path / "nvidiactl")
+    assert cores.cpu_has_bf16() == has_bf16
+    assert parse(["--recipe", "digits"]).train.precision == ("bf16" if has_bf16 else "fp32")
+    assert parse(["--recipe", "imagenet_sew34_fast"]).train.precision != "fp32"
+    (tmp_path / "nvidiactl").touch()
+    assert parse(["--recipe", "digits"]).train.precision == "bf16"
