@@ -93,11 +93,9 @@ def report(json_path: str | None, plot_path: str | None) -> None:
     from benchmarks import chi_study_report
 
     every = finished()
-    finals = [record for record in every if record["stage"] == "final"]
-    quick = [record for record in every if record["stage"] == "final_quick"]
-    rows = chi_study_report.rows(finals)
-    rows += chi_study_report.rows(quick + [record for record in finals if record["width"]], "quick control: ")
-    rows += chi_study_report.rows([record for record in every if record["stage"] == "final_32"], "32 x 32: ")
+    rows = []
+    for stage, where in (("final", ""), ("final_quick", "quick control, fp32: "), ("final_32", "32 x 32: ")):
+        rows += chi_study_report.rows([record for record in every if record["stage"] == stage], where)
     rows += chi_study_report.carried([record for record in every if record["stage"] == "other_neuron"])
     results.show(rows)
     if json_path:

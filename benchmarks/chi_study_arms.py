@@ -158,9 +158,14 @@ def _deep_quick() -> list[Setting]:
 
 
 def _final_quick() -> list[Setting]:
-    """The second frozen setting where the first was judged: beside the other arms of `_final`, at their seeds."""
-    arm = "chi: coverage 0.5 to 0.3, less in deep layers, any start"
-    return [Setting(arm=arm, width=None, policy=FROZEN_QUICK, lr=0.2, seed=seed, split="test") for seed in range(20)]
+    """The second frozen setting where the first was judged, in fp32; a seed of both arms before the next seed."""
+    runs = []
+    for seed in range(20):
+        common = {"lr": 0.2, "seed": seed, "split": "test", "precision": "fp32"}
+        arm = "chi: coverage 0.5 to 0.3, less in deep layers, any start"
+        runs.append(Varied(arm=arm, width=None, policy=FROZEN_QUICK, **common))
+        runs.append(Varied(arm="best fixed: triangle 1.0", width=1.0, policy=FIXED, **common))
+    return runs
 
 
 def _final_32() -> list[Setting]:

@@ -57,6 +57,8 @@ class Varied(Setting):
     calibrated: bool = False
     """Start where the coverage of the first batch is at its target."""
     neuron: str = "if"
+    precision: str = "bf16"
+    """bf16 by autocast, or fp32."""
 
 
 def images_of(shards: Path, split: str, image_size: int, cache: Path) -> tuple[Tensor, Tensor]:
@@ -87,12 +89,18 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def accuracy(network: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
+def logits(network: torch.nn.Module, images: Tensor, precision: str) -> Tensor:
+    """`(T, n, K)` of `images` `(n, 3, S, S)` bf16, by bf16 autocast or in fp32."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        return network(images if precision == "bf16" else images.float())
+
+
+def accuracy(network: torch.nn.Module, images: Tensor, labels: Tensor, precision: str) -> float:
     network.eval()
     hits = 0
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         for x, y in zip(images.split(500), labels.split(500), strict=True):
-            hits += int((network(x).float().mean(0).argmax(1) == y).sum())
+            hits += int((logits(network, x, precision).float().mean(0).argmax(1) == y).sum())
     network.train()
     return hits / len(labels)
 
@@ -127,8 +135,8 @@ def run(setting: Setting, shards: Path, cache: Path) -> dict:
         chosen = order[at : at + setting.batch]
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * setting.lr * (1 + math.cos(math.pi * step / steps))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = readout.cross_entropy(network(augmented(images[chosen], generator)), labels[chosen])
+        outputs = logits(network, augmented(images[chosen], generator), varied.precision)
+        loss = readout.cross_entropy(outputs, labels[chosen])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -146,7 +154,7 @@ def run(setting: Setting, shards: Path, cache: Path) -> dict:
         measured = images_of(shards, "val", setting.image_size, cache)
     return {
         **asdict(setting),
-        "accuracy": accuracy(network, *measured),
+        "accuracy": accuracy(network, *measured, varied.precision),
         "train_loss": torch.stack(losses[-steps // setting.epochs :]).mean().item(),
         "course": course,
         "seconds": time.monotonic() - began,
