@@ -1,8 +1,8 @@
 """What can go wrong, and the exit code that says so.
 
 A rank ends with one of the codes below; the launcher and Kubernetes pass them on, so that a scheduler can tell a
-mistake of the user (do not retry) from a request to stop (retry to continue). A second request of the same kind ends a
-rank at once, without a checkpoint: 128 and the signal's number, as 143 for SIGTERM (retry to continue).
+mistake of the user (do not retry) from a request to stop (retry to continue). A second request of the same kind, 2 s or
+more after the first, ends a rank at once, without a checkpoint: 128 and the signal's number, as 143 for SIGTERM (retry to continue).
 """
 
 EXIT_DONE = 0
@@ -10,6 +10,11 @@ EXIT_USAGE = 64
 EXIT_DATA = 65
 EXIT_INTERNAL = 70
 EXIT_STOPPED = 75
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line; its class where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class ConfigError(ValueError):

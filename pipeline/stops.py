@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +21,9 @@ SUPERVISED = "CHISPIKE_SUPERVISED"
 GONE = "the supervisor is gone: leaving at once, without a checkpoint"
 LOOK_S = 2.0
 """Seconds between two looks at the launcher."""
+AGAIN_S = 2.0
+"""Seconds after which a signal of the same kind is a second request. Sooner, it is the first, passed on: where a whole
+process group is signalled, a rank hears of it from the kernel and from its launcher."""
 
 
 class Watch:
@@ -35,42 +39,46 @@ class Watch:
         self._launcher = launcher() if "LOCAL_RANK" in os.environ and supervisor is None else None
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._seen: set[int] = set()
-        self._ready = False
+        self._seen: dict[int, float] = {}
+        self._request: Callable[[], None] | None = None
         threading.Thread(target=self._watch, name="stops", daemon=True).start()
 
     def on_request(self, request: Callable[[], None]) -> None:
-        """From now on SIGTERM, SIGINT or SIGUSR1 calls `request`; the same signal again leaves with 128 + its number.
-
-        Call it in the main thread.
+        """From now on SIGTERM, SIGINT, SIGUSR1 or the launcher's death calls `request`, which any thread may call; the
+        same signal again, from `AGAIN_S` on, leaves with 128 + its number. Call it in the main thread.
         """
         for number in REQUESTS:
             signal.signal(number, lambda *_: request())
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)  # written to when a signal comes, not when handled
-        self._ready = True
+        self._request = request
 
     def _watch(self) -> None:
         while True:
             watched = [self._read] + ([] if self._supervisor is None else [self._supervisor])
             readable, _, _ = select.select(watched, [], [], LOOK_S)
             for number in os.read(self._read, 64) if self._read in readable else b"":
-                self._signalled(number)
+                if number in REQUESTS:
+                    self._signalled(number)
             if self._supervisor in readable:
                 leave(128 + signal.SIGTERM, GONE)
             if self._launcher is not None and launcher() != self._launcher:
                 self._launcher = None
-                if not self._ready:
-                    leave(128 + signal.SIGTERM, "the launcher is gone before the run began")
-                say("the launcher is gone: the run stops after this step or the next, with a checkpoint")
-                os.kill(os.getpid(), signal.SIGTERM)
+                self._left_alone()
 
     def _signalled(self, number: int) -> None:
-        if number in self._seen:
-            leave(128 + number, f"{signal.Signals(number).name} came again: leaving at once, without a checkpoint")
-        if number in REQUESTS and not self._seen:
-            name = signal.Signals(number).name
-            say(f"{name}: the run stops after this step or the next, with a checkpoint; once more, at once")
-        self._seen.add(number)
+        name, now = signal.Signals(number).name, time.monotonic()
+        if now - self._seen.get(number, now) >= AGAIN_S:
+            leave(128 + number, f"{name} came again: leaving at once, without a checkpoint")
+        if not self._seen:
+            say(f"{name}: the run stops within two steps, with a checkpoint; once more (after {AGAIN_S:g} s), at once")
+        self._seen.setdefault(number, now)
+
+    def _left_alone(self) -> None:
+        if self._request is None:
+            leave(128 + signal.SIGTERM, "the launcher is gone before the run began")
+        if not self._seen:  # else it died of what the rank has heard too
+            say("the launcher is gone: the run stops within two steps, with a checkpoint")
+            self._request()
 
 
 def opened(pid: int) -> int | None:

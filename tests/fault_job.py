@@ -1,6 +1,6 @@
 """launch/train.py with an accident at an exact point, which FAULT="RANK SIGNAL POINT N" in the environment names:
 RANK sends itself SIGNAL at its N-th passage, from 1, of POINT: forward, reduce, save or evaluate. SIGTERM+SIGTERM sends
-two, and stays at the point. N may be several, as in 3,7. In the place of a signal, NAN makes a sample's pixels NaN,
+two, `AGAIN_S` apart, and stays at the point. N may be several, as in 3,7. In the place of a signal, NAN makes a sample's pixels NaN,
 SLOW every forward pass from then on take 0.2 s more, and FLIP changes one element of the first parameter.
 
 The product knows nothing of this: the wraps are around DeepSpeed's and torch's own functions.
@@ -12,6 +12,7 @@ import sys
 import time
 
 from launch.train import main
+from pipeline.stops import AGAIN_S
 
 RANK, SIGNAL, POINT, NTH = os.environ.get("FAULT", "-1 SIGKILL nowhere 0").split()
 passages = 0
@@ -26,7 +27,9 @@ def reached() -> bool:
 
 def strike() -> None:
     for name in SIGNAL.split("+"):
-        signal.raise_signal(signal.Signals[name])  # handled when it returns; two kills in a row may arrive as one
+        signal.raise_signal(signal.Signals[name])
+        if "+" in SIGNAL:
+            time.sleep(AGAIN_S)
     if "+" in SIGNAL:
         time.sleep(60)
 

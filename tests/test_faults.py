@@ -20,6 +20,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.order import Order
 from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED
 from pipeline.metrics import read_journal
+from pipeline.stops import AGAIN_S
 from tests.conftest import ROOT, kill, launch, start
 from tests.test_training import assert_same_result
 from tests.training_runs import STEPS, arguments, rank_of, read_until
@@ -56,8 +57,9 @@ def test_a_second_signal_leaves_at_once_from_inside_a_collective(digits, tmp_pat
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
     read_until(
-        process, "rank 0: SIGTERM: the run stops after this step or the next, with a checkpoint; once more, at once"
+        process, r"rank 0: SIGTERM: the run stops within two steps, with a checkpoint; once more \(after 2 s\), at once"
     )
+    time.sleep(AGAIN_S)
     first.send_signal(signal.SIGTERM)
     read_until(process, "rank 0: SIGTERM came again: leaving at once, without a checkpoint")
     first.wait(timeout=20)
