@@ -42,11 +42,18 @@ def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
         shutil.rmtree(final)
     os.replace(unfinished, final)
     _point(root / "latest", final.name)
-    kept = _pointed(root / "best")
-    for old in sorted(path for path in root.glob("step-*") if path.name <= final.name)[:-keep]:
-        if old.name not in kept:
-            shutil.rmtree(old)
+    try:
+        _remove_older(final, keep)
+    except OSError as error:  # the new one is whole: this is no reason to end a run
+        log.warning("an old checkpoint in %s could not be removed (%s)", root, error.strerror)
     return final
+
+
+def _remove_older(final: Path, keep: int) -> None:
+    best = _pointed(final.with_name("best"))
+    for old in sorted(path for path in final.parent.glob("step-*") if path.name <= final.name)[:-keep]:
+        if old.name not in best:
+            shutil.rmtree(old)
 
 
 def temporary(root: Path, step: int) -> Path:

@@ -7,15 +7,17 @@ Nothing is lost silently: what the thread fails with is told to all ranks by the
 and raised on rank 0 by the next call.
 """
 
+import contextlib
 import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline import checkpoint_files
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Writer:
         on_failure: Callable[[], None],
         on_saved: Callable[[int, float], None],
     ) -> None:
-        self._run_dir, self._active, self._keep = run_dir, active, keep
+        self._run_dir, self._root, self._active, self._keep = run_dir, run_dir / "checkpoints", active, keep
         self._on_failure, self._on_saved = on_failure, on_saved
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
@@ -75,8 +77,8 @@ class Writer:
         if self._error is not None:
             raise self._error
 
-    def failed(self) -> None:
-        """On every rank, when the signals say that rank 0 could not write."""
+    def raise_failure(self) -> NoReturn:
+        """On every rank, when the signals say that rank 0 could not write: its CheckpointError, or one about it."""
         self.wait()
         raise CheckpointError("rank 0 could not write a checkpoint; its own line says why")
 
@@ -97,17 +99,23 @@ class Writer:
 
     def _write(self, step: int, state: dict) -> None:
         began = time.monotonic()
+        self._error = self._failure(step, "it broke off")  # until it is saved, so that no way out is taken for one
         try:
             checkpoint_files.save(self._run_dir, step, state, keep=self._keep)
+            self._error = None
         except Exception as error:  # of torch's archive too, which has errors of its own
-            root = self._run_dir / "checkpoints"
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            free = shutil.disk_usage(self._run_dir).free
-            self._error = CheckpointError(
-                f"the checkpoint after step {step} could not be written to {root} ({reason}; {free / 1e6:.0f} MB are "
-                "free); the one before it is whole: make room, and run again to go on from it"
-            )
-            shutil.rmtree(checkpoint_files.temporary(root, step), ignore_errors=True)
-            self._on_failure()
-        else:
-            self._on_saved(step, time.monotonic() - began)
+            self._error = self._failure(step, getattr(error, "strerror", None) or first_line(error))
+        finally:
+            if self._error is None:
+                self._on_saved(step, time.monotonic() - began)
+            else:
+                self._on_failure()
+                shutil.rmtree(checkpoint_files.temporary(self._root, step), ignore_errors=True)
+
+    def _failure(self, step: int, reason: str) -> CheckpointError:
+        with contextlib.suppress(OSError):  # of a disk that is gone
+            reason += f"; {shutil.disk_usage(self._run_dir).free / 1e6:.0f} MB are free"
+        return CheckpointError(
+            f"the checkpoint after step {step} could not be written to {self._root} ({reason}); the one before it is "
+            "whole: make room, and run again to go on from it"
+        )

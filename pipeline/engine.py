@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 from pipeline.config import Config, OptimConfig
 from pipeline.cores import cores_per_rank, cpu_has_bf16
 from pipeline.deepspeed_settings import deepspeed_settings
-from pipeline.errors import ConfigError, LostRankError
+from pipeline.errors import ConfigError, LostRankError, first_line
 from pipeline.snn.kernels.norm import Ranks
 from pipeline.snn.neurons import Neuron, NeuronState
 
@@ -100,7 +100,7 @@ def answered(config: Config) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in reason:
             raise
         reason = re.sub(r"^\[\S+\] ", "", reason).split(". ")[0]  # without gloo's file, line and good wishes

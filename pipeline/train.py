@@ -81,7 +81,7 @@ def loop(run: Run) -> int:
         if run.loader.too_many_bad(bad, told):  # the same on every rank
             refuse_bad(run, bad, told)
         if unsaved:
-            run.writer.failed()
+            run.writer.raise_failure()
         if saves or stop:
             save(run)
         if stop and run.step < run.num_steps:

@@ -98,6 +98,39 @@ def test_a_writer_removes_what_a_kill_left_and_saves_one_after_another(tmp_path)
     assert (checkpoint_files.best(tmp_path), failures) == (0.5, [])
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, caplog):
+    saved(tmp_path, 1, 2)
+    old = tmp_path / "checkpoints" / "step-00000001"
+    for path in old.iterdir():
+        path.unlink()
+    old.rmdir()
+    old.write_text("not a folder")
+    failures, done = [], []
+    beside = writer(tmp_path, failures, done)
+    beside.begin(3, {"step": 3})
+    beside.wait()
+    assert (failures, done, newest_step(tmp_path)) == ([], [3], 3)
+    assert f"an old checkpoint in {tmp_path}/checkpoints could not be removed (Not a directory)" in caplog.text
+
+
+class Unwritable:
+    """An element of a state at which writing breaks off without a word, as where memory runs out."""
+
+    def __reduce__(self):
+        raise MemoryError
+
+
+def test_a_failure_without_a_word_is_an_error_too(tmp_path):
+    saved(tmp_path, 1)
+    failures, done = [], []
+    beside = writer(tmp_path, failures, done)
+    beside.begin(2, {"step": Unwritable()})
+    with pytest.raises(CheckpointError, match=r"the checkpoint after step 2 could not be written .* \(MemoryError; "):
+        beside.wait()
+    assert len(failures) == 1
+    assert done == []
+
+
 def test_a_checkpoint_that_does_not_fit_is_an_error_and_leaves_the_one_before_it(tmp_path):
     saved(tmp_path, 1)
     failures, done = [], []
