@@ -2,7 +2,8 @@
 
 A rank ends with one of the codes below; the launcher and Kubernetes pass them on, so that a scheduler can tell a
 mistake of the user (do not retry) from a request to stop (retry to continue). A second request of the same kind, 2 s or
-more after the first, ends a rank at once, without a checkpoint: 128 and the signal's number, as 143 for SIGTERM (retry to continue).
+more after the first, ends a rank at once, without a checkpoint: 128 and the signal's number, as 143 for SIGTERM (retry
+to continue).
 """
 
 EXIT_DONE = 0

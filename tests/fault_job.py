@@ -1,7 +1,8 @@
 """launch/train.py with an accident at an exact point, which FAULT="RANK SIGNAL POINT N" in the environment names:
 RANK sends itself SIGNAL at its N-th passage, from 1, of POINT: forward, reduce, save or evaluate. SIGTERM+SIGTERM sends
-two, `AGAIN_S` apart, and stays at the point. N may be several, as in 3,7. In the place of a signal, NAN makes a sample's pixels NaN,
-SLOW every forward pass from then on take 0.2 s more, and FLIP changes one element of the first parameter.
+two, `AGAIN_S` apart, and stays at the point. N may be several, as in 3,7. In the place of a signal, NAN
+makes a sample's pixels NaN, SLOW every forward pass from then on take 0.2 s more, and FLIP changes one element of the
+first parameter.
 
 The product knows nothing of this: the wraps are around DeepSpeed's and torch's own functions.
 """
