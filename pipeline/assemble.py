@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.data.evaluation import evaluation_batches
 from pipeline.data.loader import Loader
 from pipeline.ema import Ema
-from pipeline.engine import Place, build, join, normalise_as_one
+from pipeline.engine import Place, build, join, normalise_as_one, of_rank_0
 from pipeline.errors import ConfigError
 from pipeline.nonfinite import NonFinite
 from pipeline.pace import Pace
@@ -143,6 +143,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         active=place.rank == 0,
         keep=config.train.keep_checkpoints,
         step=step,
+        best=of_rank_0(checkpoint_files.best(Path(config.run_dir), step)),
         on_failure=lambda: tap.signals.__setitem__(UNSAVED, 1),
         on_saved=progress.saved,
     )
@@ -161,7 +162,9 @@ def prepare(config: Config, watch: Watch) -> Run:
             loader,
             micro_batch=config.data.micro_batch,
             skips=config.train.nonfinite_skips,
+            fp16=config.train.precision == "fp16",
             world_size=place.world_size,
+            in_a_row=saved.get("nonfinite_in_a_row", 0) if saved else 0,
         ),
         pace=Pace(model, place.device, every=config.train.log_every, step=step, say=progress.say),
         replicas=Replicas(engine, config.train.verify_every),

@@ -72,10 +72,13 @@ def mark_best(run_dir: Path, step: int, accuracy: float) -> None:
     _point(run_dir / "checkpoints" / "best", f"step-{step:08d} {accuracy!r}")
 
 
-def best(run_dir: Path) -> float:
-    """The accuracy of the best checkpoint; -1 where none is marked."""
+def best(run_dir: Path, step: int) -> float:
+    """The accuracy of the best checkpoint for a run that goes on after `step`; -1 where it has none.
+
+    A later one does not count: the run makes its own of that step, and is to mark it.
+    """
     words = _pointed(run_dir / "checkpoints" / "best")
-    return float(words[1]) if len(words) == 2 else -1.0
+    return float(words[1]) if len(words) == 2 and words[0] <= f"step-{step:08d}" else -1.0
 
 
 def _point(pointer: Path, line: str) -> None:

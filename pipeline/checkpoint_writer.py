@@ -28,6 +28,7 @@ class Writer:
     active: on rank 0.
     keep: of the newest, so many stay.
     step: that the run goes on after; its checkpoint is there.
+    best: accuracy of the best checkpoint up to there, in [0, 1]; -1 where there is none. The same on every rank.
     on_failure: called in the thread when a checkpoint could not be written.
     on_saved: called in the thread with the step and the seconds that it took.
     """
@@ -39,6 +40,7 @@ class Writer:
         active: bool,
         keep: int,
         step: int,
+        best: float,
         on_failure: Callable[[], None],
         on_saved: Callable[[int, float], None],
     ) -> None:
@@ -48,7 +50,7 @@ class Writer:
         self._error: CheckpointError | None = None
         self.last_step = step
         """The step of the newest checkpoint that was begun, on every rank."""
-        self.best = checkpoint_files.best(run_dir)
+        self.best = best
         """Accuracy of the best checkpoint, in [0, 1]; -1 before there is one."""
         if active:
             checkpoint_files.sweep(run_dir)

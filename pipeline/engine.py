@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import deepspeed.comm
@@ -82,6 +83,13 @@ def join(config: Config) -> Place:
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False, timeout=timeout)
     torch.manual_seed(config.train.seed)
     return Place(deepspeed.comm.get_rank(), local_rank, deepspeed.comm.get_world_size(), device)
+
+
+def of_rank_0(value: Any) -> Any:
+    """Rank 0's `value` on every rank: what all act on and each might have read otherwise. A collective."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def set_timeouts(seconds: float) -> None:

@@ -20,11 +20,11 @@ class Journal:
     """metrics.jsonl: one JSON object a line; opened at a step, it drops the lines of later steps.
 
     A run that resumes from step k repeats what came after k; the lines of the first attempt go, so that every step
-    stands in the file once.
+    stands in the file once. At step 0 the run begins, and its journal is empty.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [line for line in read_journal(path) if line["step"] <= resume_step]
+        kept = [line for line in read_journal(path) if line["step"] <= resume_step and resume_step > 0]
         temporary = path.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)

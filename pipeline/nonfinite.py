@@ -1,62 +1,85 @@
 """Steps whose loss or gradient is not finite: named by their samples, and skipped or the end of the run."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from pipeline.chi.allreduce import Reading
 from pipeline.data.loader import Batch, Loader
 from pipeline.errors import NonFiniteError
 
 MAX_LISTED = 32
 
 
+class Skipped(NamedTuple):
+    """A step that was not finite and was passed over."""
+
+    line: str
+    samples: list[str]
+    """Their names."""
+
+
 class NonFinite:
     """Judges each step; the same on every rank, since the reduced gradient is.
 
     What a skipped step leaves behind in a forward pass is taken back: batch normalisation's running statistics, which
-    one NaN would spoil for good.
+    one NaN would spoil for good. So it is where fp16's loss scale overflowed: the forward pass may have done so too.
     """
 
-    def __init__(self, module: nn.Module, loader: Loader, *, micro_batch: int, skips: int, world_size: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        loader: Loader,
+        *,
+        micro_batch: int,
+        skips: int,
+        fp16: bool,
+        world_size: int,
+        in_a_row: int,
+    ) -> None:
         self._loader, self._micro_batch, self._skips, self._world_size = loader, micro_batch, skips, world_size
         self._seen: list[tuple[int, Tensor]] = []
-        self._in_a_row = 0
-        self._buffers = [b for b in module.buffers() if b.is_floating_point()] if skips else []
+        self.in_a_row = in_a_row
+        """Steps that were not finite up to here without one that was."""
+        self._buffers = [b for b in module.buffers() if b.is_floating_point()] if skips or fp16 else []
         self._before = [buffer.clone() for buffer in self._buffers]
+
+    def begin(self) -> None:
+        """Before each step: keeps what its forward passes change."""
+        _copy(self._buffers, self._before)
 
     def observe(self, batch: Batch, loss: Tensor) -> None:
         """Each micro-batch of this rank. A NaN among its pixels need not reach the loss: NaN is no spike."""
         self._seen.append((batch.position, loss.detach().float() + batch.images.sum(dtype=torch.float32)))
 
-    def judge(self, step: int, reason: str) -> tuple[str, list[str]]:
-        """After each step: `reason` is its reading's `nonfinite`. A line that says it was skipped, and its samples;
-        empty for a step that was finite.
+    def judge(self, step: int, reading: Reading) -> Skipped | None:
+        """After each step: what there is to say of one that was not finite.
 
         Raises:
             NonFiniteError: more steps in a row than may be skipped were not finite.
         """
         seen, self._seen = self._seen, []
-        if not reason:
-            self._in_a_row = 0
-            if self._buffers:
-                _copy(self._buffers, self._before)
-            return "", []
-        self._in_a_row += 1
+        if reading.skipped:
+            _copy(self._before, self._buffers)
+        if not reading.nonfinite:
+            self.in_a_row = 0
+            return None
+        self.in_a_row += 1
         parts: list = [None] * self._world_size
         mine = [(position, bool(torch.isfinite(value))) for position, value in seen]
         torch.distributed.all_gather_object(parts, mine)
         of_all = [position for part in parts for position, _ in part]
         suspects = [position for part in parts for position, finite in part if not finite]
         names = [name for at in suspects or of_all for name in self._loader.names(at, self._micro_batch)]
-        what = f"step {step}: {reason}; {_listed(names, found=bool(suspects))}"
-        if self._in_a_row > self._skips:
-            before = f", the last of {self._in_a_row} such steps in a row" if self._skips else ""
+        what = f"step {step}: {reading.nonfinite}; {_listed(names, found=bool(suspects))}"
+        if self.in_a_row > self._skips:
+            before = f", the last of {self.in_a_row} such steps in a row" if self._skips else ""
             raise NonFiniteError(
                 f"{what}{before}; no update was made from it. A lower optim.lr or another train.precision may mend "
                 f"it; train.on_nonfinite='skip({max(3, 2 * self._skips)})' passes over such steps"
             )
-        if self._buffers:
-            _copy(self._before, self._buffers)
-        return f"{what}; skipped, {self._in_a_row} of {self._skips} in a row", names
+        return Skipped(f"{what}; skipped, {self.in_a_row} of {self._skips} in a row", names)
 
 
 def _copy(source: list[Tensor], to: list[Tensor]) -> None:

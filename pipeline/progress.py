@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.data.loader import Figures
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.metrics import Journal, layer_labels, progress_line, read_journal
+from pipeline.nonfinite import Skipped
 from pipeline.rank_metrics import RankMetrics
 from pipeline.trackers import Trackers
 
@@ -39,16 +40,21 @@ class Progress:
     ) -> None:
         self._active = rank == 0
         self._config, self._num_steps, self._layers = config, num_steps, layers
-        self._logged_step, self._logged_at = step, time.monotonic()
+        self._step = self._logged_step = step
+        self._logged_at = time.monotonic()
         self._wait_s = self._aside_s = 0.0
         self._exporter = exporter
         self._decisions: list[tuple[int, Evidence, Tensor, float]] = []
         self._below = [False] * len(layers)
         self._saves: list[tuple[float, float]] = []
+        self.evaluated_step = -1
+        """The last step whose evaluation is in the journal; of rank 0."""
         if self._active:
             run_dir = Path(config.run_dir)
             self._journal = Journal(run_dir / "metrics.jsonl", step)
-            self._trackers = Trackers(config, layers, read_journal(run_dir / "metrics.jsonl"))
+            earlier = read_journal(run_dir / "metrics.jsonl")
+            self._trackers = Trackers(config, layers, earlier)
+            self.evaluated_step = max((r["step"] for r in earlier if "eval_loss" in r), default=-1)
             if exporter.address:
                 self.say(f"metrics at {exporter.address}")
 
@@ -89,13 +95,14 @@ class Progress:
             self.say(f"step {step.number} skipped: the fp16 gradient overflowed, so the loss scale was lowered")
             self._exporter.count(train_overflow_steps=1)
         self._show_saves()
+        self._step = step.number
         if step.number % self._config.train.log_every and step.number != self._num_steps:
             return
         now = time.monotonic()
         elapsed, steps = now - self._logged_at, step.number - self._logged_step
         if self._active:
             self._log(step, steps, elapsed / steps)
-            self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
+            self._count_steps()
         self._exporter.pace(steps, elapsed, self._aside_s, step.data)
         self._exporter.publish({"train_last_step_timestamp_seconds": time.time()})
         self._exporter.write()
@@ -134,11 +141,16 @@ class Progress:
         if step.loss_scale is not None:
             self._exporter.publish({"train_loss_scale": step.loss_scale})
 
-    def skipped(self, step: int, line: str, samples: list[str]) -> None:
-        """What `NonFinite.judge` said of the step; it says nothing of a step that was finite."""
-        if self._active and line:
-            self.say(line)
-            self._journal.write({"step": step, "nonfinite": line, "nonfinite_samples": samples})
+    def _count_steps(self) -> None:
+        """Those since the last logged one."""
+        steps = self._step - self._logged_step
+        self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
+
+    def skipped(self, step: int, skipped: Skipped | None) -> None:
+        """What `NonFinite.judge` said of the step; None of a step that was finite."""
+        if self._active and skipped is not None:
+            self.say(skipped.line)
+            self._journal.write({"step": step, "nonfinite": skipped.line, "nonfinite_samples": skipped.samples})
             self._exporter.count(train_nonfinite_steps=1)
 
     def failed(self, error: CheckpointError | NonFiniteError) -> None:
@@ -154,7 +166,9 @@ class Progress:
         self._show_saves()
         if self._active:
             record = {"step": step, "eval_loss": loss, "eval_accuracy_ratio": accuracy}
-            self._record(record)
+            if step > self.evaluated_step:  # else it is there, of a run that was killed before its summary
+                self._record(record)
+                self.evaluated_step = step
             self._exporter.publish(record)
             self.say(f"validation after step {step}: {100 * accuracy:.2f} % of {num_samples} samples, loss {loss:.4f}")
         self._exporter.write()
@@ -186,9 +200,13 @@ class Progress:
         self._exporter.finish()
 
     def close(self) -> None:
+        """Shows what came after the last logged step too: a stop may lie between two."""
+        self._show_saves()
         if self._active:
+            self._count_steps()
             self._journal.close()
             self._trackers.close()
+        self._exporter.write()
         self._exporter.close()
 
 

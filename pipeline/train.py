@@ -14,7 +14,7 @@ from pipeline.chi.allreduce import SIGNALS
 from pipeline.chi.controller import steer
 from pipeline.config import Config
 from pipeline.data.evaluation import evaluation_batches
-from pipeline.engine import answered, learning_rate, leave, loss_scale, set_learning_rate
+from pipeline.engine import answered, learning_rate, leave, loss_scale, of_rank_0, set_learning_rate
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NonFiniteError
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.progress import Step, summary_table
@@ -29,6 +29,7 @@ def train(config: Config, watch: Watch) -> int:
     with answered(config):
         run = prepare(config, watch)
         try:
+            catch_up(run)
             code = loop(run)
             if code == EXIT_DONE:
                 finish(run)
@@ -50,6 +51,7 @@ def loop(run: Run) -> int:
     for micro_batches in run.loader.steps(run.step, run.num_steps):
         rate = learning_rate(config, run.step, run.num_samples)
         set_learning_rate(engine, rate)
+        run.nonfinite.begin()
         for batch in micro_batches:
             logits = engine(batch.images)
             loss = readout.loss(config.train, logits, batch.labels)
@@ -60,7 +62,7 @@ def loop(run: Run) -> int:
             tap.check()  # no update is made from a gradient that is not finite
             engine.step()
         reading = tap.read()  # the same on every rank
-        run.progress.skipped(run.step + 1, *run.nonfinite.judge(run.step + 1, reading.nonfinite))
+        run.progress.skipped(run.step + 1, run.nonfinite.judge(run.step + 1, reading))
         run.ema.update(run.step)
         progress = (run.step + 1) / run.num_steps
         evidence = None if reading.skipped else run.spread.evidence(reading.indicators)
@@ -75,11 +77,13 @@ def loop(run: Run) -> int:
         run.pace.step(run.step, run.loader.wait_s)
         run.replicas.check(run.step)
         saves = run.step % config.train.checkpoint_every == 0 or run.step == run.num_steps
-        told, (stop, bad, unsaved) = run.step - 1, run.signals.late(reading.signals)  # SIGNALS: nothing waits for them
-        if saves or stop or evaluation_due(run):  # here the host waits anyway
-            told, (stop, bad, unsaved) = run.step, run.signals.newest()
-        if run.loader.too_many_bad(bad, told):  # the same on every rank
-            refuse_bad(run, bad, told)
+        evaluates = evaluation_due(run)
+        told, (stop, bad, unsaved) = run.signals.late(run.step, reading.signals)  # SIGNALS: nothing waits for them
+        if saves or stop or evaluates:  # here the host waits anyway
+            told, (stop, bad, unsaved) = run.signals.newest()
+        run.loader.account(bad, told)
+        if run.loader.too_many_bad:  # the same on every rank
+            refuse_bad(run)
         if unsaved:
             run.writer.raise_failure()
         if saves or stop:
@@ -88,16 +92,16 @@ def loop(run: Run) -> int:
             run.writer.wait()
             run.progress.say(f"stopped on request after step {run.step}, checkpoint saved; run again to continue")
             return EXIT_STOPPED
-        if evaluation_due(run):
+        if evaluates:
             validate(run)
     return EXIT_DONE
 
 
-def refuse_bad(run: Run, count: int, step: int) -> None:
-    """Ends every rank with the bad samples of all ranks, by name; `count` of them until after `step`."""
+def refuse_bad(run: Run) -> None:
+    """Ends every rank with the bad samples of all ranks, by name."""
     reasons: list = [None] * run.place.world_size
     torch.distributed.all_gather_object(reasons, run.loader.bad.reasons)
-    run.loader.refuse_bad(count, step, {name: reason for part in reasons for name, reason in part.items()})
+    run.loader.refuse_bad({name: reason for part in reasons for name, reason in part.items()})
 
 
 def save(run: Run) -> None:
@@ -112,6 +116,7 @@ def save(run: Run) -> None:
         "controller": run.controller.to_dict(),
         "neurons": run.neurons.to_dict(),
         "loader": run.loader.state_dict(),
+        "nonfinite_in_a_row": run.nonfinite.in_a_row,
         "config": run.config.to_dict(),
     }
     run.writer.begin(run.step, state)
@@ -119,9 +124,14 @@ def save(run: Run) -> None:
 
 
 def evaluation_due(run: Run) -> bool:
-    """At the first step of each `eval_every_epochs`, but not at the end, which `finish` evaluates."""
-    every = run.config.train.eval_every_epochs * run.num_samples / run.config.data.global_batch
-    return every > 0 and run.step < run.num_steps and run.step // every > (run.step - 1) // every
+    """After each `eval_every_epochs`, but not at the end, which `finish` evaluates."""
+    return run.step < run.num_steps and run.config.evaluates_after(run.step, run.num_samples)
+
+
+def catch_up(run: Run) -> None:
+    """The evaluation after the step that is resumed from, where a stop or a kill came before it."""
+    if run.step > 0 and evaluation_due(run) and of_rank_0(run.progress.evaluated_step) < run.step:
+        validate(run)
 
 
 def validate(run: Run) -> Evaluation:

@@ -30,7 +30,7 @@ def strike() -> None:
     for name in SIGNAL.split("+"):
         signal.raise_signal(signal.Signals[name])
         if "+" in SIGNAL:
-            time.sleep(AGAIN_S)
+            time.sleep(1.5 * AGAIN_S)
     if "+" in SIGNAL:
         time.sleep(60)
 

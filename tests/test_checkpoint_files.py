@@ -27,10 +27,11 @@ def test_the_newest_stay_and_the_best_in_addition(tmp_path):
     saved(tmp_path, 1, 2)
     checkpoint_files.mark_best(tmp_path, 1, 0.75)
     assert saved(tmp_path, 3, 4, 5) == ["best", "latest", "step-00000001", "step-00000004", "step-00000005"]
-    assert checkpoint_files.best(tmp_path) == 0.75
+    assert checkpoint_files.best(tmp_path, 9) == 0.75
     checkpoint_files.mark_best(tmp_path, 5, 0.875)
+    assert checkpoint_files.best(tmp_path, 4) == -1, "a run that goes on from before it has to reach it again"
     assert saved(tmp_path, 6, keep=1) == ["best", "latest", "step-00000005", "step-00000006"]
-    assert checkpoint_files.best(tmp_path) == 0.875
+    assert checkpoint_files.best(tmp_path, 9) == 0.875
 
 
 def truncate(folder: Path) -> None:
@@ -79,6 +80,7 @@ def writer(run_dir: Path, failures: list, done: list) -> Writer:
         active=True,
         keep=2,
         step=1,
+        best=-1.0,
         on_failure=lambda: failures.append(threading.current_thread()),
         on_saved=lambda step, seconds: done.append(step),
     )
@@ -95,7 +97,7 @@ def test_a_writer_removes_what_a_kill_left_and_saves_one_after_another(tmp_path)
     beside.mark_best(3, 0.5)
     assert done == [2, 3]
     assert newest_step(tmp_path) == 3
-    assert (checkpoint_files.best(tmp_path), failures) == (0.5, [])
+    assert (checkpoint_files.best(tmp_path, 9), failures) == (0.5, [])
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, caplog):

@@ -10,8 +10,12 @@ def test_what_is_sent_is_read_a_step_later_or_at_once_on_request():
     seen = []
     for value in (1, 2, 3):
         sent.fill_(value)  # the sender's tensor may be used again at once
-        seen.append((later.late(sent), later.newest()))
-    assert seen == [([0, 0], [1, 1]), ([1, 1], [2, 2]), ([2, 2], [3, 3])]
+        seen.append((later.late(10 * value, sent), later.newest()))
+    assert seen == [
+        ((0, [0, 0]), (10, [1, 1])),
+        ((10, [1, 1]), (20, [2, 2])),
+        ((20, [2, 2]), (30, [3, 3])),
+    ]
 
 
 def test_a_tensor_of_constants_is_made_anew_only_when_they_change():

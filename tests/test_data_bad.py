@@ -124,13 +124,19 @@ def test_an_evaluation_leaves_bad_samples_out_and_names_them(bad_set, caplog):
         list(evaluation_batches(change(bad_set, max_bad_ratio=0.1), rank=0, world_size=1, device=CPU))
 
 
+def over(loader: Loader, count: int, step: int) -> bool:
+    loader.account(count, step)
+    return loader.too_many_bad
+
+
 def test_over_the_limit_the_error_lists_every_bad_sample(bad_set):
     _, (one,) = run(change(bad_set, max_bad_ratio=0.1), 0, 5)
-    assert not one.too_many_bad(3, step=1)  # a tenth of the 30 samples of the first epoch
-    assert one.too_many_bad(4, step=1)
-    assert not one.too_many_bad(6, step=5)
+    assert not over(one, 3, step=1)  # a tenth of the 30 samples of the first epoch
+    assert over(one, 4, step=1)
+    assert not over(one, 6, step=5)
+    assert over(one, 7, step=5)
     with pytest.raises(DataError) as caught:
-        one.refuse_bad(7, 5, one.bad.reasons)
+        one.refuse_bad(one.bad.reasons)
     message = str(caught.value)
     assert message.startswith(
         "7 of 60 samples were bad, more than data.max_bad_ratio=0.1 allows (1 label out of range, "
@@ -150,7 +156,7 @@ def decisions(data: DataConfig, stops: list[int], ranks: list[int]) -> tuple[lis
             for stream in streams:
                 list(next(stream))
             count = sum(one.bad.count for one in loaders)  # what the ranks' all-reduce adds up
-            made.append((count, {one.too_many_bad(count, step + 1) for one in loaders} == {True}))
+            made.append((count, {over(one, count, step + 1) for one in loaders} == {True}))
         state, start = loaders[0].state_dict(), stop
         for one in loaders:
             one.close()
@@ -170,15 +176,16 @@ def test_a_state_without_an_account_starts_one_and_says_so(bad_set, caplog):
     resumed = Loader(change(bad_set, max_bad_ratio=0.1), seed=5, rank=0, world_size=1, device=CPU)
     resumed.load_state_dict(older)
     assert "has no account of bad samples: data.max_bad_ratio holds from step 4" in caplog.text
-    assert not resumed.too_many_bad(3, step=5)
-    assert resumed.too_many_bad(4, step=5)
+    assert not over(resumed, 3, step=5)
+    assert over(resumed, 4, step=5)
     saved = resumed.state_dict()
     resumed.load_state_dict(saved)
     assert resumed.bad.count == 4
+    assert over(resumed, 7, step=9)
     with pytest.raises(
         DataError, match=r"^7 of 60 samples were bad, .* allows \(4 before the resume, named in the log"
     ):
-        resumed.refuse_bad(7, 9, {})
+        resumed.refuse_bad({})
     with pytest.raises(ConfigError, match="loader state has bad_count=-1, not a count"):
         resumed.load_state_dict({**saved, "bad_count": -1})
 

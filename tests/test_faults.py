@@ -59,7 +59,7 @@ def test_a_second_signal_leaves_at_once_from_inside_a_collective(digits, tmp_pat
     read_until(
         process, r"rank 0: SIGTERM: the run stops within two steps, with a checkpoint; once more \(after 2 s\), at once"
     )
-    time.sleep(AGAIN_S)
+    time.sleep(1.5 * AGAIN_S)
     first.send_signal(signal.SIGTERM)
     read_until(process, "rank 0: SIGTERM came again: leaving at once, without a checkpoint")
     first.wait(timeout=20)

@@ -79,6 +79,22 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused_with_those_that_
     assert dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=144)).accumulation(3) == 3
 
 
+def test_an_evaluation_is_due_once_the_samples_of_its_epochs_are_used():
+    digits = parse(["--recipe", "digits"])
+
+    def due(every: float, *, batch: int, samples: int, steps: int) -> list[int]:
+        data = dataclasses.replace(digits.data, global_batch=batch, micro_batch=1)
+        train = dataclasses.replace(digits.train, eval_every_epochs=every)
+        config = dataclasses.replace(digits, data=data, train=train)
+        return [step for step in range(1, steps + 1) if config.evaluates_after(step, samples)]
+
+    assert due(1, batch=30, samples=100, steps=14) == [4, 7, 10, 14]
+    assert due(0.1, batch=10, samples=100, steps=3) == [1, 2, 3]
+    assert due(0.5, batch=30, samples=100, steps=10) == [2, 4, 5, 7, 9, 10]
+    assert due(0.1, batch=30, samples=100, steps=3) == [1, 2, 3], "more often than by step is not"
+    assert due(0, batch=30, samples=100, steps=20) == []
+
+
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "launch/train.py"), *arguments], capture_output=True, text=True, cwd=cwd, timeout=60

@@ -176,8 +176,13 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
     shutil.copytree(straight.run_dir, run_dir)
     (run_dir / "summary.json").unlink()
     shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS:08d}")
+    # As if it was killed between the checkpoint after step 10 and the evaluation that was due there.
+    every = 9.5 * 128 / Manifest.load(digits / "train").num_samples
+    config = json.loads((run_dir / "config.json").read_text())
+    config["train"]["eval_every_epochs"] = every
+    (run_dir / "config.json").write_text(json.dumps(config))
     # In step 13 it meets a NaN, which it passes over.
-    words = [*arguments(digits, run_dir), "--train.on_nonfinite", "skip(1)"]
+    words = [*arguments(digits, run_dir), "--train.on_nonfinite", "skip(1)", "--train.eval_every_epochs", str(every)]
     again = launch("tests/fault_job.py", *words, ranks=1, FAULT="0 NAN forward 17")
     assert again.returncode == EXIT_DONE, again.output
     assert "resumed from the checkpoint after step 10" in again.output
@@ -189,6 +194,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
         )
         == 1
     )
+    assert [r["step"] for r in read_journal(run_dir / "metrics.jsonl") if "eval_loss" in r] == [10, STEPS]
     ours, theirs = losses(run_dir), losses(straight.run_dir)
     assert list(ours) == list(theirs)
     # From the same weights, the same micro-batches give the same losses; only their sum is taken in another order.

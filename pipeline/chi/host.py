@@ -18,26 +18,28 @@ class Later:
 
     def __init__(self, like: Tensor) -> None:
         on_gpu = like.is_cuda
+        self._steps = [0, 0]
         self._hosts = [torch.zeros(like.shape, dtype=like.dtype, pin_memory=on_gpu) for _ in range(2)]
         self._arrived = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
         self._turn = 0
 
-    def late(self, newest: Tensor) -> list:
-        """Sends `newest` on its way, and gives the one before it."""
+    def late(self, step: int, newest: Tensor) -> tuple[int, list]:
+        """Sends `newest`, of `step`, on its way, and gives the step and the values of the one before it."""
         self._turn ^= 1
+        self._steps[self._turn] = step
         self._hosts[self._turn].copy_(newest, non_blocking=True)
         if self._arrived:
             self._arrived[self._turn].record()
         return self._values(self._turn ^ 1)
 
-    def newest(self) -> list:
-        """The one that was sent last; the host waits for it."""
+    def newest(self) -> tuple[int, list]:
+        """Those of the one that was sent last; the host waits for it."""
         return self._values(self._turn)
 
-    def _values(self, turn: int) -> list:
+    def _values(self, turn: int) -> tuple[int, list]:
         if self._arrived:
             self._arrived[turn].synchronize()
-        return self._hosts[turn].tolist()
+        return self._steps[turn], self._hosts[turn].tolist()
 
 
 class Constants:

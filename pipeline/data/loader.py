@@ -85,7 +85,7 @@ class Loader:
         self._check_cache()
         self.bad = BadSamples()
         """What this rank replaced; on rank 0 the count begins at what all ranks had before the resume."""
-        self._bad_count = self._bad_from_step = self._bad_earlier = 0
+        self._bad_count = self._bad_step = self._bad_from_step = self._bad_earlier = 0
         self._stream = Stream(data, device, self._samples, self._request, self.bad, dtype)
         self._step = self._left = 0
         atexit.register(self.close)  # runs before DALI's own, which aborts while a thread is in a pipeline
@@ -191,31 +191,34 @@ class Loader:
         order = Order(sizes, seed=self._seed, window_shards=self._data.window_shards)  # the other is the threads'
         return [self._samples.name(int(number)) for number in order.samples(position, count)[1]]
 
-    def too_many_bad(self, count: int, step: int) -> bool:
-        """Whether `count` stand-ins on all ranks, up to the end of `step`, are over `data.max_bad_ratio`.
+    def account(self, count: int, step: int) -> None:
+        """Takes down `count` stand-ins on all ranks, the sum of their `bad.count`, up to the end of `step`."""
+        self._bad_count, self._bad_step = count, step
 
-        `count` is the sum of the ranks' `bad.count`; from here on it is the state's.
-        """
-        self._bad_count = count
-        return too_many(count, seen=self._seen(step), num_samples=self._order.num_samples, max_ratio=self._limit)
+    @property
+    def too_many_bad(self) -> bool:
+        """Whether the stand-ins that were taken down are over `data.max_bad_ratio`."""
+        return too_many(
+            self._bad_count,
+            seen=self._seen,
+            num_samples=self._order.num_samples,
+            max_ratio=self._data.max_bad_ratio,
+        )
 
-    def refuse_bad(self, count: int, step: int, reasons: dict[str, str]) -> None:
+    def refuse_bad(self, reasons: dict[str, str]) -> None:
         """Raises the `DataError` of `too_many_bad`, with `reasons` by name of all ranks."""
         refuse(
             reasons,
-            count=count,
-            seen=self._seen(step),
+            count=self._bad_count,
+            seen=self._seen,
             num_samples=self._order.num_samples,
-            max_ratio=self._limit,
+            max_ratio=self._data.max_bad_ratio,
             earlier=self._bad_earlier,
         )
 
     @property
-    def _limit(self) -> float:
-        return self._data.max_bad_ratio
-
-    def _seen(self, step: int) -> int:
-        return (step - self._bad_from_step) * self._data.global_batch
+    def _seen(self) -> int:
+        return (self._bad_step - self._bad_from_step) * self._data.global_batch
 
     def state_dict(self) -> dict[str, object]:
         """The position, the account of bad samples of all ranks, and what the stream's meaning depends on."""
@@ -236,7 +239,7 @@ class Loader:
                     f"the checkpoint was made with {name}={state.get(name)!r}, this run has {value!r}; "
                     "go on with the old value, or start a new run with another --run_dir"
                 )
-        self._step = _count(state, "step")
+        self._step = self._bad_step = _count(state, "step")
         if "bad_count" in state:
             self._bad_count, self._bad_from_step = _count(state, "bad_count"), _count(state, "bad_from_step")
         else:
