@@ -77,11 +77,12 @@ def test_an_evaluation_between_two_steps_is_not_counted():
     assert torch.equal(*rates)
 
 
-def test_it_steers_and_resumes_bit_for_bit():
+@pytest.mark.parametrize("policy", ["chi", "ds_atgo"])
+def test_it_steers_and_resumes_bit_for_bit(policy):
     def begin():
         model = network()
         optimizer = sgd(model)
-        return model, optimizer, chi.attach(model, optimizer, steps=8, interval=2)
+        return model, optimizer, chi.attach(model, optimizer, steps=8, interval=2, policy=policy)
 
     model, optimizer, pilot = begin()
     for seed in range(8):

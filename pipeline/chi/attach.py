@@ -77,6 +77,7 @@ class Pilot:
         self.neurons.load(state["neurons"])
         self.step = int(state["step"])
         self.neurons.widths.copy_(self.controller.widths)
+        self._spread.prepare(self.controller.count)
 
     def detach(self) -> None:
         """Stop measuring and steering; the widths stay. A DDP model keeps its hook, which then does no more."""
