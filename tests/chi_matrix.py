@@ -177,6 +177,23 @@ def overflows(stage: int) -> dict:
     }
 
 
+def hopeless(stage: int) -> list[dict]:
+    """fp16: readings of a gradient that is not finite on one rank, at the loss scales 2 and 1."""
+    engine, module, _ = make(stage, "fp16", tapped=False)
+    tap = Tap(engine, module.spiking_layers(), bind(module), skips=True)
+    scaler = engine.optimizer.loss_scaler if stage else engine.optimizer.loss_scale_config
+    said = []
+    for scale in (2.0, 1.0):
+        scaler.cur_scale = scale
+        ((images, labels),) = batches(dist.get_rank(), 1, 0)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            images[0] = float("nan")
+        step(engine, [(images, labels)], tap)
+        reading = tap.read()
+        said.append({"stage": stage, "scale": scale, "skipped": reading.skipped, "nonfinite": reading.nonfinite})
+    return said
+
+
 def sew(precision: str) -> dict:
     """Two steps of the real network, with BatchNorm: the losses, and how far the running statistics went."""
     torch.manual_seed(0)
@@ -309,6 +326,7 @@ def main() -> int:
         tell("GUARD", everyone)
         dist.all_gather_object(everyone, overflows(stage))
         tell("OVERFLOW", everyone)
+        tell("HOPELESS", hopeless(stage))
         for precision in ("fp32", "fp16"):
             tell("CLIP", clipped(stage, precision))
             tell("RESUME SGD", resumes(stage, precision))

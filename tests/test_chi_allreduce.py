@@ -183,6 +183,15 @@ def test_an_overflow_is_skipped_and_leaves_no_trace_in_the_next_reading(output):
         assert rank["same_rates"]
 
 
+def test_a_gradient_that_no_loss_scale_mends_is_told_as_not_finite(output):
+    readings = list(itertools.chain.from_iterable(lines(output, "HOPELESS")))
+    assert [reading["stage"] for reading in readings] == [0, 0, 1, 1, 2, 2, 3, 3]
+    for reading in readings:
+        assert reading["skipped"]
+        at_last = "the gradient is not finite in fp16, not even with a loss scale of 1"
+        assert reading["nonfinite"] == {2.0: "", 1.0: at_last}[reading["scale"]]
+
+
 def test_fp16_trains_the_network_with_batch_normalisation_in_fp32(output):
     full, half = lines(output, "SEW")
     assert (full["precision"], half["precision"]) == ("fp32", "fp16")

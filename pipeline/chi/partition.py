@@ -49,6 +49,8 @@ class PartitionCarrier:
         self._skips = skips
         self._work = None
         self._scale = 1.0
+        if self._fp16 and engine.zero_optimization_stage() > 0:
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `after_step` says it, and may pass over it
         self._segments: dict[int, list[Segment]] = {}
         for segment in _segments(engine, watched):
             self._segments.setdefault(id(segment.flat), []).append(segment)
@@ -75,7 +77,7 @@ class PartitionCarrier:
                 raise TapError("the optimizer stepped some of its groups only; this version is not supported")
             if not self._fp16:
                 nonfinite = "the gradient is not finite"
-            elif self._engine.optimizer.loss_scale <= 1:
+            elif self._scale <= 1:  # that of this step: DeepSpeed has lowered its own by now
                 nonfinite = "the gradient is not finite in fp16, not even with a loss scale of 1"
             if nonfinite and not self._skips:
                 raise NonFiniteError(nonfinite)
