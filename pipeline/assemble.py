@@ -201,7 +201,7 @@ def agree(config: Config, step: int, data_identity: str, device: torch.device) -
     Raises:
         ConfigError: on every rank, naming what differs between them.
     """
-    settings = {name: value for name, value in flatten(config.to_dict()).items() if name not in run_folder.FREE}
+    settings = {name: value for name, value in flatten(config.to_dict()).items() if name not in run_folder.OWN}
     shared = "put it on a file system that all nodes share"
     same = {
         "the program is of different versions; install one on all nodes": source.version(),

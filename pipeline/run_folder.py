@@ -26,16 +26,14 @@ from typing import NamedTuple
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 
-# What may differ when a run is started again: none of it changes what is computed.
-FREE = frozenset(
+# What may differ between the ranks of a run: each acts on its own, and none waits for another because of it.
+OWN = frozenset(
     [
         "run_dir",
         "deepspeed_config",  # nothing that the file may hold changes a result
-        "chi.self_check",
         "data.path",  # the data themselves are compared, by their manifest's hash
         "data.cache_dir",
         "data.cache_bytes",
-        "data.max_bad_ratio",
         "data.prefetch",
         "data.retries",
         "data.threads",
@@ -48,14 +46,19 @@ FREE = frozenset(
         "metrics.tls_key",
         "metrics.tensorboard",
         "metrics.wandb",
-        "train.keep_checkpoints",
-        "train.log_every",
-        "train.on_nonfinite",
         "train.profile_steps",
-        "train.timeout_s",
-        "train.verify_every",
     ]
 )
+# What may differ when a run is started again: none of it changes what is computed.
+FREE = OWN | {
+    "chi.self_check",
+    "data.max_bad_ratio",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.on_nonfinite",
+    "train.timeout_s",
+    "train.verify_every",
+}
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "numpy", "prometheus-client")
 
 
