@@ -1,6 +1,7 @@
-"""What the commands that look at a finished run share: one line for a mistake, and its exit code."""
+"""What the commands share: one line for a mistake, and its exit code."""
 
 import argparse
+import difflib
 import signal
 import sys
 from collections.abc import Callable
@@ -14,6 +15,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ConfigError(f"{message}; see --help")
+
+    def refuse_unknown(self, unknown: list[str]) -> None:
+        """Names the option that was not known, and the one that it is like."""
+        option = unknown[0].partition("=")[0]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        close = difflib.get_close_matches(option, known, n=1)
+        self.error(f"{option} is not an option" + (f"; did you mean {close[0]}?" if close else ""))
 
 
 def run_parser(name: str, description: str) -> Parser:

@@ -3,26 +3,15 @@
 import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from launch.command import Parser
 from launch.recipes import RECIPES
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ConfigError(f"{message}; see --help")
-
-    def refuse_unknown(self, unknown: list[str]) -> None:
-        option = unknown[0].partition("=")[0]
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        close = difflib.get_close_matches(option, known, n=1)
-        self.error(f"{option} is not an option" + (f"; did you mean {close[0]}?" if close else ""))
 
 
 def field_docs(section: type) -> dict[str, str]:
@@ -54,9 +43,9 @@ _CONVERTERS = {int: int, float: float, str: str, bool: _boolean, tuple[float, ..
 _METAVARS = {bool: "true|false", tuple[float, ...]: "number,…"}
 
 
-def _parser(default: Config) -> _Parser:
+def _parser(default: Config) -> Parser:
     recipes = "\n".join(f"  {name:<25}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
-    parser = _Parser(
+    parser = Parser(
         prog="launch/train.py",
         usage="deepspeed [LAUNCHER'S OPTIONS] launch/train.py --recipe NAME [--section.field VALUE …]",
         description=f"Trains a recipe on the ranks that the deepspeed launcher starts.\n\nrecipes:\n{recipes}",
@@ -110,7 +99,7 @@ def command(arguments: Sequence[str]) -> Command:
         ConfigError: an unknown option or recipe, or an impossible value; the message is one line.
         SystemExit: after `--help`.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="digits")
     name = first.parse_known_args(arguments)[0].recipe
     config = RECIPES.get(name, RECIPES["digits"])()

@@ -45,6 +45,7 @@ def vars_of(config: Config) -> list:
     ("arguments", "message"),
     [
         ([], "the following arguments are required: --recipe"),
+        (["--recipe"], "argument --recipe: expected one argument; see --help"),
         (["--recipe", "digit"], "invalid choice: 'digit'"),
         (["--recipe", "digits", "--train.epoch", "2"], "--train.epoch is not an option; did you mean --train.epochs?"),
         (["--recipe", "digits", "--model.T", "0"], "model.T=0 is not allowed; use an integer of at least 1"),
