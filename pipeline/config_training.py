@@ -104,7 +104,8 @@ class TrainConfig:
     """Newest checkpoints that stay, at least 1; with 1 there is none to fall back to should it be damaged. The one with
     the best validation accuracy stays in addition."""
     eval_every_epochs: float = 0.0
-    """Epochs between two evaluations of the validation split; 0 evaluates at the end only."""
+    """Epochs between two evaluations of the validation split, each after the step by which their samples are all used;
+    0 evaluates at the end only."""
     verify_every: int = 100
     """Optimizer steps between two checks that all ranks hold the same parameters, which every save makes too; 0 makes
     none. ZeRO-3, where each rank has its own part, has nothing to compare."""

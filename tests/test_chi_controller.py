@@ -62,6 +62,16 @@ def test_a_decision_on_coverage_goes_eta_of_the_way_where_the_potential_is_a_cen
     assert state.log_width.tolist() == pytest.approx((0.25 * right.log()).tolist(), rel=1e-6)
 
 
+@pytest.mark.parametrize("off", [8.0, 1 / 8])
+def test_a_width_that_is_off_by_a_factor_of_8_is_off_by_9_percent_after_five_decisions(off):
+    spread = torch.ones(1, dtype=torch.float64)
+    right = 0.5244005127  # holds 40 %
+    state = start(torch.tensor([off * right]))
+    for _ in range(5):
+        state, _ = steer(held(eta=0.5), state, seen(gaussian(state.widths, spread)), 0.0)
+    assert abs(state.log_width.item() - math.log(right)) == pytest.approx(math.log(1.09), abs=5e-3)
+
+
 @pytest.mark.parametrize("mean", [0.0, 1.5])
 @pytest.mark.parametrize("width", [0.05, 0.3, 1.0, 8.0])
 def test_coverage_reaches_its_target_from_any_start(width, mean):

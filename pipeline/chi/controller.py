@@ -6,11 +6,11 @@ An integral controller in log-width, every `interval` steps on the mean indicato
 
 r(p) is the half-width, in standard deviations, that holds a share p of a centred Gaussian. Were the potential one, r
 would be w over its spread, and η the share of the distance to the right width that one decision goes: with η = 0.5 a
-width that is off by a factor of 8 is off by 7 % after five decisions. A potential whose mean lies below the threshold
+width that is off by a factor of 8 is off by 9 % after five decisions. A potential whose mean lies below the threshold
 answers more strongly, by up to half as much again at the targets in use, which leaves the loop far from ringing. Other
 indicators have no such law, and steer by log w_ℓ += η (target_ℓ - indicator_ℓ). One decision at most doubles or halves
 a width. A layer whose own coverage or firing rate lies below its floor gets no, or next to no,
-gradient; it is widened by a quarter at every decision until it is above, whatever the indicator says.
+gradient; it is widened by at least a quarter at every decision until it is above, whatever the indicator says.
 Everything is a pure function of tensors on the training device: no host read. The other policies are in policies.py.
 """
 
@@ -64,13 +64,13 @@ def start(widths: Tensor) -> ControllerState:
     return ControllerState(start=log_width, log_width=log_width, total=log_width.new_zeros(3, len(widths)), count=0)
 
 
-def targets_at(config: ChiConfig, progress: float, log_width: Tensor) -> Tensor:
-    """`(L,)` float64, every layer's target at `progress` in [0, 1] of the run, where `log_width` is.
+def targets_at(config: ChiConfig, progress: float, like: Tensor) -> Tensor:
+    """`(L,)` float64, every layer's target at `progress` in [0, 1] of the run; on the device of `like`, also `(L,)`.
 
     Linear in the run from `target` to `target_end`, and in depth by `target_slope` around that.
     """
     level = config.target + (config.target_end - config.target) * progress
-    depth = torch.arange(len(log_width), dtype=torch.float64, device=log_width.device) / max(len(log_width) - 1, 1)
+    depth = torch.arange(len(like), dtype=torch.float64, device=like.device) / max(len(like) - 1, 1)
     return level + config.target_slope * (depth - 0.5)
 
 
