@@ -144,11 +144,13 @@ def validate(run: Run) -> Evaluation:
     with run.ema.shown():
         checkpoint.average_buffers(run.engine)  # the average's own
         result = evaluate(run.engine, batches, run.place.device)
-    run.progress.evaluated(run.step, result.loss, result.accuracy, result.num_samples, time.monotonic() - began)
+    took_s = time.monotonic() - began
     if result.accuracy > run.writer.best:
         if run.writer.last_step != run.step:
             save(run)
         run.writer.mark_best(run.step, result.accuracy)
+    # Last, for whoever goes on after a kill takes it as a sign that the best was marked too.
+    run.progress.evaluated(run.step, result.loss, result.accuracy, result.num_samples, took_s)
     return result
 
 

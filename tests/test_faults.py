@@ -99,6 +99,21 @@ def test_ranks_whose_launcher_is_killed_stop_with_a_checkpoint(digits, tmp_path,
     assert f"step-{int(stopped[1]):08d}" in checkpoints(run_dir)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_and_all_its_ranks_stops_them_with_a_checkpoint(digits, tmp_path, number):
+    """As Ctrl-C does; steps take long enough for the ranks to find the runner gone."""
+    run_dir = tmp_path / "run"
+    process = start(JOB, *arguments(digits, run_dir), "--train.epochs", "50", FAULT="1 SLOW forward 1")
+    read_until(process, r"^step +2/")
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    stopped = re.search(r"stopped on request after step (\d+), checkpoint saved", output)
+    assert stopped, output
+    assert "came again" not in output
+    assert f"step-{int(stopped[1]):08d}" in checkpoints(run_dir)
+
+
 def names_at(digits: Path, position: int, count: int) -> list[str]:
     """Names of the training samples at stream positions, by the order and the tars alone."""
     manifest = Manifest.load(digits / "train")
