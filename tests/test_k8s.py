@@ -130,7 +130,12 @@ def test_a_jobset_and_a_runtime_hold_the_pods_of_the_base():
     for part in ("securityContext", "volumes", "terminationGracePeriodSeconds"):
         assert runtime.pod[part] == vanilla.pod[part]
     assert runtime.pod["containers"][0]["args"] == vanilla.pod["containers"][0]["args"]
-    for overlay in ("jobset", "kubeflow-trainer"):
+    for overlay, kind in (("jobset", "JobSet"), ("kubeflow-trainer", "TrainingRuntime")):
+        spec = one(render(f"overlays/{overlay}"), kind)["spec"]
+        policy = (spec if kind == "JobSet" else spec["template"]["spec"])["failurePolicy"]
+        assert policy["maxRestarts"] == 12  # a set without a policy fails with its first Job
+        (rule,) = policy["rules"]
+        assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
         assert not {d["kind"] for d in render(f"overlays/{overlay}")} & {"Job", "Service"}
 
 
@@ -177,6 +182,21 @@ def test_exit_codes_decide_as_the_program_means_them():
         assert workload.spec["podReplacementPolicy"] == "Failed"
         assert workload.pod["restartPolicy"] == "Never"
         assert "backoffLimitPerIndex" not in workload.spec
+
+
+def test_a_failure_that_all_nodes_share_may_come_a_dozen_times():
+    for workload in training():
+        nodes, limit = workload.spec.get("completions", 2), workload.spec["backoffLimit"]
+        assert limit == 0 if workload.job != "chispike" else limit >= 12 * nodes  # 0 in what starts all nodes together
+
+
+def test_deleting_the_try_on_one_machine_takes_no_checkpoints_along():
+    claims = [
+        {d["metadata"]["name"] for d in render(folder) if d["kind"] == "PersistentVolumeClaim"}
+        for folder in ("storage", "overlays/cpu-smoke")
+    ]
+    assert all(claims)
+    assert not set.intersection(*claims)
 
 
 def test_no_container_may_more_than_it_needs():
