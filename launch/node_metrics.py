@@ -48,9 +48,9 @@ class NodeMetrics:
         self._own.add("run_restarts")
         self._own.write()
 
-    def close(self, finished: bool) -> None:
-        """After the end of the run Prometheus may read once more that it has `finished`."""
-        if finished:
+    def close(self, *, seen: bool) -> None:
+        """Ends serving; with `seen` not before Prometheus, where it comes regularly, has read how the run ended."""
+        if seen:
             self._server.linger()
         self._server.close()
 

@@ -164,14 +164,14 @@ class Supervisor:
                     self._tell(introduce(self._place, self._config).but(error))
                 raise
             self._say(f"metrics at {metrics.address}")
-            code = EXIT_INTERNAL
+            code = None
             try:
                 code = self._run(scratch, metrics)
             except MissingNodesError as error:
                 self._say(str(error))
-            finally:
-                metrics.close(code == EXIT_DONE)
-            return code
+            finally:  # a refusal is said at once, and who was asked to stop has little time
+                metrics.close(seen=code is not None and not self._signals.seen)
+            return EXIT_INTERNAL if code is None else code
 
     def _run(self, scratch: Path, metrics: NodeMetrics) -> int:
         hostfile = scratch / "hostfile"

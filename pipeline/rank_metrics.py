@@ -1,5 +1,6 @@
 """What a rank shows to Prometheus, and rank 0 of the run too. A supervisor serves it, else the node's first rank."""
 
+import atexit
 import math
 import os
 import shutil
@@ -43,7 +44,7 @@ class RankMetrics:
         num_steps: int,
         identity: str,
     ) -> None:
-        self._server, self._finished = None, False
+        self._server, self._finished, self._failed = None, False, False
         folder = os.environ.get(FOLDER_VARIABLE)
         if not folder:
             self._server = _serve(config) if local_rank == 0 else None
@@ -113,15 +114,35 @@ class RankMetrics:
         self.publish({"run_finished": 1})
         self.write()
 
+    def fail(self) -> None:
+        """What ends the run has been counted, and would be gone with this process before anybody sees it."""
+        self._failed = True
+        self.write()
+
     def write(self) -> None:
         self._snapshot.write()
 
     def close(self) -> None:
-        if self._server is not None:
-            if self._finished:
-                self._server.linger()
-            self._server.close()
-            shutil.rmtree(self._server.folder, ignore_errors=True)
+        """After a run that has finished once Prometheus has seen it; after one that failed the server goes on until
+        the process ends, which may say why meanwhile."""
+        if self._server is None:
+            return
+        if self._failed:
+            atexit.register(_leave, self._server)
+            return
+        if self._finished:
+            self._server.linger()
+        _close(self._server)
+
+
+def _leave(server: NodeServer) -> None:
+    server.linger()
+    _close(server)
+
+
+def _close(server: NodeServer) -> None:
+    server.close()
+    shutil.rmtree(server.folder, ignore_errors=True)
 
 
 def _serve(config: Config) -> NodeServer:
