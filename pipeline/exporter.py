@@ -153,13 +153,13 @@ class NodeServer:
         try:
             while True:
                 try:
-                    client, _ = await self._loop.sock_accept(self._socket)
+                    client, address = await self._loop.sock_accept(self._socket)
                 except OSError:  # it was gone already, or the process has no descriptor left
                     await asyncio.sleep(0.1)
                     continue
                 if len(clients) >= MAX_OPEN:
                     next(iter(clients)).cancel()
-                task = self._loop.create_task(self._serve(client))
+                task = self._loop.create_task(self._serve(client, address[0]))
                 clients[task] = None
                 task.add_done_callback(clients.pop)
                 await asyncio.sleep(1 / MAX_PER_SECOND)
@@ -169,13 +169,12 @@ class NodeServer:
             await asyncio.gather(*clients, return_exceptions=True)
             await asyncio.sleep(0)  # their sockets are closed in the loop's next round
 
-    async def _serve(self, client: socket.socket) -> None:
+    async def _serve(self, client: socket.socket, address: str) -> None:
         """One request of one connection, within `TIMEOUT_S` or not at all."""
         with suppress(OSError, EOFError, asyncio.TimeoutError):  # it broke off, was too slow, or spoke no TLS
-            await asyncio.wait_for(self._exchange(client), TIMEOUT_S)
+            await asyncio.wait_for(self._exchange(client, address), TIMEOUT_S)
 
-    async def _exchange(self, client: socket.socket) -> None:
-        address = client.getpeername()[0]
+    async def _exchange(self, client: socket.socket, address: str) -> None:
         reader = asyncio.StreamReader(limit=MAX_REQUEST_BYTES)
         protocol = asyncio.StreamReaderProtocol(reader)
         transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, client, ssl=self._context)
@@ -195,7 +194,7 @@ class NodeServer:
         finally:
             transport.abort()
 
-    def _answer(self, request: bytes, client: str) -> bytes:
+    def _answer(self, request: bytes, address: str) -> bytes:
         line = request.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
         if len(line) != 3 or not line[2].startswith("HTTP/1."):
             return _http(400, b"not a request of HTTP/1.1\n")
@@ -204,7 +203,7 @@ class NodeServer:
             return _http(405, b"use GET or HEAD\n", "Allow: GET, HEAD\r\n")
         only_head = method == "HEAD"
         if path == "/metrics":
-            self._scrapers.came(client, time.monotonic())
+            self._scrapers.came(address, time.monotonic())
             return _http(200, self._metrics(), f"Content-Type: {CONTENT_TYPE_PLAIN_0_0_4}\r\n", only_head)
         if path in self._probes:
             probe = self._probes[path]
