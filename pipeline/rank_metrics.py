@@ -22,6 +22,7 @@ from pipeline.metrics import layer_labels
 from pipeline.snapshots import Snapshot
 
 PHASES = ("data_wait", "compute", "checkpoint", "evaluation")
+RESULTS = ("success", "error")
 STARTING_AT_ZERO = ("train_steps", "train_samples", "train_overflow_steps", "train_nonfinite_steps")
 """So that Prometheus sees the first of each: an increase from nothing is none."""
 
@@ -69,7 +70,7 @@ class RankMetrics:
         self._snapshot.set("run_info", 1, recipe=config.recipe, data=identity[:12], world_size=str(world_size))
         self.publish({"run_finished": 0, "train_steps_planned": num_steps})
         self.count(**dict.fromkeys(STARTING_AT_ZERO, 0))
-        for result in ("success", "error"):
+        for result in RESULTS:
             self.count_save(result, 0)
 
     def publish(self, record: dict) -> None:
