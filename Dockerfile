@@ -1,8 +1,9 @@
 # chispike for the nodes of a cluster. The image for NVIDIA GPUs, and one without CUDA, which is several GB smaller:
 #
-#   docker build -t chispike:0.1.0 .
+#   docker build -t chispike:0.1.0 --build-arg COMMIT=$(git describe --always --dirty --abbrev=40) .
 #   docker build -t chispike:0.1.0-cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #
+# COMMIT is what runs say of their code, where there is no git; without it, its hash.
 # Layers from what changes least to what changes most: system, torch, the other packages, the program.
 FROM python:3.11.11-slim-bookworm
 
@@ -27,7 +28,8 @@ RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['p
 COPY pipeline ./pipeline
 COPY data_prep ./data_prep
 COPY launch ./launch
-ENV PYTHONPATH=/app PYTHONUNBUFFERED=1
+ARG COMMIT=
+ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 CHISPIKE_COMMIT=$COMMIT
 RUN python -m compileall -q pipeline data_prep launch
 
 USER 10001:10001

@@ -49,8 +49,7 @@ def assumed(name: str) -> float:
 def scrape(num_layers: int, repeats: int, *, first: bool) -> tuple[int, int, float]:
     """Series and bytes of a node's page of metrics, and the median seconds of reading it; the first has rank 0's."""
     with tempfile.TemporaryDirectory() as folder:
-        for rank in range(parts.RANKS_PER_NODE):
-            parts.snapshot(Path(folder), num_layers, rank=rank, first=first and rank == 0)
+        parts.snapshots(Path(folder), num_layers, first=first)
         server = NodeServer(Path(folder), host="127.0.0.1", port=0)
         times, page = [], b""
         for _ in range(repeats):
@@ -147,7 +146,7 @@ def main() -> None:
     num_parameters, num_layers = parts.network(config.model)
     repeats = 20 if arguments.quick else 200
     series, page_bytes, scrape_s = scrape(num_layers, repeats, first=True)
-    others, *_ = scrape(num_layers, 1, first=False)
+    others, others_bytes, _ = scrape(num_layers, 1, first=False)
     saved = parts.checkpoint(num_parameters)
     usual = parts.Set(assumed("sample_bytes"), SHARD_BYTES, WINDOW_SHARDS)
     rows = [
@@ -163,6 +162,7 @@ def main() -> None:
         row("… a scrape", page_bytes, "bytes"),
         row("… read", scrape_s, "s"),
         row("metrics of any other node", others, "series"),
+        row("… a scrape of it", others_bytes, "bytes"),
     ]
     ranks = SIZES[-1]
     alone = parts.every_sample_once(usual, ranks, config.data.micro_batch)

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +19,14 @@ from pipeline.data.cache import Cache, cached_bytes
 from pipeline.data.manifest import SAMPLE_DTYPE, Shard
 from pipeline.data.order import Order
 from pipeline.data.remote import Remote
+from pipeline.data.samples import REASONS
 from pipeline.metric_table import METRICS
+from pipeline.rank_metrics import PHASES, RESULTS
 from pipeline.snapshots import Snapshot
 from pipeline.snn import sew_resnet
 
 SAMPLES = 1_281_167  # ImageNet's training split
 RANKS_PER_NODE = 8
-OWN_LABELS = ("rank", "result", "reason")  # those that a snapshot has for all that it shows
 
 
 class Set(NamedTuple):
@@ -160,18 +162,25 @@ def checkpoint(num_parameters: int) -> Checkpoint:
     return Checkpoint(num_bytes, statistics.median(saves), statistics.median(loads))
 
 
-def snapshot(folder: Path, num_layers: int, *, rank: int, first: bool) -> None:
-    """What a rank shows while it trains: each rank what is its own, rank 0 all the rest and the layers too."""
-    shown = Snapshot(folder, f"rank-{rank}", run="imagenet", rank=str(rank), result="success", reason="undecodable")
-    for name, metric in METRICS.items():
-        if not first and "rank" not in metric.labels:
-            continue
-        if "layer" in metric.labels:
-            for layer in range(num_layers):
-                shown.set(name, 0.123456789, layer=f"{layer:02d}-layer{layer}.neuron")
-        elif "phase" in metric.labels:
-            for phase in ("data_wait", "compute", "checkpoint", "evaluation"):
-                shown.set(name, 1234.56789, phase=phase)
-        else:
-            shown.set(name, 1234.56789, **{label: "some" for label in metric.labels if label not in OWN_LABELS})
-    shown.write()
+def snapshots(folder: Path, num_layers: int, *, first: bool) -> None:
+    """What a node shows while it trains: each rank what is its own, the supervisor its restarts; on the first node rank
+    0 all the rest and the layers too.
+    """
+    values = {
+        "phase": PHASES,
+        "reason": REASONS,
+        "result": RESULTS,
+        "layer": [f"{layer:02d}-layer{layer}.neuron" for layer in range(num_layers)],
+    }
+    supervisor = Snapshot(folder, "supervisor", run="imagenet", node="0")
+    supervisor.set("run_restarts", 0)
+    supervisor.write()
+    for rank in range(RANKS_PER_NODE):
+        shown = Snapshot(folder, f"rank-{rank}", run="imagenet", rank=str(rank))
+        for name, metric in METRICS.items():
+            if name == "run_restarts" or ("rank" not in metric.labels and not (first and rank == 0)):
+                continue
+            others = [label for label in metric.labels if label != "rank"]
+            for combined in product(*(values.get(label, ["some"]) for label in others)):
+                shown.set(name, 1234.56789, **dict(zip(others, combined, strict=True)))
+        shown.write()

@@ -8,9 +8,11 @@ from pathlib import Path
 
 
 def row(name: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> dict:
-    """One figure; `better` is higher or lower, and says on which side of its goal a figure has to lie."""
-    met = None if goal is None else (value >= goal if better == "higher" else value <= goal)
-    return {"name": name, "value": value, "unit": unit, "goal": goal, "better": better, "met": met}
+    """One figure; `better` is higher or lower, and says on which side of its goal, if it has one, it has to lie."""
+    figure = {"name": name, "value": value, "unit": unit, "goal": goal}
+    if goal is None:
+        return {**figure, "better": None, "met": None}
+    return {**figure, "better": better, "met": value >= goal if better == "higher" else value <= goal}
 
 
 def show(rows: list[dict]) -> None:

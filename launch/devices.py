@@ -1,14 +1,26 @@
 """Prints the `deepspeed` launcher's device options for this machine:  deepspeed $(python -m launch.devices RECIPE) …
 
-All GPUs that the recipe's batch divides over, or two CPU ranks where there is no GPU.
+All GPUs that the recipe's batch divides over, of those that CUDA_VISIBLE_DEVICES leaves, or two CPU ranks where there
+is no GPU. DeepSpeed's launcher takes the variable away and numbers GPUs itself, so they are named to it.
 """
 
+import os
+import subprocess
 import sys
+from collections.abc import Mapping
 
 from launch.recipes import RECIPES
 from pipeline.config import DataConfig
+from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError
 
 CPU_RANKS = 2
+MASK = "CUDA_VISIBLE_DEVICES"
+
+
+class TorchError(RuntimeError):
+    """torch cannot be imported here; the message is one line."""
+
+    exit_code = EXIT_INTERNAL
 
 
 def num_ranks(data: DataConfig, num_gpus: int) -> int:
@@ -19,8 +31,45 @@ def num_ranks(data: DataConfig, num_gpus: int) -> int:
     return max(ranks for ranks in range(1, min(num_gpus, micro_batches) + 1) if micro_batches % ranks == 0)
 
 
-def options(recipe: str, num_gpus: int) -> str:
-    """The launcher's options; a GPU that the global batch cannot be divided over stays idle, and that is said."""
+def count_gpus() -> int:
+    """GPUs that torch sees here: in a process of its own, since importing it takes seconds and much memory.
+
+    Raises:
+        TorchError: it cannot be imported.
+    """
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        *_, reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise TorchError(f"torch cannot be imported by {sys.executable} ({reason}); install what it lacks")
+    return int(done.stdout.split()[-1])
+
+
+def named_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, by index, none for "" and "-1"; None where it is not set.
+
+    Raises:
+        ConfigError: it does not hold indices.
+    """
+    if MASK not in environ:
+        return None
+    words = [word.strip() for word in environ[MASK].split(",")]
+    indices = words[: next((at for at, word in enumerate(words) if word in ("", "-1")), len(words))]  # as CUDA reads it
+    if not all(word.isdecimal() for word in indices) or len(set(indices)) != len(indices):
+        raise ConfigError(
+            f"{MASK}={environ[MASK]} is not allowed, since DeepSpeed's launcher knows GPUs by their numbers alone; use "
+            "different indices, as in 2,3 (nvidia-smi -L lists them beside their UUIDs)"
+        )
+    return tuple(map(int, indices))
+
+
+def options(recipe: str, num_gpus: int, gpus: tuple[int, ...] | None = None) -> str:
+    """The launcher's options; a GPU that the global batch cannot be divided over stays idle, and that is said.
+
+    Args:
+        num_gpus: that torch sees.
+        gpus: their indices, where CUDA_VISIBLE_DEVICES says them.
+    """
     data = RECIPES[recipe]().data
     used = num_ranks(data, num_gpus)
     if num_gpus == 0:
@@ -28,10 +77,25 @@ def options(recipe: str, num_gpus: int) -> str:
     if used < num_gpus:
         micro_batches = data.global_batch // data.micro_batch
         print(f"{recipe}: {micro_batches} micro-batches a step use {used} of {num_gpus} GPUs", file=sys.stderr)
-    return f"--num_gpus {used}"
+    return f"--include localhost:{listed(gpus[:used])}" if gpus else f"--num_gpus {used}"
+
+
+def listed(gpus: tuple[int, ...]) -> str:
+    return ",".join(map(str, gpus))
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        recipe = " ".join(arguments)
+        if recipe not in RECIPES:
+            raise ConfigError(f"recipe {recipe!r} is not allowed; use one of {', '.join(sorted(RECIPES))}")
+        gpus = named_gpus(os.environ)
+        print(options(recipe, count_gpus(), gpus))
+    except (ConfigError, TorchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE
 
 
 if __name__ == "__main__":
-    import torch
-
-    print(options(sys.argv[1], torch.cuda.device_count()))
+    raise SystemExit(main(sys.argv[1:]))

@@ -15,47 +15,30 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from launch.hello import Hello, mark, refusal, unshared, why_not
 from launch.place import Place
 from launch.signals import Signals
-from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_USAGE, ConfigError, DataError
+from pipeline.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError
 
-BEAT_S = 1.0
-SILENT_S = 5.0
-"""A node that says nothing for so long is not there any more."""
 POLL_S = 0.1
-LINGER_S = 30.0
-"""What is wrong with the nodes that are here is kept for so long for the others to hear."""
+BEAT_S = 1.0
+"""Between two signs of life; several of POLL_S."""
+SILENT_S = 5.0
+"""A node that says nothing for so long is not there any more; several of BEAT_S."""
 SHOWN_S = 10.0
 """A network's file system may show a file that another node wrote only after some seconds."""
+LINGER_S = 30.0
+"""What is wrong with the nodes that are here is kept for so long for the others to hear; more than SILENT_S, so that a
+node that comes again is heard."""
 TOLD_EVERY_S = 30.0
 LONGEST_LINE = 4096
 
 
 class MissingNodesError(OSError):
     """The others were not there in time; the message is one line."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hello:
-    """What a node says of itself."""
-
-    node: int
-    nodes: int
-    slots: int
-    source: str
-    """Of its code, see pipeline/source.py."""
-    data: str
-    """Identity of its training split."""
-    problem: str
-    """Why it cannot train, if it cannot: then no node does."""
-    host: str
-    code: int = EXIT_USAGE
-    """It ends with this exit code, if it has a problem, and so does every node."""
-    token: str = ""
-    """What it wrote into the run's folder, which node 0 must find there."""
 
 
 class _Peer:
@@ -111,25 +94,43 @@ def gather(
 
     Raises:
         ConfigError: they do not fit together; every node raises it.
-        DataError: the same, where a node's data are the reason.
+        DataError: the same, where a node's data are the reason; a StoreError where its store does not answer.
         MissingNodesError: not all were there within `seconds`.
     """
-    if place.nodes == 1:
-        _listen(place, seconds, signals).close()
-        return
-    mark = folder / f".node-{place.rank}"
+    own_mark = mark(folder, place.rank)
     hello = replace(hello, token=secrets.token_hex(8))
     try:
-        mark.write_text(hello.token)
-    except OSError as error:
-        raise OSError(f"{mark} cannot be written ({error.strerror})") from None
-    try:
+        if place.nodes == 1:
+            _alone(place, hello, seconds, signals)
+            return
+        _leave_mark(own_mark, hello)
         if place.rank == 0:
             _receive(place, hello, folder, seconds, signals, say)
         else:
             _visit(place, hello, seconds, signals, say)
+    except (ConfigError, DataError, MissingNodesError):
+        if hello.problem:  # in the words of this node, which the others read behind its name
+            raise refusal(hello.problem, hello.code) from None
+        raise
     finally:
-        mark.unlink(missing_ok=True)
+        with suppress(OSError):
+            own_mark.unlink()
+
+
+def _alone(place: Place, hello: Hello, seconds: float, signals: Signals) -> None:
+    """The only node: its ranks need the port all the same."""
+    if hello.problem:
+        raise refusal(hello.problem, hello.code)
+    _listen(place, seconds, signals).close()
+
+
+def _leave_mark(path: Path, hello: Hello) -> None:
+    """Writes the token for node 0 to find; a node that has a problem anyway may not be able to, and need not."""
+    try:
+        path.write_text(hello.token)
+    except OSError as error:
+        if not hello.problem:
+            raise OSError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def _listen(place: Place, seconds: float, signals: Signals) -> socket.socket:
@@ -171,14 +172,14 @@ def _receive(
                 # Who is late should hear the reason too.
                 reason, patience = why_not(own, here), LINGER_S if missing else 0.0
                 if not (reason or missing or unsure):
-                    reason, patience = _unshared(here, folder), SHOWN_S
+                    reason, patience = unshared(here, folder), SHOWN_S
                     if not reason:
                         return _answer(peers, "", EXIT_DONE)
                 found = (found or time.monotonic()) if reason else None
                 if found is not None and time.monotonic() - found >= patience:
                     code = next((node.code for node in (own, *here) if node.problem), EXIT_USAGE)
                     _answer(peers, reason, code)
-                    raise _refusal(reason, code)
+                    raise refusal(reason, code)
                 if time.monotonic() > end and not reason:
                     raise MissingNodesError(f"after {seconds:g} s still missing: {_named(missing)}")
                 if time.monotonic() - told > TOLD_EVERY_S:
@@ -193,10 +194,6 @@ def _answer(peers: list[_Peer], reason: str, code: int) -> None:
     for peer in peers:
         with suppress(OSError):
             peer.say({"refused": reason, "code": code})
-
-
-def _refusal(reason: str, code: int) -> ConfigError | DataError:
-    return DataError(reason) if code == EXIT_DATA else ConfigError(reason)
 
 
 def _sorted_out(peers: list[_Peer]) -> tuple[list[Hello], bool]:
@@ -226,43 +223,6 @@ def _heard(peer: _Peer) -> bool:
         peer.connection.close()
         return False
     return True
-
-
-def why_not(own: Hello, others: list[Hello]) -> str:
-    """Why these nodes cannot train together; empty where they can."""
-    hosts = {own.node: own.host}
-    fields = {"nodes": "--nodes", "slots": "--slots", "source": "code version", "data": "data's identity"}
-    for node in (own, *others):
-        if node.problem:
-            return f"node {node.node} ({node.host}) cannot train: {node.problem}"
-    for other in others:
-        for field, what in fields.items():
-            ours, theirs = getattr(own, field), getattr(other, field)
-            if ours != theirs:
-                return (
-                    f"{what} is {theirs} on node {other.node} ({other.host}) and {ours} on node 0 ({own.host}); start "
-                    "every node with the same"
-                )
-        if other.node in hosts or not 0 < other.node < own.nodes:
-            rival = hosts.get(other.node, "no other")
-            return f"--node-rank {other.node} was given to {other.host} and to {rival}; count the nodes from 0"
-        hosts[other.node] = other.host
-    return ""
-
-
-def _unshared(nodes: list[Hello], folder: Path) -> str:
-    """Names a node that writes into another folder than this one; empty where there is none."""
-    for node in nodes:
-        try:
-            shared = (folder / f".node-{node.node}").read_text() == node.token
-        except OSError:
-            shared = False
-        if not shared:
-            return (
-                f"run_dir={str(folder)!r} is not the same folder on node {node.node} ({node.host}); put it on a file "
-                "system that all nodes share"
-            )
-    return ""
 
 
 def _named(missing: set[int]) -> str:
@@ -303,7 +263,7 @@ def _answered(peer: _Peer, own: Hello, end: float, signals: Signals) -> bool:
             if "chispike" in message:
                 peer.say(asdict(own))
             elif message.get("refused"):
-                raise _refusal(str(message["refused"]), message.get("code", EXIT_USAGE))
+                raise refusal(str(message["refused"]), message.get("code", EXIT_USAGE))
             else:
                 return True
     return False

@@ -1,7 +1,7 @@
 """What a node shows of itself on one port: its ranks' metrics, /healthz and /readyz.
 
 The ranks write snapshots into a folder instead of opening ports of their own (pipeline/exporter.py). /readyz: the ranks
-run and have made a step. /healthz: the supervisor goes round, and the ranks, where they run, have made a step within
+run and have logged a step. /healthz: the supervisor goes round, and the ranks, where they run, have logged one within
 STALLED_S and train.timeout_s; time in which a node waits for others does not count.
 """
 
@@ -48,9 +48,9 @@ class NodeMetrics:
         self._own.add("run_restarts")
         self._own.write()
 
-    def close(self, finished: bool) -> None:
-        """After the end of the run Prometheus may read once more that it has `finished`."""
-        if finished:
+    def close(self, *, seen: bool) -> None:
+        """Ends serving; with `seen` not before Prometheus, where it comes regularly, has read how the run ended."""
+        if seen:
             self._server.linger()
         self._server.close()
 

@@ -36,11 +36,8 @@ class Place:
     """On node 0: the nodes meet there, then the ranks."""
     slots: int
     """Ranks on each node; 0 where nothing says it."""
-
-    @property
-    def hostfile(self) -> str:
-        """DeepSpeed's hostfile. With --no_ssh the launcher never looks the names up: their order and slots matter."""
-        return "".join(f"node-{number} slots={self.slots}\n" for number in range(self.nodes))
+    gpus: tuple[int, ...] = ()
+    """Indices of the GPUs of this node's ranks; empty: from 0 on, or none."""
 
 
 def resolve(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> Place:

@@ -7,42 +7,42 @@ passes a request to stop on to the ranks, starts them again when a rank or anoth
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch import options
+from launch import options, runner
 from launch.command import Parser
-from launch.devices import CPU_RANKS
-from launch.gather import SHOWN_S, Hello, MissingNodesError, gather
+from launch.devices import TorchError
+from launch.gather import SHOWN_S, MissingNodesError, gather
+from launch.hello import Hello, introduce, refusal
 from launch.node_metrics import NodeMetrics
 from launch.place import MASTER_PORT, Place, resolve
 from launch.ranks import Ranks
 from launch.signals import Signals
-from pipeline import run_folder, run_lock, source
+from pipeline import run_folder, run_lock
 from pipeline.config import Config
-from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 from pipeline.stops import SUPERVISED
 
-ROOT = Path(__file__).parent.parent
-TRAIN = Path(__file__).with_name("train.py")
 POLL_S = 0.5
 ALONE_S = 15.0
-"""Ranks end together. When one has gone and others still run after so long, they wait for it in vain."""
-NOT_BEGUN = (256 - signal.SIGTERM, 128 + signal.SIGTERM)
-"""The launcher's code for a rank that our SIGTERM, its first, ended at once: one that had no step to save yet."""
+"""Ranks end together. When one has gone and others still run after so long, they wait for it in vain; longer than
+train.PATIENCE_S, in which a rank gives rank 0 time to speak."""
+NOT_BEGUN = 256 - signal.SIGTERM
+"""The launcher's code for a rank that a SIGTERM ended at once, since it had no step to save yet. One that trains leaves
+with 128 + SIGTERM on a second, and has lost what it had not saved."""
 FAREWELL_S = 60.0
-"""For the ranks of other nodes to end and their supervisors to ask: a closed connection ends them in seconds."""
-LEASE_S = 100.0
-"""A network's file system may hold the lock of a machine that has died so long (NFS: 90 s)."""
+"""For the ranks of other nodes to end and their supervisors to ask: a closed connection ends them in seconds. Longer
+than gather.LINGER_S."""
+LEASE_S = 330.0
+"""A network's file system may hold the lock of a machine that has died so long (CephFS 300 s, NFS 90 s). Shorter than
+the usual --resolve-timeout, in which the other nodes wait for node 0."""
 
 
 def main(arguments: list[str]) -> int:
@@ -51,12 +51,12 @@ def main(arguments: list[str]) -> int:
         options_, train = command_line(arguments)
         config = options.parse(train)
         place = resolve(vars(options_), os.environ)
-        place = replace(place, slots=place.slots or usual_slots(config, place.nodes))
+        place = runner.with_ranks(place, config, os.environ)
         config.accumulation(place.nodes * place.slots)
         if options_.dry_run:
             return dry_run(place, train)
         return Supervisor(place, config, train, options_, signals).run()
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, TorchError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except OSError as error:  # a disk that is full, a folder that cannot be read
@@ -104,54 +104,9 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
     return known, train
 
 
-def usual_slots(config: Config, nodes: int) -> int:
-    """Of this machine's GPUs as many as the batch divides over on all nodes; two CPU ranks (or one) without GPUs."""
-    count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    most = int(subprocess.run(count, capture_output=True, text=True, check=True).stdout) or CPU_RANKS
-    micro_batches = config.data.global_batch // config.data.micro_batch
-    return next((slots for slots in range(most, 0, -1) if micro_batches % (nodes * slots) == 0), most)
-
-
-def introduction(place: Place, config: Config) -> tuple[Hello, ConfigError | DataError | None]:
-    """What this node says of itself to the others, and what keeps it from training: its ranks would end, and those of
-    the other nodes wait for them in vain.
-    """
-    identity, problem = "", None
-    try:
-        identity = Manifest.load(f"{config.data.path}/train").identity
-        Manifest.load(f"{config.data.path}/val")
-    except (ConfigError, DataError) as error:
-        problem = error
-    hello = Hello(
-        node=place.rank,
-        nodes=place.nodes,
-        slots=place.slots,
-        source=source.version(),
-        data=identity[:16],
-        problem=str(problem or "")[:1000],
-        code=problem.exit_code if problem else EXIT_USAGE,
-        host=socket.gethostname(),
-    )
-    return hello, problem
-
-
-def launcher(place: Place, hostfile: Path, train: Sequence[str]) -> list[str]:
-    """The command that starts this node's ranks."""
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
-    where = ["--master_port", str(place.port)]
-    if place.nodes == 1:
-        where += ["--num_accelerators", str(place.slots)]
-    else:
-        where += [
-            "--hostfile",
-            str(hostfile),
-            "--no_ssh",
-            "--node_rank",
-            str(place.rank),
-            "--master_addr",
-            place.master,
-        ]
-    return [*deepspeed, *where, str(TRAIN), *train]
+def why(ended: int) -> str:
+    """What the launcher's exit code says, in words."""
+    return "rank 0 left no summary.json" if ended == EXIT_DONE else f"exit code {ended}"
 
 
 def newest_checkpoint(folder: Path) -> str:
@@ -167,16 +122,25 @@ def dry_run(place: Place, train: list[str]) -> int:
     print(
         f"place       node {place.rank} of {place.nodes}, {place.slots} ranks each, master {place.master}:{place.port}"
     )
-    print("hostfile", *(f"  {line}" for line in place.hostfile.splitlines()), sep="\n")
-    print("command    ", " ".join(launcher(place, Path("HOSTFILE"), train)), flush=True)
-    command = [sys.executable, str(TRAIN), *train, "--dry-run", str(place.nodes * place.slots)]
-    return subprocess.run(command, env=environment(), check=False).returncode
+    print("hostfile", *(f"  {line}" for line in runner.hostfile(place).splitlines()), sep="\n")
+    print("command    ", " ".join(runner.command(place, Path("HOSTFILE"), train)), flush=True)
+    command = [sys.executable, str(runner.TRAIN), *train, "--dry-run", str(place.nodes * place.slots)]
+    return subprocess.run(command, env=runner.environment(place, os.environ), check=False).returncode
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """The ranks': ours, and the program can be imported wherever it lies."""
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, **variables, "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT)}
+def verdict(ended: int, *, asked: bool, tries_left: bool) -> int | None:
+    """What follows when the ranks have ended and left no result: this node's exit code; None: they start again.
+
+    Args:
+        ended: the launcher's exit code.
+        asked: whether they had been asked to stop.
+        tries_left: whether they may start again.
+    """
+    if ended in (EXIT_USAGE, EXIT_DATA, EXIT_STOPPED):
+        return ended
+    if asked:
+        return EXIT_STOPPED if ended == NOT_BEGUN else EXIT_INTERNAL
+    return None if tries_left else EXIT_INTERNAL
 
 
 class Supervisor:
@@ -193,69 +157,81 @@ class Supervisor:
         """Until the run has finished, was stopped, or cannot go on; the exit code."""
         with tempfile.TemporaryDirectory(prefix="chispike-") as folder:
             scratch, host, port = Path(folder), self._given.metrics_host, self._given.metrics_port
-            metrics = NodeMetrics(self._config, self._place.rank, scratch, host, port, self._signals)
+            try:
+                metrics = NodeMetrics(self._config, self._place.rank, scratch, host, port, self._signals)
+            except ConfigError as error:
+                if self._place.nodes > 1:
+                    self._tell(introduce(self._place, self._config).but(error))
+                raise
             self._say(f"metrics at {metrics.address}")
-            code = EXIT_INTERNAL
+            code = None
             try:
                 code = self._run(scratch, metrics)
-            finally:
-                metrics.close(code == EXIT_DONE)
-            return code
+            except MissingNodesError as error:
+                self._say(str(error))
+            finally:  # a refusal is said at once, and who was asked to stop has little time
+                metrics.close(seen=code is not None and not self._signals.seen)
+            return EXIT_INTERNAL if code is None else code
 
     def _run(self, scratch: Path, metrics: NodeMetrics) -> int:
         hostfile = scratch / "hostfile"
-        hostfile.write_text(self._place.hostfile)
-        command = launcher(self._place, hostfile, self._train)
-        hello, problem = introduction(self._place, self._config)
-        if problem and self._place.nodes == 1:
-            raise problem
-        while not self._finished(0):
-            try:
-                if self._place.rank == 0:
-                    self._await_lock()
-                gather(self._place, hello, self._folder, self._given.resolve_timeout, self._signals, self._say)
-            except (ConfigError, DataError) as refused:
-                raise (problem or refused) from None
-            except MissingNodesError as error:
-                self._say(str(error))
-                return EXIT_INTERNAL
+        hostfile.write_text(runner.hostfile(self._place))
+        command = runner.command(self._place, hostfile, self._train)
+        variables = {**metrics.variables, SUPERVISED: str(os.getpid())}
+        environ = runner.environment(self._place, os.environ, **variables)
+        hello = introduce(self._place, self._config)
+        while hello.problem or not self._finished(0):
+            self._meet(hello)
             if self._signals.seen:
                 self._say("stopped on request before the ranks were started; run again to continue")
                 return EXIT_STOPPED
             metrics.ranks_run(True)
-            ended = self._attend(Ranks(command, environment(**metrics.variables, **{SUPERVISED: str(os.getpid())})))
+            ended = self._attend(Ranks(command, environ))
             metrics.ranks_run(False)
             if self._finished(SHOWN_S if ended == EXIT_DONE else 0):
                 break
-            if ended in (EXIT_USAGE, EXIT_DATA):
+            if ended in (EXIT_USAGE, EXIT_DATA) and self._place.nodes > 1:
                 self._tell(replace(hello, problem=f"its ranks ended with exit code {ended}, see there", code=ended))
-            if ended in (EXIT_USAGE, EXIT_DATA, EXIT_STOPPED):
-                return ended
-            if self._signals.seen:
-                return EXIT_STOPPED if ended in NOT_BEGUN else EXIT_INTERNAL
             if (newest := newest_checkpoint(self._folder)) > self._saved:
                 self._restarts, self._saved = 0, newest
-            why = "rank 0 left no summary.json" if ended == EXIT_DONE else f"exit code {ended}"
-            if self._restarts == self._given.max_restarts:
-                times = f"{self._restarts} times without a new checkpoint"
-                self._say(f"the ranks ended ({why}) and were started again {times}: given up")
-                return EXIT_INTERNAL
+            tries_left = self._restarts < self._given.max_restarts
+            code = verdict(ended, asked=bool(self._signals.seen), tries_left=tries_left)
+            if code is not None:
+                self._explain(ended, code)
+                return code
             self._restarts += 1
             metrics.restarted()
-            self._say(f"the ranks ended ({why}): restart {self._restarts} of {self._given.max_restarts}")
+            self._say(f"the ranks ended ({why(ended)}): restart {self._restarts} of {self._given.max_restarts}")
         self._say(f"{self._folder} has finished")
         return EXIT_DONE
+
+    def _meet(self, hello: Hello) -> None:
+        """Waits for the other nodes, and before that on node 0 for the run's folder. What gather raises."""
+        if hello.problem and (self._folder / "summary.json").exists():
+            raise refusal(hello.problem, hello.code)  # those without a problem have seen it and do not come
+        if self._place.rank == 0 and not hello.problem:
+            hello = hello.but(self._taken())
+        gather(self._place, hello, self._folder, self._given.resolve_timeout, self._signals, self._say)
+
+    def _explain(self, ended: int, code: int) -> None:
+        """Says why there is no further try, where the ranks and `_attend` have not said it."""
+        if code == EXIT_INTERNAL and not self._signals.seen:
+            times = f"{self._restarts} times without a new checkpoint"
+            self._say(f"the ranks ended ({why(ended)}) and were started again {times}: given up")
 
     def _attend(self, ranks: Ranks) -> int:
         """From the launcher's start to its end, with no process left behind; the launcher's exit code."""
         told: set[int] = set()
-        most, alone_since, asked_at = 0, None, None
+        most, alone_since, asked_at = 0, None, None  # ranks seen at a time; since when fewer; when they were asked
         try:
             while (ended := ranks.poll()) is None:
                 self._signals.wait(POLL_S)
                 now, living = time.monotonic(), ranks.living()
                 most = max(most, len(living))
-                alone_since = None if len(living) == most else alone_since or now
+                if len(living) == most:
+                    alone_since = None
+                elif alone_since is None:
+                    alone_since = now
                 if self._signals.seen:
                     if asked_at is None:
                         asked_at = now
@@ -274,24 +250,24 @@ class Supervisor:
 
     def _tell(self, farewell: Hello) -> None:
         """Once more to the meeting, since the other nodes would wait there for this one: so they end as it does."""
-        if self._place.nodes > 1:
-            with suppress(ConfigError, DataError, MissingNodesError):  # what they were told, or they were not there
-                gather(self._place, farewell, self._folder, FAREWELL_S, self._signals, self._say)
+        with suppress(ConfigError, DataError, MissingNodesError):  # what they were told, or they were not there
+            gather(self._place, farewell, self._folder, FAREWELL_S, self._signals, self._say)
 
-    def _await_lock(self) -> None:
-        """Until rank 0 can have the run's folder to itself. Raises ConfigError where another run keeps it."""
+    def _taken(self) -> ConfigError | None:
+        """Waits until rank 0 can have the run's folder to itself; why it cannot, where another run keeps it."""
         end, told = time.monotonic() + LEASE_S, False
         while not self._signals.seen:
             try:
                 run_lock.hold(self._config.run_dir, patience_s=0).close()
-                return
+                return None
             except ConfigError as error:
                 if time.monotonic() > end:
-                    raise
+                    return error
                 if not told:
                     self._say(f"waiting up to {LEASE_S:g} s: {error}")
                 told = True
             self._signals.wait(POLL_S)
+        return None
 
     def _finished(self, seconds: float) -> bool:
         """Whether rank 0 has left its marker in the run's folder, looked for `seconds` long."""

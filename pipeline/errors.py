@@ -30,6 +30,15 @@ class DataError(ValueError):
     exit_code = EXIT_DATA
 
 
+class StoreError(DataError):
+    """The data could not be read now, and nothing says that they are wrong: their store is away, slow or overloaded.
+
+    A later start may read them, so it is no mistake of the user, and a scheduler starts the run again.
+    """
+
+    exit_code = EXIT_INTERNAL
+
+
 class LostRankError(RuntimeError):
     """Another rank is gone, or silent for `train.timeout_s`: no collective can end."""
 

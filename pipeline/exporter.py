@@ -24,6 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from pipeline.config import MetricsConfig
 from pipeline.errors import ConfigError
+from pipeline.scrapers import Scrapers
 from pipeline.snapshots import Families, snapshot_files
 
 FOLDER_VARIABLE = "CHISPIKE_METRICS_DIR"
@@ -34,8 +35,6 @@ MAX_PER_SECOND = 50
 TIMEOUT_S = 5.0
 """For a whole connection, TLS handshake and answer included."""
 MAX_REQUEST_BYTES = 16384
-MAX_INTERVAL_S = 60.0
-"""Between two scrapes of a Prometheus that is waited for."""
 
 
 class Tls(NamedTuple):
@@ -118,8 +117,7 @@ class NodeServer:
         self._families = Families(folder)
         self._state: list | None = None
         self._text = b""
-        self._scrapes: list[float] = []  # when the last two were
-        self._scraped = threading.Event()
+        self._scrapers = Scrapers()
         self._context = tls.context() if tls else None
         self._socket = listen(host, port)
         self._socket.setblocking(False)
@@ -132,12 +130,8 @@ class NodeServer:
         self._thread.start()
 
     def linger(self) -> None:
-        """Where Prometheus comes regularly, waits until it has seen what is written now: that the run has finished."""
-        if len(self._scrapes) == 2:
-            before, last = self._scrapes
-            if time.monotonic() - last < 2 * (last - before) < 2 * MAX_INTERVAL_S:
-                self._scraped.clear()
-                self._scraped.wait(last - before + TIMEOUT_S)
+        """Where Prometheus comes regularly, waits until it has seen what is written now: how the run has ended."""
+        self._scrapers.wait()
 
     def close(self) -> None:
         """Ends the thread and every connection. Twice does no harm."""
@@ -159,13 +153,13 @@ class NodeServer:
         try:
             while True:
                 try:
-                    client, _ = await self._loop.sock_accept(self._socket)
+                    client, address = await self._loop.sock_accept(self._socket)
                 except OSError:  # it was gone already, or the process has no descriptor left
                     await asyncio.sleep(0.1)
                     continue
                 if len(clients) >= MAX_OPEN:
                     next(iter(clients)).cancel()
-                task = self._loop.create_task(self._serve(client))
+                task = self._loop.create_task(self._serve(client, address[0]))
                 clients[task] = None
                 task.add_done_callback(clients.pop)
                 await asyncio.sleep(1 / MAX_PER_SECOND)
@@ -175,18 +169,18 @@ class NodeServer:
             await asyncio.gather(*clients, return_exceptions=True)
             await asyncio.sleep(0)  # their sockets are closed in the loop's next round
 
-    async def _serve(self, client: socket.socket) -> None:
+    async def _serve(self, client: socket.socket, address: str) -> None:
         """One request of one connection, within `TIMEOUT_S` or not at all."""
         with suppress(OSError, EOFError, asyncio.TimeoutError):  # it broke off, was too slow, or spoke no TLS
-            await asyncio.wait_for(self._exchange(client), TIMEOUT_S)
+            await asyncio.wait_for(self._exchange(client, address), TIMEOUT_S)
 
-    async def _exchange(self, client: socket.socket) -> None:
+    async def _exchange(self, client: socket.socket, address: str) -> None:
         reader = asyncio.StreamReader(limit=MAX_REQUEST_BYTES)
         protocol = asyncio.StreamReaderProtocol(reader)
         transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, client, ssl=self._context)
         try:
             try:
-                answer = self._answer(await reader.readuntil(b"\r\n\r\n"))
+                answer = self._answer(await reader.readuntil(b"\r\n\r\n"), address)
             except asyncio.LimitOverrunError:
                 answer = _http(431, b"the request is too long\n")
             writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
@@ -200,7 +194,7 @@ class NodeServer:
         finally:
             transport.abort()
 
-    def _answer(self, request: bytes) -> bytes:
+    def _answer(self, request: bytes, address: str) -> bytes:
         line = request.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
         if len(line) != 3 or not line[2].startswith("HTTP/1."):
             return _http(400, b"not a request of HTTP/1.1\n")
@@ -209,6 +203,7 @@ class NodeServer:
             return _http(405, b"use GET or HEAD\n", "Allow: GET, HEAD\r\n")
         only_head = method == "HEAD"
         if path == "/metrics":
+            self._scrapers.came(address, time.monotonic())
             return _http(200, self._metrics(), f"Content-Type: {CONTENT_TYPE_PLAIN_0_0_4}\r\n", only_head)
         if path in self._probes:
             probe = self._probes[path]
@@ -221,8 +216,6 @@ class NodeServer:
         state = [(path.name, status.st_ino, status.st_mtime_ns) for path, status in snapshot_files(self.folder)]
         if state != self._state:
             self._state, self._text = state, generate_latest(self._families)
-        self._scrapes = [*self._scrapes[-1:], time.monotonic()]
-        self._scraped.set()
         return self._text
 
 

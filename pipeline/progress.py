@@ -159,7 +159,7 @@ class Progress:
             self._exporter.count(train_nonfinite_steps=1)
         elif self._active:
             self._exporter.count_save("error")
-        self._exporter.write()
+        self._exporter.fail()
 
     def evaluated(self, step: int, loss: float, accuracy: float, num_samples: int, seconds: float) -> None:
         self._aside("evaluation", seconds)

@@ -1,5 +1,6 @@
 """What a rank shows to Prometheus, and rank 0 of the run too. A supervisor serves it, else the node's first rank."""
 
+import atexit
 import math
 import os
 import shutil
@@ -21,6 +22,7 @@ from pipeline.metrics import layer_labels
 from pipeline.snapshots import Snapshot
 
 PHASES = ("data_wait", "compute", "checkpoint", "evaluation")
+RESULTS = ("success", "error")
 STARTING_AT_ZERO = ("train_steps", "train_samples", "train_overflow_steps", "train_nonfinite_steps")
 """So that Prometheus sees the first of each: an increase from nothing is none."""
 
@@ -43,7 +45,7 @@ class RankMetrics:
         num_steps: int,
         identity: str,
     ) -> None:
-        self._server, self._finished = None, False
+        self._server, self._finished, self._failed = None, False, False
         folder = os.environ.get(FOLDER_VARIABLE)
         if not folder:
             self._server = _serve(config) if local_rank == 0 else None
@@ -68,7 +70,7 @@ class RankMetrics:
         self._snapshot.set("run_info", 1, recipe=config.recipe, data=identity[:12], world_size=str(world_size))
         self.publish({"run_finished": 0, "train_steps_planned": num_steps})
         self.count(**dict.fromkeys(STARTING_AT_ZERO, 0))
-        for result in ("success", "error"):
+        for result in RESULTS:
             self.count_save(result, 0)
 
     def publish(self, record: dict) -> None:
@@ -113,15 +115,35 @@ class RankMetrics:
         self.publish({"run_finished": 1})
         self.write()
 
+    def fail(self) -> None:
+        """What ends the run has been counted, and would be gone with this process before anybody sees it."""
+        self._failed = True
+        self.write()
+
     def write(self) -> None:
         self._snapshot.write()
 
     def close(self) -> None:
-        if self._server is not None:
-            if self._finished:
-                self._server.linger()
-            self._server.close()
-            shutil.rmtree(self._server.folder, ignore_errors=True)
+        """After a run that has finished once Prometheus has seen it; after one that failed the server goes on until
+        the process ends, which may say why meanwhile."""
+        if self._server is None:
+            return
+        if self._failed:
+            atexit.register(_leave, self._server)
+            return
+        if self._finished:
+            self._server.linger()
+        _close(self._server)
+
+
+def _leave(server: NodeServer) -> None:
+    server.linger()
+    _close(server)
+
+
+def _close(server: NodeServer) -> None:
+    server.close()
+    shutil.rmtree(server.folder, ignore_errors=True)
 
 
 def _serve(config: Config) -> NodeServer:

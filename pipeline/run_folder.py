@@ -23,6 +23,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline import source
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 
@@ -212,10 +213,13 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this file lies in, `-dirty` behind it where it was changed; else unknown."""
+    """The commit of the checkout that this file lies in, `-dirty` behind it where it was changed; without git, as in an
+    image, what CHISPIKE_COMMIT says, or at least which code it is.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        found = done.stdout.strip() if done.returncode == 0 else ""
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+        found = ""
+    return found or os.environ.get("CHISPIKE_COMMIT") or f"unknown (source {source.version()})"

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from string import Template
 from typing import NamedTuple
 
 from tests.conftest import ROOT
@@ -139,7 +140,7 @@ class Image:
     def _env(self, rest: str) -> None:
         for word in shlex.split(rest):
             name, _, value = word.partition("=")
-            self.environ[name] = value.replace("$PATH", self.environ["PATH"])
+            self.environ[name] = Template(value).substitute(self._arguments | self.environ)
 
     def _arg(self, rest: str) -> None:
         name, _, default = rest.partition("=")

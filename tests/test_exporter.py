@@ -13,6 +13,8 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline import exporter
+from pipeline import exporter, scrapers
 from pipeline.errors import ConfigError
 from pipeline.exporter import NodeServer, Tls
 from pipeline.snapshots import Snapshot
@@ -256,19 +258,100 @@ def test_a_full_disk_keeps_the_snapshot_before(tmp_path, caplog):
     assert (tmp_path / "rank-0.json").read_text() == before
 
 
-def test_only_a_prometheus_that_comes_regularly_is_waited_for(server, monkeypatch):
-    monkeypatch.setattr(exporter, "TIMEOUT_S", 1000.0)
+def get_from(server: NodeServer, client: str) -> None:
+    """A scrape from an address of this machine."""
+    connection = HTTPConnection(*place_of(server), timeout=10, source_address=(client, 0))
+    connection.request("GET", "/metrics")
+    assert connection.getresponse().read() is not None
+    connection.close()
+
+
+def test_every_prometheus_that_comes_regularly_is_waited_for_and_nobody_else(server, monkeypatch):
+    monkeypatch.setattr(scrapers, "GRACE_S", 1000.0)
     server.linger()
-    get(server)
+    get_from(server, "127.0.0.1")
     server.linger()  # a single look is no rhythm
-    get(server)
+    for client in ("127.0.0.1", "127.0.0.2", "127.0.0.2", "127.0.0.3"):
+        get_from(server, client)
     waiting = threading.Thread(target=server.linger, daemon=True)
     waiting.start()
-    waiting.join(0.1)
-    assert waiting.is_alive()
-    get(server)
+    for client in ("127.0.0.2", "127.0.0.2", "127.0.0.3"):
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        get_from(server, client)
+    waiting.join(0.05)
+    assert waiting.is_alive()  # the other of two replicas
+    get_from(server, "127.0.0.1")
     waiting.join(60)
     assert not waiting.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("times", "now", "interval"),
+    [
+        ([0, 15, 30], 44, 15),
+        ([0, 15, 40, 50], 64, 25),  # one came late
+        ([0, 60.4], 120, 60.4),  # a minute, with jitter
+        ([0, 60, 121], 240, 61),  # the last is about to come
+        ([0, 15, 30], 66, None),  # has stayed away
+        ([0, 300], 310, None),
+        ([0], 1, None),
+    ],
+)
+def test_what_is_a_regular_scrape(times, now, interval):
+    clients = scrapers.Scrapers()
+    for at in times:
+        clients.came("a", at)
+    assert clients.intervals(now) == ({} if interval is None else {"a": interval})
+    for number in range(scrapers.MAX_CLIENTS):
+        clients.came(f"flood-{number}", now)
+    assert clients.intervals(now) == {}
+
+
+FAILING = """
+import sys
+import torch
+from launch.options import parse
+from pipeline.rank_metrics import RankMetrics
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+config = parse(["--recipe", "digits", "--metrics.port", "0"])
+about = {"layers": ["stem"], "num_steps": 5, "identity": "0"}
+metrics = RankMetrics(config, rank=0, local_rank=0, world_size=1, **about)
+print(metrics.address, flush=True)
+sys.stdin.readline()
+metrics.count(train_nonfinite_steps=1)
+metrics.fail()
+metrics.close()
+print("error: step 7", flush=True)
+"""
+
+
+def test_what_ended_a_run_is_said_at_once_and_can_be_scraped_before_the_rank_is_gone(tmp_path):
+    environ = {name: value for name, value in os.environ.items() if name != exporter.FOLDER_VARIABLE}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FAILING, str(tmp_path / "meeting")],
+        cwd=ROOT,
+        env={**environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    counter, seen = 'snn_train_nonfinite_steps_total{run="digits"}', ""
+    with process:
+        assert process.stdin
+        assert process.stdout
+        address = process.stdout.readline().strip()
+        for _ in range(2):
+            seen = urllib.request.urlopen(address).read().decode()
+        assert f"{counter} 0.0" in seen
+        print(file=process.stdin, flush=True)
+        assert process.stdout.readline() == "error: step 7\n"
+        while process.poll() is None:  # it waits for one more scrape
+            with suppress(OSError):
+                seen = urllib.request.urlopen(address).read().decode()
+    assert f"{counter} 1.0" in seen
+    assert process.returncode == 0
 
 
 def test_a_port_that_is_taken_is_named(server, tmp_path):

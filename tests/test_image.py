@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.options import parse
+from pipeline import run_folder, source
 from tests.conftest import ROOT
 from tests.image import NOT_RUN, Image, ignored, steps
 from tests.manifests import environment, render, training_port, workloads
@@ -41,6 +43,18 @@ def test_the_image_pins_its_packages_and_ends_as_nobody():
     assert int(last["EXPOSE"]) == training_port(workload)
     code = [i for i, step in enumerate(instructions) if step.instruction == "COPY" and "pipeline" in step.rest]
     assert all(instructions.index(step) < code[0] for step in instructions if "pip install" in step.rest)
+
+
+def test_a_run_knows_its_code_where_there_is_no_git(tmp_path, monkeypatch):
+    variables = [step.rest for step in steps((ROOT / "Dockerfile").read_text()) if step.instruction == "ENV"]
+    assert any("CHISPIKE_COMMIT=$COMMIT" in line for line in variables)
+    config = parse(["--recipe", "digits", "--run_dir", str(tmp_path)])
+    about = {"data_identity": "", "classes": (), "layers": (), "num_parameters": 1, "world_size": 1}
+    monkeypatch.setenv("PATH", "")
+    for said, commit in (("", f"unknown (source {source.version()})"), ("1a2b-dirty", "1a2b-dirty")):
+        monkeypatch.setenv("CHISPIKE_COMMIT", said)
+        run_folder.describe(config, **about)
+        assert run_folder.read(tmp_path).about["commit"] == commit
 
 
 @pytest.fixture(scope="module")

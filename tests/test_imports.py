@@ -34,10 +34,11 @@ ALLOWED = {
     "pipeline.metrics": CONFIG,
     "pipeline.metric_table": set(),
     "pipeline.snapshots": {"pipeline.metric_table"},
-    "pipeline.exporter": CONFIG | {"pipeline.snapshots"},
+    "pipeline.scrapers": set(),
+    "pipeline.exporter": CONFIG | {"pipeline.scrapers", "pipeline.snapshots"},
     "pipeline.rank_metrics": CONFIG
     | {"pipeline.data", "pipeline.exporter", "pipeline.metric_table", "pipeline.metrics", "pipeline.snapshots"},
-    "pipeline.run_folder": CONFIG,
+    "pipeline.run_folder": CONFIG | {"pipeline.source"},
     "pipeline.source": set(),
     "pipeline.trained": CONFIG | {"pipeline.checkpoint_files", "pipeline.snn"},
     "pipeline.pace": BASE,

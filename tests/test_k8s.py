@@ -130,7 +130,12 @@ def test_a_jobset_and_a_runtime_hold_the_pods_of_the_base():
     for part in ("securityContext", "volumes", "terminationGracePeriodSeconds"):
         assert runtime.pod[part] == vanilla.pod[part]
     assert runtime.pod["containers"][0]["args"] == vanilla.pod["containers"][0]["args"]
-    for overlay in ("jobset", "kubeflow-trainer"):
+    for overlay, kind in (("jobset", "JobSet"), ("kubeflow-trainer", "TrainingRuntime")):
+        spec = one(render(f"overlays/{overlay}"), kind)["spec"]
+        policy = (spec if kind == "JobSet" else spec["template"]["spec"])["failurePolicy"]
+        assert policy["maxRestarts"] == 12  # a set without a policy fails with its first Job
+        (rule,) = policy["rules"]
+        assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
         assert not {d["kind"] for d in render(f"overlays/{overlay}")} & {"Job", "Service"}
 
 
@@ -179,6 +184,29 @@ def test_exit_codes_decide_as_the_program_means_them():
         assert "backoffLimitPerIndex" not in workload.spec
 
 
+def test_a_failure_that_all_nodes_share_may_come_a_dozen_times():
+    for workload in training():
+        nodes, limit = workload.spec.get("completions", 2), workload.spec["backoffLimit"]
+        assert limit == 0 if workload.job != "chispike" else limit >= 12 * nodes  # 0 in what starts all nodes together
+
+
+def test_the_try_on_one_machine_fits_into_a_default_minikube():
+    """2 cores and 4 GB, of which Kubernetes itself takes 750m and some 200 MB."""
+    (workload,) = workloads(render("overlays/cpu-smoke"))
+    requests = [container["resources"]["requests"] for container in workload.containers]
+    assert {one["cpu"] for one in requests} == {"500m"}
+    assert max(int(one["memory"].replace("Gi", "000").removesuffix("Mi")) for one in requests) * 2 <= 3000
+
+
+def test_deleting_the_try_on_one_machine_takes_no_checkpoints_along():
+    claims = [
+        {d["metadata"]["name"] for d in render(folder) if d["kind"] == "PersistentVolumeClaim"}
+        for folder in ("storage", "overlays/cpu-smoke")
+    ]
+    assert all(claims)
+    assert not set.intersection(*claims)
+
+
 def test_no_container_may_more_than_it_needs():
     for workload in all_workloads():
         pod = workload.pod
@@ -193,8 +221,7 @@ def test_no_container_may_more_than_it_needs():
             assert security["readOnlyRootFilesystem"] is True
             assert security["allowPrivilegeEscalation"] is False
             assert security["capabilities"]["drop"] == ["ALL"]
-            added = set(security["capabilities"].get("add", ()))
-            assert added <= ({"IPC_LOCK"} if "rdma/hca" in container["resources"]["limits"] else set())
+            assert "add" not in security["capabilities"]  # to another user than root it would give nothing
             assert "privileged" not in security
 
 
@@ -351,6 +378,8 @@ def test_every_pod_finds_its_place_and_its_run(overlay, tmp_path):
         for train_job in (d["spec"]["trainer"] for d in workload.documents if d["kind"] == "TrainJob"):
             limits = train_job["resourcesPerNode"]["limits"]
         assert limits.get("nvidia.com/gpu", 1) == place.slots
+        taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        assert (taint in workload.pod.get("tolerations", [])) == ("nvidia.com/gpu" in limits)
         mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
         assert mounts["/" + config.run_dir.split("/")[1]] is False
         assert mounts["/" + config.data.path.split("/")[1]] is True

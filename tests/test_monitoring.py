@@ -168,6 +168,16 @@ def test_prometheus_accepts_its_configurations(tmp_path):
     assert kept["__meta_kubernetes_pod_container_port_name",] in ports
 
 
+def test_a_provisioned_data_source_is_of_make_monitor_and_no_rival_of_one_that_is_there():
+    """Grafana does not start with two defaults."""
+    text = (MONITORING / "grafana/provisioning/datasources/prometheus.yml").read_text()
+    (source,) = yaml.safe_load(text)["datasources"]
+    assert "isDefault" not in source
+    port = re.search(r"^MONITOR_PORT \?= (\d+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert port
+    assert source["url"] == f"http://127.0.0.1:{port[1]}"
+
+
 class Prometheus:
     """A real one, in a folder of its own, that scrapes `targets` every second and has the rules loaded."""
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.devices import options
+from launch.devices import main, named_gpus, options
 from launch.options import field_docs, parse
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import EXIT_USAGE, ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,3 +151,32 @@ def test_launcher_options_for_a_machine(capsys):
     assert options("digits", 8) == "--num_gpus 8"
     assert options("digits", 3) == "--num_gpus 2"
     assert "use 2 of 3 GPUs" in capsys.readouterr().err
+    assert options("digits", 2, (5, 7)) == "--include localhost:5,7"
+    assert options("digits", 3, (4, 5, 7)) == "--include localhost:4,5"
+
+
+def test_an_unknown_recipe_is_one_line_and_make_goes_no_further(capsys):
+    assert main(["digts"]) == EXIT_USAGE
+    line = capsys.readouterr().err
+    assert line.startswith("error: recipe 'digts' is not allowed; use one of cifar10")
+    assert line.count("\n") == 1
+    for recipe in ("digits", "cifar10"):
+        planned = subprocess.run(["make", "-n", "train", f"RECIPE={recipe}"], cwd=ROOT, capture_output=True, text=True)
+        (training,) = [line for line in planned.stdout.splitlines() if "launch/train.py" in line]
+        stopped = training.replace(".venv/bin/python -m launch.devices", "false").replace(".venv/bin/deepspeed", "echo")
+        assert subprocess.run(["sh", "-c", stopped], capture_output=True).stdout == b""
+        assert ("data_prep digits" in planned.stdout) == (recipe == "digits")  # others have data of their own
+
+
+@pytest.mark.parametrize(
+    ("mask", "gpus"),
+    [(None, None), ("", ()), ("-1", ()), ("0", (0,)), ("2,3", (2, 3)), (" 7, 1", (7, 1)), ("1,-1,2", (1,))],
+)
+def test_which_gpus_the_environment_leaves(mask, gpus):
+    assert named_gpus({} if mask is None else {"CUDA_VISIBLE_DEVICES": mask}) == gpus
+
+
+@pytest.mark.parametrize("mask", ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-GPU-8932f937/1/2", "0,0", "all"])
+def test_gpus_that_deepspeeds_launcher_cannot_name_are_refused(mask):
+    with pytest.raises(ConfigError, match=r"^CUDA_VISIBLE_DEVICES=.+ is not allowed, since .+; use different indices"):
+        named_gpus({"CUDA_VISIBLE_DEVICES": mask})

@@ -6,9 +6,13 @@ import pytest
 
 from benchmarks import scale, scale_parts
 from benchmarks.scale_parts import Set, downloads, every_sample_once, real_downloads, wanted
+from launch.recipes import RECIPES
+from pipeline.exporter import FOLDER_VARIABLE
 from pipeline.metric_table import METRICS
+from pipeline.rank_metrics import RankMetrics
 from tests.conftest import ROOT
 
+NAMES = ("rank-0.json", "rank-1.json")
 SMALL = Set(sample_bytes=1.0, shard_bytes=100, window_shards=4)
 
 
@@ -57,8 +61,21 @@ def test_the_committed_figures_are_of_these_assumptions():
     assert all(row["met"] in (None, True) for row in results["rows"])
 
 
-def test_a_page_of_metrics_holds_what_each_rank_shows():
-    own = sum(4 if "phase" in metric.labels else 1 for metric in METRICS.values() if "rank" in metric.labels)
-    common = sum(3 if "layer" in metric.labels else 1 for metric in METRICS.values() if "rank" not in metric.labels)
-    assert scale.scrape(3, 1, first=False)[0] == 8 * own
-    assert scale.scrape(3, 1, first=True)[0] == 8 * own + common
+def test_a_page_of_metrics_holds_what_each_rank_shows(tmp_path, monkeypatch):
+    """As a rank makes them known at its start; what it adds while it trains has no labels but its own, and layers."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    about = {"world_size": 8, "layers": ["a", "b", "c"], "num_steps": 1, "identity": "0"}
+    own = RankMetrics(RECIPES["digits"](), rank=1, local_rank=1, **about)
+    first = RankMetrics(RECIPES["digits"](), rank=0, local_rank=0, **about)
+    gauges = [name for name, metric in METRICS.items() if metric.kind == "gauge"]
+    for name in gauges:
+        if METRICS[name].labels in ((), ("rank",)):
+            for metrics in (own, first) if METRICS[name].labels else (first,):
+                metrics.publish({name: 1.0})
+        elif METRICS[name].labels == ("layer",):
+            first.publish({name: [1.0, 1.0, 1.0]})
+    own.write()
+    first.write()
+    count = {name: sum(map(len, json.loads((tmp_path / name).read_text()).values())) for name in NAMES}
+    assert scale.scrape(3, 1, first=False)[0] == 8 * count["rank-1.json"] + 1
+    assert scale.scrape(3, 1, first=True)[0] == 7 * count["rank-1.json"] + count["rank-0.json"] + 1

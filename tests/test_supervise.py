@@ -14,10 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.gather import Hello, why_not
+from launch import gather, runner
+from launch.hello import Hello, introduce, why_not
+from launch.options import parse
 from launch.place import Place, first_host, resolve
-from launch.supervise import main
-from launch.train import refuse
+from launch.runner import command, environment, hostfile, with_ranks
+from launch.supervise import ALONE_S, FAREWELL_S, LEASE_S, command_line, main, verdict
+from launch.train import PATIENCE_S, refuse
+from pipeline import run_folder
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, LostRankError
 from tests.conftest import free_port
 from tests.supervised import processes_with, supervise
@@ -104,8 +108,77 @@ def test_the_first_host_of_a_slurm_list(nodelist, host):
 def test_the_hostfile_is_read_by_deepspeed_as_it_is_meant():
     from deepspeed.launcher.runner import _parse_hostfile
 
-    text = Place(nodes=3, rank=1, master="a", port=1, slots=4).hostfile
+    text = hostfile(Place(nodes=3, rank=1, master="a", port=1, slots=4))
     assert list(_parse_hostfile(text.splitlines()).values()) == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("nodes", "node"), [(1, "localhost"), (3, "node-1")])
+def test_ranks_take_the_gpus_that_the_environment_leaves_them(nodes, node):
+    """DeepSpeed's launcher takes CUDA_VISIBLE_DEVICES away and sets it to what it reads here."""
+    from deepspeed.launcher.runner import _parse_hostfile, parse_args, parse_inclusion_exclusion
+
+    place = Place(nodes=nodes, rank=nodes // 2, master="a", port=1, slots=2, gpus=(2, 5))
+    args = parse_args(command(place, Path("HOSTFILE"), ["--recipe", "digits"])[3:])
+    assert (args.num_gpus, args.user_args) == (-1, ["--recipe", "digits"])
+    there = {"localhost": 8} if nodes == 1 else _parse_hostfile(hostfile(place).splitlines())
+    taken = parse_inclusion_exclusion(there, args.include, args.exclude)
+    assert taken[node] == [2, 5]
+    assert {host: gpus for host, gpus in taken.items() if host != node} == (
+        {} if nodes == 1 else {"node-0": [0, 1], "node-2": [0, 1]}
+    )
+    assert "CUDA_VISIBLE_DEVICES" not in environment(place, {"CUDA_VISIBLE_DEVICES": "2,5,6"})
+
+
+def test_hidden_gpus_stay_hidden_and_what_the_launcher_cannot_hide_is_refused(monkeypatch):
+    place, config = Place(nodes=1, rank=0, master="a", port=1, slots=2), parse(["--recipe", "digits"])
+    assert with_ranks(place, config, {}) == place
+    assert with_ranks(place, config, {"CUDA_VISIBLE_DEVICES": "-1"}) == place
+    assert environment(place, {"CUDA_VISIBLE_DEVICES": "-1"})["DS_ACCELERATOR"] == "cpu"
+    assert "DS_ACCELERATOR" not in environment(place, {})
+    with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES=GPU-8932f937 is not allowed, .* different indices"):
+        with_ranks(place, config, {"CUDA_VISIBLE_DEVICES": "GPU-8932f937"})
+    monkeypatch.setattr(runner, "count_gpus", lambda: 3)  # this machine may have none
+    assert with_ranks(place, config, {"CUDA_VISIBLE_DEVICES": "4,1,0"}).gpus == (4, 1)
+    assert with_ranks(replace(place, slots=0), config, {"CUDA_VISIBLE_DEVICES": "4,1,0"}).gpus == (4, 1)
+    with pytest.raises(ConfigError, match="--slots 4 is not allowed with CUDA_VISIBLE_DEVICES=4,1,0, which leaves 3"):
+        with_ranks(replace(place, slots=4), config, {"CUDA_VISIBLE_DEVICES": "4,1,0"})
+
+
+def test_a_torch_that_cannot_be_imported_is_one_line_with_its_reason(tmp_path, monkeypatch, capsys):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert main(["--", "--recipe", "digits"]) == EXIT_INTERNAL
+    output = capsys.readouterr().err
+    assert re.fullmatch(r"error: torch cannot be imported by \S+ \(ImportError: libcudart.+ file\); .+\n", output)
+
+
+@pytest.mark.parametrize(
+    ("ended", "asked", "tries_left", "code"),
+    [
+        (EXIT_USAGE, False, True, EXIT_USAGE),
+        (EXIT_DATA, True, True, EXIT_DATA),
+        (EXIT_STOPPED, True, True, EXIT_STOPPED),
+        (EXIT_STOPPED, False, False, EXIT_STOPPED),  # another node was asked
+        (256 - signal.SIGTERM, True, True, EXIT_STOPPED),  # ended before it had a step to save
+        (128 + signal.SIGTERM, True, True, EXIT_INTERNAL),  # asked twice: what it had not saved is lost
+        (EXIT_DONE, True, True, EXIT_INTERNAL),
+        (EXIT_INTERNAL, True, True, EXIT_INTERNAL),
+        (EXIT_INTERNAL, False, True, None),
+        (128 + signal.SIGTERM, False, True, None),
+        (EXIT_DONE, False, True, None),  # without a result
+        (EXIT_INTERNAL, False, False, EXIT_INTERNAL),
+    ],
+)
+def test_what_follows_when_ranks_have_ended_without_a_result(ended, asked, tries_left, code):
+    assert verdict(ended, asked=asked, tries_left=tries_left) == code
+
+
+def test_whoever_waits_for_another_waits_longer_than_that_takes():
+    given, _ = command_line(["--", "--recipe", "digits"])
+    assert gather.POLL_S < gather.BEAT_S < gather.SILENT_S < gather.LINGER_S < FAREWELL_S
+    assert PATIENCE_S < ALONE_S < given.grace
+    assert 300 < LEASE_S < given.resolve_timeout  # CephFS takes a dead client's lock away after 300 s
 
 
 @pytest.mark.parametrize(
@@ -158,6 +231,35 @@ def test_data_that_one_node_lacks_end_all_with_the_reason(digits, tmp_path):
     assert said.endswith(f" cannot train: {told.removeprefix('error: ')}")
     assert said.startswith("error: node 1 (")
     assert "no shard set in no/train" in told
+
+
+def test_a_node_says_that_its_options_are_not_those_of_the_stored_run(digits, tmp_path):
+    """So that node 0, whose options are those, does not wait for it in vain."""
+    place = Place(nodes=2, rank=1, master="a", port=1, slots=1)
+    config = parse(["--recipe", "digits", "--run_dir", str(tmp_path / "run"), "--data.path", str(digits)])
+    assert introduce(place, config).problem == ""
+    run_folder.write_json(tmp_path / "run/config.json", config.to_dict())
+    assert introduce(place, config).problem == ""
+    other = introduce(place, replace(config, train=replace(config.train, seed=7)))
+    assert other.problem.startswith(f"train.seed=7, but the run in {tmp_path}/run was started with 0;")
+    assert other.code == EXIT_USAGE
+
+
+@pytest.mark.parametrize("refused", ["its options", "its port"])
+def test_what_one_node_alone_refuses_ends_the_others_at_once(refused, digits, tmp_path):
+    words = ["--recipe", "digits", "--run_dir", str(tmp_path / "run"), "--data.path", str(digits)]
+    nodes = ["--nodes", "2", "--slots", "1", "--master", "127.0.0.1", "--master-port", str(free_port())]
+    (tmp_path / "run").mkdir()
+    run_folder.write_json(tmp_path / "run/config.json", parse(words).to_dict())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = ["--metrics-port", str(taken.getsockname()[1])] if refused == "its port" else []
+        more = ["--train.seed", "7"] if refused == "its options" else []
+        other = supervise(*nodes, "--node-rank", "0", "--", *words)
+        refusing = supervise(*nodes, "--node-rank", "1", *port, "--", *words, *more)
+        for process in (other, refusing):
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == EXIT_USAGE, output
+            assert ("train.seed=7, but the run in" if more else "cannot be opened (Address already in use)") in output
 
 
 @pytest.mark.parametrize(("local_rank", "waits"), [("1", True), ("0", False)])

@@ -198,8 +198,8 @@ def cluster() -> list[dict]:
               note="A rank that rises here hangs, is gone, or has a wrong clock."),
         panel("Time of a step", {"{{run}} {{rank}}": f"snn_train_step_duration_seconds{{{NODE}}}"}, unit="s"),
         panel("Most unequal waiting for data", {
-            "{{run}}": "max by (run) (run_rank:snn_data_wait:ratio_rate5m{run=~\"$run\"})"
-                       " - min by (run) (run_rank:snn_data_wait:ratio_rate5m{run=~\"$run\"})",
+            "{{run}}": "max by (run) (run_rank:snn_data_wait:ratio_rate5m{job=~\"$job\", run=~\"$run\"})"
+                       " - min by (run) (run_rank:snn_data_wait:ratio_rate5m{job=~\"$job\", run=~\"$run\"})",
         }, unit="percentunit", note="`run_rank:snn_data_wait:ratio_rate5m` of rules.yml, largest less smallest. "
                                     "The rank that waits longest holds up all others."),
         panel("Run ended as planned, and restarts", {

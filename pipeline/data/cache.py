@@ -65,7 +65,7 @@ class Cache:
         """Waits until the shard is on disk, downloading it where no other process does, and keeps it there.
 
         Raises:
-            DataError: it cannot be had, or there is no room for it.
+            DataError: it cannot be had, or there is no room for it; a StoreError where its store does not answer.
         """
         key = _key(shard)
         while True:

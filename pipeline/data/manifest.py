@@ -117,7 +117,7 @@ class Manifest:
 
         Raises:
             ConfigError: there is none, or its protocol cannot be used.
-            DataError: it is damaged, or a remote one could not be read.
+            DataError: it is damaged, or a remote one may not be read; a StoreError where its store does not answer.
         """
         path = join(folder, MANIFEST_NAME)
         try:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StoreError
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 RETRIES, TIMEOUT_S = 5, 30.0
@@ -57,7 +57,8 @@ class Remote:
 
         Raises:
             FileNotFoundError: there is none.
-            DataError: it could not be read.
+            DataError: it may not be read.
+            StoreError: it could not be read in `retries` + 1 attempts.
         """
         url = join(self.url, name)
         return self._persist(url, lambda: self._files.cat_file(url))
@@ -66,7 +67,8 @@ class Remote:
         """Copies a file to `path`, until `check` accepts what came.
 
         Raises:
-            DataError: it could not be had in `retries` + 1 attempts; names the URL and the last cause.
+            DataError: it is not there, may not be read, or was another one in each of `retries` + 1 attempts.
+            StoreError: it could not be had in `retries` + 1 attempts. Both name the URL and the last cause.
             OSError: of the local disk, such as ENOSPC.
             ClosedError: `stopped` was set.
         """
@@ -89,12 +91,14 @@ class Remote:
             except (FileNotFoundError, ClosedError):
                 raise
             except Exception as error:  # each protocol's client has its own kinds; none passes silently
-                if isinstance(error, PermissionError) or getattr(error, "status", 0) in _FORBIDDEN:
+                status = getattr(error, "status", 0)
+                if isinstance(error, PermissionError) or status in _FORBIDDEN:
                     raise DataError(f"{url} may not be read ({error}); check the credentials") from None
                 if isinstance(error, OSError) and error.errno in _LOCAL:
                     raise
                 if left == 0:
-                    raise DataError(
+                    wrong = isinstance(error, MismatchError) or (400 <= status < 500 and status not in _PASSING)
+                    raise (DataError if wrong else StoreError)(
                         f"{url} could not be read in {self._retries + 1} attempts; the last failed with "
                         f"{type(error).__name__}: {error or 'no further word'}"
                     ) from None
@@ -106,6 +110,7 @@ class Remote:
 
 _LOCAL = frozenset([errno.ENOSPC, errno.EDQUOT])  # the local disk's, which trying again does not mend
 _FORBIDDEN = frozenset([401, 403])
+_PASSING = frozenset([408, 425, 429])  # of 400 to 499 those that blame the moment: slow, early, too many requests
 
 
 def _stopper(stopped: threading.Event):

@@ -1,0 +1,54 @@
+"""Who reads a node's metrics regularly, and a wait until all of them have read once more. Standard library only."""
+
+import threading
+import time
+from itertools import pairwise
+
+MAX_INTERVAL_S = 90.0
+"""Between two scrapes of a Prometheus that is waited for: a minute, with all that makes one late."""
+GRACE_S = 5.0
+"""Waited beyond an interval, since no scrape comes to the second."""
+KEPT = 4
+"""Scrapes of a client that are remembered; as many as it takes that one that came late is not its interval."""
+MAX_CLIENTS = 16
+"""That are remembered, the last that came; two replicas of Prometheus are usual."""
+
+
+class Scrapers:
+    """The clients by address. `came` is called in the server's thread, `wait` in another; times are monotonic."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, list[float]] = {}
+        self._changed = threading.Condition()
+
+    def came(self, client: str, now: float) -> None:
+        with self._changed:
+            times = self._times.pop(client, [])
+            self._times[client] = [*times[1 - KEPT :], now]
+            for oldest in list(self._times)[:-MAX_CLIENTS]:
+                del self._times[oldest]
+            self._changed.notify_all()
+
+    def intervals(self, now: float) -> dict[str, float]:
+        """The longest of the last intervals of each client that comes regularly, and has not stayed away."""
+        with self._changed:
+            gaps = {
+                client: max(later - earlier for earlier, later in pairwise(times))
+                for client, times in self._times.items()
+                if len(times) > 1
+            }
+            return {
+                client: gap
+                for client, gap in gaps.items()
+                if gap <= MAX_INTERVAL_S and now - self._times[client][-1] < 2 * gap + GRACE_S
+            }
+
+    def wait(self) -> None:
+        """Until every regular client has come once more; for the longest interval and GRACE_S at most."""
+        began = time.monotonic()
+        expected = self.intervals(began)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(self._times.get(client, [began])[-1] > began for client in expected),
+                timeout=max(expected.values(), default=0.0) + GRACE_S,
+            )
