@@ -6,7 +6,6 @@ The engines and their network are chi_engines.py's. Each case prints one JSON li
 
 import contextlib
 import itertools
-import json
 import sys
 from typing import Any
 from unittest import mock
@@ -32,6 +31,7 @@ from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.neurons import bind
 from pipeline.snn.potential import probed
 from tests.chi_engines import MICRO_BATCH, Counter, batches, make, parameters, plain_gradient, step
+from tests.rank_lines import tell
 
 STEPS = 2
 STAGES, PRECISIONS = (0, 1, 2, 3), (("fp32", 1), ("fp32", 2), ("bf16", 2), ("fp16", 2))
@@ -305,11 +305,6 @@ def one_too_many() -> contextlib.ExitStack:
     for carrier in (bucket, partition):
         faults.enter_context(mock.patch.object(carrier, "gradient_sums", wrong))
     return faults
-
-
-def tell(kind: str, result: object) -> None:
-    if dist.get_rank() == 0:
-        print(f"{kind} {json.dumps(result)}", flush=True)
 
 
 def main() -> int:

@@ -3,9 +3,6 @@
 Each case prints one JSON line from rank 0.
 """
 
-import json
-import os
-import sys
 from typing import Any
 
 import deepspeed
@@ -20,6 +17,7 @@ from pipeline.ema import Ema
 from pipeline.engine import build
 from pipeline.snn import sew_resnet
 from pipeline.snn.readout import cross_entropy
+from tests.rank_lines import leave, tell
 
 STEPS, MICRO_BATCH, DECAY = 3, 4, 0.15  # step 0 keeps 1/10, step 1 then 0.15, where 2/11 would be more
 CASES = ((0, "fp16"), (1, "bf16"), (2, "fp32"), (3, "fp32"))
@@ -123,12 +121,8 @@ def main() -> None:
     accelerator: Any = get_accelerator()
     accelerator.is_fp16_supported = lambda: True  # few CPUs have it; torch computes without, slowly
     for stage, precision in CASES:
-        result = case(stage, precision)
-        if dist.get_rank() == 0:
-            print(f"CASE {json.dumps(result)}", flush=True)
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort an interpreter that ends, which is not what is tested here
+        tell("CASE", case(stage, precision))
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@ Rank 0 prints one JSON line for each comparison.
 
 import copy
 import itertools
-import json
-import os
-import sys
 
 import deepspeed
 import torch
@@ -22,6 +19,7 @@ from pipeline.snn.kernels.norm import Ranks
 from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.neurons import bind
 from pipeline.snn.readout import cross_entropy
+from tests.rank_lines import leave, tell
 
 MICRO_BATCH, STEPS = 3, 2
 
@@ -133,13 +131,10 @@ def main() -> None:
     runs = ((norm.run_reference, torch.float64), (norm.run_reference, torch.float32), (norm.run, torch.float32))
     results += [layer(run, dtype, static) for (run, dtype), static in itertools.product(runs, (False, True))]
     results += [engine(stage) for stage in (0, 1, 2, 3)]
-    if dist.get_rank() == 0:
-        for result in results:
-            print(f"CASE {json.dumps(result)}", flush=True)
-        print(f"CASE {json.dumps({'kind': 'twin', 'there': compiled.library(torch.zeros(4)) is not None})}", flush=True)
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort an interpreter that ends, which is not what is tested here
+    for result in results:
+        tell("CASE", result)
+    tell("CASE", {"kind": "twin", "there": compiled.library(torch.zeros(4)) is not None})
+    leave()
 
 
 if __name__ == "__main__":

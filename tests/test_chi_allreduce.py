@@ -1,7 +1,6 @@
 """χ in the all-reduce is exact and costs next to nothing: real ranks, gradients with known zeros."""
 
 import itertools
-import json
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.chi.limbs import MAX_RANKS, pack, unpack
 from pipeline.errors import EXIT_USAGE
 from tests.conftest import ROOT, launch
+from tests.rank_lines import told
 
 CLIP = 0.01  # of chi_matrix.py
 
@@ -30,13 +30,9 @@ def output() -> str:
     return done.output
 
 
-def lines(output: str, kind: str) -> list:
-    return [json.loads(line.split(kind + " ", 1)[1]) for line in output.splitlines() if kind + " " in line]
-
-
 @pytest.fixture(scope="module")
 def matrix(output) -> dict:
-    return {(r["stage"], r["precision"], r["accumulation"]): r for r in lines(output, "CASE")}
+    return {(r["stage"], r["precision"], r["accumulation"]): r for r in told(output, "CASE")}
 
 
 def assert_exact(result: dict) -> None:
@@ -84,7 +80,7 @@ def test_rates_and_signals_are_summed_over_ranks(matrix, case):
 
 
 def test_mean_squares_are_of_all_ranks_and_amplitudes_hold_that_of_the_surrogate(output):
-    results = lines(output, "SQUARES")
+    results = told(output, "SQUARES")
     assert [result["stage"] for result in results] == [1, 2]
     for result in results:
         for seen in result["seen"]:
@@ -106,7 +102,7 @@ def test_the_same_gradient_in_more_micro_batches_counts_the_same_neuron_steps(ma
 def test_other_numbers_of_ranks(ranks):
     done = launch("tests/chi_matrix.py", "short", ranks=ranks)
     assert done.returncode == 0, done.output
-    results = lines(done.output, "CASE")
+    results = told(done.output, "CASE")
     assert len(results) == len(STAGES) * 2
     for result in results:
         assert_exact(result)
@@ -127,7 +123,7 @@ def test_zero_stages_agree(matrix):
 
 
 def test_no_rank_updates_from_a_gradient_that_is_nan_or_was_miscounted(output):
-    ranks = list(itertools.chain.from_iterable(lines(output, "GUARD")))
+    ranks = list(itertools.chain.from_iterable(told(output, "GUARD")))
     assert [rank["stage"] for rank in ranks] == [0, 0, 1, 1, 2, 2, 3, 3]
     for rank in ranks:
         assert rank["nan"].startswith("NonFiniteError: the gradient ")
@@ -145,7 +141,7 @@ def test_no_rank_updates_from_a_gradient_that_is_nan_or_was_miscounted(output):
     ],
 )
 def test_a_checkpoint_goes_back_into_every_stage_bit_for_bit(output, optimizer, slots, groups, engines):
-    results = lines(output, f"RESUME {optimizer}")
+    results = told(output, f"RESUME {optimizer}")
     assert [(result["stage"], result["precision"]) for result in results] == engines
     for result in results:
         assert list(result["slots"]) == slots
@@ -156,7 +152,7 @@ def test_a_checkpoint_goes_back_into_every_stage_bit_for_bit(output, optimizer, 
 
 
 def test_clipping_changes_the_update_and_neither_chi_nor_the_reported_norm(output):
-    results = lines(output, "CLIP")
+    results = told(output, "CLIP")
     assert [(r["stage"], r["precision"]) for r in results] == list(itertools.product(STAGES, ("fp32", "fp16")))
     for result in results:
         rounding = ROUNDING[result["precision"]]
@@ -169,7 +165,7 @@ def test_clipping_changes_the_update_and_neither_chi_nor_the_reported_norm(outpu
 
 
 def test_an_overflow_is_skipped_and_leaves_no_trace_in_the_next_reading(output):
-    ranks = list(itertools.chain.from_iterable(lines(output, "OVERFLOW")))
+    ranks = list(itertools.chain.from_iterable(told(output, "OVERFLOW")))
     assert [rank["stage"] for rank in ranks] == [0, 0, 1, 1, 2, 2, 3, 3]
     for rank in ranks:
         assert rank["skipped"]
@@ -184,7 +180,7 @@ def test_an_overflow_is_skipped_and_leaves_no_trace_in_the_next_reading(output):
 
 
 def test_a_gradient_that_no_loss_scale_mends_is_told_as_not_finite(output):
-    readings = list(itertools.chain.from_iterable(lines(output, "HOPELESS")))
+    readings = list(itertools.chain.from_iterable(told(output, "HOPELESS")))
     assert [reading["stage"] for reading in readings] == [0, 0, 1, 1, 2, 2, 3, 3]
     for reading in readings:
         assert reading["skipped"]
@@ -193,7 +189,7 @@ def test_a_gradient_that_no_loss_scale_mends_is_told_as_not_finite(output):
 
 
 def test_fp16_trains_the_network_with_batch_normalisation_in_fp32(output):
-    full, half = lines(output, "SEW")
+    full, half = told(output, "SEW")
     assert (full["precision"], half["precision"]) == ("fp32", "fp16")
     assert (half["bn_weight"], half["bn_mean"]) == ("torch.float16", "torch.float32")
     assert not half["skipped"]
@@ -204,7 +200,7 @@ def test_fp16_trains_the_network_with_batch_normalisation_in_fp32(output):
 
 
 def test_fp16_is_refused_where_it_would_not_train(output):
-    ((by_autocast, without_fp16),) = lines(output, "REFUSED")
+    ((by_autocast, without_fp16),) = told(output, "REFUSED")
     assert by_autocast.startswith("torch_autocast with dtype=float16 in ZeRO-1 is not allowed: its loss scale does not")
     assert by_autocast.endswith("use the fp16 block (train.precision=fp16), or bf16")
     assert without_fp16.startswith("train.precision='fp16' is not allowed on this device")

@@ -12,16 +12,18 @@ from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT
 
+PLAIN = ["--recipe", "digits", "--train.precision", "bf16"]
+
 
 def settings(tmp_path: Path, document: object, *options: str) -> dict:
     path = tmp_path / "deepspeed.json"
     path.write_text(document if isinstance(document, str) else json.dumps(document))
-    config = parse(["--recipe", "digits", "--deepspeed_config", str(path), *options])
+    config = parse([*PLAIN, "--deepspeed_config", str(path), *options])
     return deepspeed_settings(config, 2, 1000)
 
 
 def test_what_shows_or_speeds_up_a_run_is_merged_and_the_rest_stays(tmp_path):
-    plain = deepspeed_settings(parse(["--recipe", "digits"]), 2, 1000)
+    plain = deepspeed_settings(parse(PLAIN), 2, 1000)
     theirs = {
         "wall_clock_breakdown": True,
         "steps_per_print": 10,
@@ -45,7 +47,7 @@ def test_what_says_the_same_as_ours_passes(tmp_path):
         "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
         "zero_optimization": {"stage": 1, "overlap_comm": False, "offload_optimizer": {"device": "none"}},
     }
-    assert settings(tmp_path, same) == deepspeed_settings(parse(["--recipe", "digits"]), 2, 1000)
+    assert settings(tmp_path, same) == deepspeed_settings(parse(PLAIN), 2, 1000)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.run_folder import read
 from tests.conftest import launch
 from tests.ema_ranks import CASES
+from tests.rank_lines import told
 from tests.training_runs import STEPS
 
 
@@ -21,7 +22,7 @@ from tests.training_runs import STEPS
 def cases() -> dict[str, dict]:
     done = launch("tests/ema_ranks.py", ranks=2)
     assert done.returncode == 0, done.output
-    lines = [json.loads(line.split("CASE ", 1)[1]) for line in done.output.splitlines() if "CASE " in line]
+    lines = told(done.output, "CASE")
     return {line["case"]: line for line in lines}
 
 

@@ -1,7 +1,6 @@
 """Batch normalisation over ranks is that of one process with the joint batch, in the definition and in the twins."""
 
 import dataclasses
-import json
 
 import pytest
 
@@ -9,13 +8,14 @@ from launch.options import parse
 from pipeline import run_folder
 from pipeline.errors import ConfigError
 from tests.conftest import launch
+from tests.rank_lines import told
 
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, dict]:
     done = launch("tests/sync_bn_ranks.py", ranks=2)
     assert done.returncode == 0, done.output
-    lines = [json.loads(line.split("CASE ", 1)[1]) for line in done.output.splitlines() if "CASE " in line]
+    lines = told(done.output, "CASE")
     return {line.pop("kind"): line for line in lines}
 
 
