@@ -14,7 +14,7 @@ def digits() -> Config:
     deepspeed --num_accelerators 2 launch/train.py --recipe digits
 
     About 40 s on two cores of an AMD EPYC in bf16; 97.5 to 98.9 % of the validation split over three seeds. In fp32,
-    where the processor has no bf16, about 80 s.
+    where the processor has no bf16, about 90 s.
     """
     return Config(
         recipe="digits",
