@@ -46,3 +46,9 @@ def processes_with(word: str) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code, and what it said behind the line that says where its metrics are."""
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output.partition("/metrics\n")[2]

@@ -1,34 +1,26 @@
 """A node's metrics over real sockets: what is served, to whom, and that no client and no file does harm."""
 
-import datetime
 import errno
-import ipaddress
 import os
 import select
 import shutil
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import exporter, scrapers
 from pipeline.errors import ConfigError
-from pipeline.exporter import NodeServer, Tls
+from pipeline.exporter import NodeServer
 from pipeline.snapshots import Snapshot
 from tests.conftest import ROOT
+from tests.scraping import get, place_of, raw, series
 
 
 @pytest.fixture
@@ -37,40 +29,6 @@ def server(tmp_path):
     with_probes = NodeServer(tmp_path / "metrics", host="127.0.0.1", port=0)
     yield with_probes
     with_probes.close()
-
-
-def place_of(server: NodeServer) -> tuple[str, int]:
-    host, port = server.address.split("/")[2].rsplit(":", 1)
-    return host, int(port)
-
-
-def get(server: NodeServer, path: str = "/metrics", context: ssl.SSLContext | None = None) -> str:
-    url = server.address.replace("/metrics", path)
-    with urllib.request.urlopen(url, timeout=10, context=context) as response:
-        return response.read().decode()
-
-
-def series(server: NodeServer) -> dict[tuple[str, ...], float]:
-    """Value by name and label values."""
-    families = text_string_to_metric_families(get(server))
-    return {
-        (sample.name, *(sample.labels[label] for label in sorted(sample.labels))): sample.value
-        for family in families
-        for sample in family.samples
-    }
-
-
-def raw(server: NodeServer, request: bytes) -> bytes:
-    """Whatever the server answers; it may hang up while we still write."""
-    with socket.create_connection(place_of(server), timeout=10) as client:
-        try:
-            client.sendall(request)
-            answer = b""
-            while part := client.recv(65536):
-                answer += part
-        except ConnectionError:
-            pass
-    return answer
 
 
 def test_the_ranks_of_a_node_are_served_together(server):
@@ -308,52 +266,6 @@ def test_what_is_a_regular_scrape(times, now, interval):
     assert clients.intervals(now) == {}
 
 
-FAILING = """
-import sys
-import torch
-from launch.options import parse
-from pipeline.rank_metrics import RankMetrics
-
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
-config = parse(["--recipe", "digits", "--metrics.port", "0"])
-about = {"layers": ["stem"], "num_steps": 5, "identity": "0"}
-metrics = RankMetrics(config, rank=0, local_rank=0, world_size=1, **about)
-print(metrics.address, flush=True)
-sys.stdin.readline()
-metrics.count(train_nonfinite_steps=1)
-metrics.fail()
-metrics.close()
-print("error: step 7", flush=True)
-"""
-
-
-def test_what_ended_a_run_is_said_at_once_and_can_be_scraped_before_the_rank_is_gone(tmp_path):
-    environ = {name: value for name, value in os.environ.items() if name != exporter.FOLDER_VARIABLE}
-    process = subprocess.Popen(
-        [sys.executable, "-c", FAILING, str(tmp_path / "meeting")],
-        cwd=ROOT,
-        env={**environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    counter, seen = 'snn_train_nonfinite_steps_total{run="digits"}', ""
-    with process:
-        assert process.stdin
-        assert process.stdout
-        address = process.stdout.readline().strip()
-        for _ in range(2):
-            seen = urllib.request.urlopen(address).read().decode()
-        assert f"{counter} 0.0" in seen
-        print(file=process.stdin, flush=True)
-        assert process.stdout.readline() == "error: step 7\n"
-        while process.poll() is None:  # it waits for one more scrape
-            with suppress(OSError):
-                seen = urllib.request.urlopen(address).read().decode()
-    assert f"{counter} 1.0" in seen
-    assert process.returncode == 0
-
-
 def test_a_port_that_is_taken_is_named(server, tmp_path):
     _, port = place_of(server)
     with pytest.raises(ConfigError, match=rf"metrics.port={port} on 127.0.0.1 cannot be opened \(Address already in"):
@@ -369,77 +281,3 @@ def test_ipv6_is_served(tmp_path):
     assert server.address.startswith("http://[::1]:")
     assert get(server, "/healthz") == "ok\n"
     server.close()
-
-
-class Authority:
-    """Signs certificates for 127.0.0.1."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._key = folder, ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self.file = self._write(f"{name}.pem", self._signed(self._name, self._key, is_authority=True))
-
-    def issue(self, name: str) -> tuple[str, str]:
-        """Files of a certificate and its key."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-        return (
-            self._write(f"{name}.pem", self._signed(subject, key, is_authority=False)),
-            self._write(f"{name}.key", key.private_bytes(encoding, form, serialization.NoEncryption())),
-        )
-
-    def _signed(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, is_authority: bool) -> bytes:
-        now = datetime.datetime.now(datetime.timezone.utc)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        )
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-    def _write(self, name: str, content: bytes) -> str:
-        (self._folder / name).write_bytes(content)
-        return str(self._folder / name)
-
-
-def test_mutual_tls_serves_only_whom_the_authority_signed(tmp_path, monkeypatch):
-    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
-    folder = tmp_path / "metrics"
-    folder.mkdir()
-    Snapshot(folder, "rank-0", run="r", rank="0").write()
-    server = NodeServer(folder, host="127.0.0.1", port=0, tls=Tls(*ours.issue("server"), client_ca=ours.file))
-    try:
-        assert server.address.startswith("https://")
-        right = ssl.create_default_context(cafile=ours.file)
-        right.load_cert_chain(*ours.issue("prometheus"))
-        foreign = ssl.create_default_context(cafile=ours.file)
-        foreign.load_cert_chain(*theirs.issue("stranger"))
-        for context in (ssl.create_default_context(cafile=ours.file), foreign):
-            with pytest.raises((ssl.SSLError, ConnectionError, urllib.error.URLError)):
-                get(server, "/healthz", context)
-        with pytest.raises(urllib.error.URLError, match="certificate verify failed"):
-            get(server, "/healthz", ssl.create_default_context(cafile=theirs.file))
-        assert raw(server, b"GET /metrics HTTP/1.1\r\n\r\n")[9:12] != b"200", "no plain text on this port"
-        silent = socket.create_connection(place_of(server))  # never begins its handshake
-        assert get(server, "/healthz", right) == "ok\n"
-        silent.close()
-    finally:
-        server.close()
-
-
-def test_tls_without_client_certificates_and_with_wrong_files(tmp_path):
-    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
-    cert, key = ours.issue("server")
-    server = NodeServer(tmp_path / "none", host="127.0.0.1", port=0, tls=Tls(cert, key))
-    assert get(server, "/metrics", ssl.create_default_context(cafile=ours.file)) == ""
-    server.close()
-    for tls in (Tls(cert, theirs.issue("other")[1]), Tls(cert, "/nowhere"), Tls(cert, key, client_ca=key)):
-        with pytest.raises(ConfigError, match=r"cannot be used \(.+\); name files in PEM form"):
-            NodeServer(tmp_path, host="127.0.0.1", port=0, tls=tls)
