@@ -23,12 +23,14 @@ class TorchError(RuntimeError):
     exit_code = EXIT_INTERNAL
 
 
-def num_ranks(data: DataConfig, num_gpus: int) -> int:
-    """The most GPUs that the global batch divides over, or two CPU ranks where there is no GPU."""
-    if num_gpus == 0:
-        return CPU_RANKS
+def num_ranks(data: DataConfig, num_gpus: int, nodes: int = 1) -> int:
+    """The most of a node's GPUs, or of two CPU ranks without any, that the global batch divides over on all nodes.
+
+    All of them where there is no such number: who starts the ranks says what does not fit.
+    """
+    most = num_gpus or CPU_RANKS
     micro_batches = data.global_batch // data.micro_batch
-    return max(ranks for ranks in range(1, min(num_gpus, micro_batches) + 1) if micro_batches % ranks == 0)
+    return next((ranks for ranks in range(most, 0, -1) if micro_batches % (nodes * ranks) == 0), most)
 
 
 def count_gpus() -> int:

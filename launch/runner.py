@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.devices import CPU_RANKS, MASK, count_gpus, listed, named_gpus
+from launch.devices import MASK, count_gpus, listed, named_gpus, num_ranks
 from launch.place import Place
 from pipeline.config import Config
 from pipeline.errors import ConfigError
@@ -25,7 +25,7 @@ def with_ranks(place: Place, config: Config, environ: Mapping[str, str]) -> Plac
     if place.slots and not named:
         return place
     num_gpus = 0 if environ.get("DS_ACCELERATOR") == "cpu" else count_gpus()
-    slots = place.slots or usual_slots(config, place.nodes, num_gpus)
+    slots = place.slots or num_ranks(config.data, num_gpus, place.nodes)
     if not named or num_gpus == 0:
         return replace(place, slots=slots)
     if slots > num_gpus:
@@ -34,13 +34,6 @@ def with_ranks(place: Place, config: Config, environ: Mapping[str, str]) -> Plac
             "GPUs; use as many, or change that variable"
         )
     return replace(place, slots=slots, gpus=named[:slots])
-
-
-def usual_slots(config: Config, nodes: int, num_gpus: int) -> int:
-    """Of a node's GPUs as many as the batch divides over on all nodes; two CPU ranks (or one) without GPUs."""
-    most = num_gpus or CPU_RANKS
-    micro_batches = config.data.global_batch // config.data.micro_batch
-    return next((slots for slots in range(most, 0, -1) if micro_batches % (nodes * slots) == 0), most)
 
 
 def hostfile(place: Place) -> str:
