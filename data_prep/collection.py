@@ -16,7 +16,10 @@ class Reader(Protocol):
     """One place that samples lie in: an archive, a folder. Used by forked workers; opens what it needs lazily."""
 
     def read_into(self, view: memoryview, offset: int, name: str) -> None:
-        """Fills `view` with the bytes of the sample at `offset`; raises `OSError` where that fails."""
+        """Fills `view` with the bytes of the sample at `offset`.
+
+        Raises `OSError` where that fails, and `RefusedError` where the source itself says that the sample is damaged.
+        """
         ...
 
     def prefetch(self, offset: int, length: int) -> None:

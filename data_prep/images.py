@@ -1,32 +1,38 @@
 """One image: is it whole, what kind is it, how large is it upright, and does DALI need it converted.
 
-JPEG and PNG are stored as they came; a JPEG that only lacks its end marker, or half of it, gets one. What DALI's
-decoders do not take alike on CPU and GPU (CMYK, 16 bits, other formats) is converted to an 8-bit PNG, which loses
-nothing that they would have kept.
+JPEG and PNG are stored as they came; a JPEG that only lacks its end marker, or half of it, gets one, and one whose
+orientation readers disagree about gets an EXIF block that says it plainly. What DALI's decoders do not take alike on
+CPU and GPU (CMYK, 16 bits, other formats) is converted to an 8-bit PNG, which loses nothing that they would have kept.
 """
 
 import io
+import logging
+import re
+import struct
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from data_prep.image_headers import Header, HeaderError, read_jpeg, read_png
+from pipeline.data.image_headers import Header, HeaderError, jpeg_segments, read_header
 
 MAX_IMAGE_BYTES = 64 << 20
 """Largest file that is taken as an image: bounds the memory of a worker."""
 MAX_PIXELS = 89_478_485
 """Most pixels of an image: Pillow's own limit against decompression bombs, 268 MB as RGB."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Pillow's names of the formats that are opened. It knows more, of which some start other programs (PostScript)."""
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 # Zeros in place of the end marker let the decoder finish its look-ahead, and starve it where image data are missing.
 _LOOK_AHEAD = bytes(16)
 _OTHER_LOOK_AHEAD = b"\xfe" * 16  # differs from the first bit on: a single missing bit shows
-_JPEG_MAGIC = b"\xff\xd8\xff"
+_NEEDED = 8  # bytes at the end of the image data without which an image must differ
 _END_OF_JPEG = b"\xff\xd9"
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below, against MAX_PIXELS
+_DAMAGED_METADATA = (OSError, ValueError, SyntaxError, KeyError, TypeError, IndexError, EOFError, struct.error)
+"""What Pillow raises where it cannot read an EXIF block."""
 
 
 class RefusedError(ValueError):
@@ -46,6 +52,8 @@ class Inspected:
     """What is counted in the summary: the format, and what is out of the ordinary."""
     converted: bytes | None
     """The bytes to store in place of the file's, or None to store the file."""
+    warnings: tuple[str, ...] = ()
+    """What the image library had to say, each kind once, with N for every number."""
 
 
 def inspect(data: memoryview, *, decode: bool = True, resize: int = 0, quality: int = 90) -> Inspected:
@@ -60,48 +68,96 @@ def inspect(data: memoryview, *, decode: bool = True, resize: int = 0, quality: 
     Raises:
         RefusedError: empty, truncated, not an image, or larger than the limits above.
     """
-    header = _read_header(data)
+    with _warnings_heard() as heard:
+        found = _inspect(data, decode, resize, quality)
+    return replace(found, warnings=tuple(dict.fromkeys(_kind_of_warning(entry) for entry in heard)))
+
+
+def _inspect(data: memoryview, decode: bool, resize: int, quality: int) -> Inspected:
+    if not len(data):
+        raise RefusedError("empty file")
+    try:
+        header = read_header(data)
+    except HeaderError as error:
+        raise RefusedError(str(error)) from None
     if header is None:
         return _convert_other(data, resize, quality)
     if header.height * header.width > MAX_PIXELS:
         raise RefusedError(f"{header.width}x{header.height} pixels, more than {MAX_PIXELS}")
-    extension = "jpg" if header.kind == "jpeg" else "png"
-    height, width = (header.width, header.height) if header.orientation > 4 else (header.height, header.width)
-    kinds = _kinds(header)
-    must_convert = (header.components == 4 and header.kind == "jpeg") or header.depth > 8 or header.unusual
-    must_convert |= header.kind == "png" and header.orientation > 1
-    if header.truncated and header.kind == "jpeg":
+    if header.damage:
+        raise RefusedError(header.damage)
+    jpeg = header.kind == "jpeg"
+    if header.truncated and jpeg:
         _require_all_data(data, header)
+    orientation = header.orientation
+    if header.doubtful or header.noted_elsewhere:
+        orientation = _orientation(_opened(data))
+    kinds = _kinds(header, orientation)
+    height, width = (header.width, header.height) if orientation > 4 else (header.height, header.width)
     if resize and min(height, width) > resize:
-        return _resized(data, kinds, resize, quality)
-    if must_convert:
-        image = _decoded(data, header)
+        return _resized(data, header, kinds, resize, quality)
+    must_convert = (jpeg and header.components == 4) or header.depth > 8 or header.unusual or header.rgb
+    # DALI would turn a PNG by its EXIF block, or would not, by its version and the place of the block.
+    must_convert |= not jpeg and (orientation > 1 or header.doubtful or header.truncated)
+    # A file without its end marker is suspect enough to look at all of it.
+    image = _decoded(data, header) if decode or must_convert or header.truncated else None
+    if must_convert and image is not None:
         return _as_png(image, (*kinds, "converted to png"))
-    if header.truncated:  # a file without its end marker is suspect enough to look at all of it
-        image = _decoded(data, header)
-        if header.kind == "png":
-            return _as_png(image, (*kinds, "converted to png"))
-        completed = bytes(data[: header.scan_end]) + _END_OF_JPEG  # Pillow reads it without, DALI does not
-        return Inspected(extension, height, width, (*kinds, "end marker added"), completed)
-    if decode:
-        _decoded(data, header)
-    return Inspected(extension, height, width, kinds, None)
+    if not jpeg:
+        return Inspected("png", height, width, kinds, None)
+    stored, changes = _mended(data, header, orientation)
+    return Inspected("jpg", height, width, (*kinds, *changes), stored)
 
 
-def _read_header(data: memoryview) -> Header | None:
-    if not len(data):
-        raise RefusedError("empty file")
+def _mended(data: memoryview, header: Header, orientation: int) -> tuple[bytes | None, tuple[str, ...]]:
+    """The JPEG as DALI needs it, None where it is so already, and what was changed."""
+    stored, changes = None, ()
+    if header.truncated:
+        stored = bytes(data[: header.scan_end]) + _END_OF_JPEG  # Pillow reads it without, DALI does not
+        changes = ("end marker added",)
+    if header.doubtful or orientation != header.orientation:
+        stored = _with_plain_exif(data if stored is None else memoryview(stored), orientation)
+        changes = (*changes, "EXIF rewritten")
+    return stored, changes
+
+
+def _with_plain_exif(data: memoryview, orientation: int) -> bytes:
+    """The JPEG with its orientation in one EXIF block, in place of all EXIF and XMP; no pixel changes."""
+    body = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, ExifTags.Base.Orientation, 3, 1, orientation, 0, 0)
+    exif = struct.pack(">HH", 0xFFE1, len(body) + 2) + body
+    segments = list(jpeg_segments(data))
+    first = [data[start:end] for marker, start, end in segments if marker == 0xE0]  # JFIF wants to be first
+    others = [data[start:end] for marker, start, end in segments if marker not in (0xE0, 0xE1)]
+    return b"".join((data[:2], *first, exif, *others, data[segments[-1][2] :]))
+
+
+class _ToWarning(logging.Handler):
+    """Turns what the image library logs into warnings, so that there is one stream of them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warnings.warn(record.getMessage(), stacklevel=2)
+
+
+@contextmanager
+def _warnings_heard() -> Iterator[list[warnings.WarningMessage]]:
+    """Keeps what Pillow says from being printed line by line, without the file's name; it lies in the list then."""
+    log, handler = logging.getLogger("PIL"), _ToWarning(logging.WARNING)
+    propagate, log.propagate = log.propagate, False
+    log.addHandler(handler)
     try:
-        if data[:3] == _JPEG_MAGIC:
-            return read_jpeg(data)
-        if data[:8] == _PNG_MAGIC:
-            return read_png(data)
-    except HeaderError as error:
-        raise RefusedError(str(error)) from None
-    return None
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            yield heard
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
 
 
-def _kinds(header: Header) -> tuple[str, ...]:
+def _kind_of_warning(entry: warnings.WarningMessage) -> str:
+    return re.sub(r"\d+", "N", " ".join(str(entry.message).split()))[:200]
+
+
+def _kinds(header: Header, orientation: int) -> tuple[str, ...]:
     kinds = [header.kind]
     if header.components == 1:
         kinds.append("greyscale")
@@ -109,21 +165,47 @@ def _kinds(header: Header) -> tuple[str, ...]:
         kinds.append("cmyk" if header.kind == "jpeg" else "alpha")
     if header.depth > 8:
         kinds.append(f"{header.depth}-bit")
-    if header.orientation > 1:
+    if orientation > 1:
         kinds.append("exif-rotated")
     if header.truncated:
         kinds.append("no end marker")
-    if header.unusual:
+    if header.unusual or header.rgb:
         kinds.append("unusual coding")
     return tuple(kinds)
 
 
 def _require_all_data(data: memoryview, header: Header) -> None:
-    """Refuses a JPEG without end marker that lost image data, too: what follows its last byte shows in the pixels."""
+    """Refuses a JPEG without end marker that lost image data, too: what follows its last byte shows in the pixels.
+
+    The last bytes must count as well: where they do not, they are no image data but what a broken download left, such
+    as the zeros of a file that was given its full size at once.
+    """
     if not header.scan_end:
         raise RefusedError("truncated: no end marker, so that of its several scans some may be missing")
-    if _decoded(data, header).tobytes() != _decoded(data, header, look_ahead=_OTHER_LOOK_AHEAD).tobytes():
+    pixels = _decoded(data, header).tobytes()
+    if pixels != _decoded(data, header, look_ahead=_OTHER_LOOK_AHEAD).tobytes():
         raise RefusedError("truncated: image data are missing")
+    num_needed = min(_NEEDED, (header.scan_end - header.scan_start) // 2)
+    shorter = replace(header, scan_end=header.scan_end - num_needed)
+    try:
+        unneeded = pixels == _decoded(data, shorter, look_ahead=_OTHER_LOOK_AHEAD).tobytes()
+    except RefusedError:  # starved, as it should be
+        return
+    if unneeded:
+        raise RefusedError("truncated: no end marker, and something else than image data at the end")
+
+
+def _opened(data: memoryview | bytes) -> Image.Image:
+    """The image with its header read, or the reason why not."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise RefusedError("not an image: no known format") from None
+    except Exception as error:  # a parser fed with broken bytes raises whatever it meets
+        raise RefusedError(f"cannot be decoded: {_one_line(error)}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise RefusedError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+    return image
 
 
 def _decoded(
@@ -133,22 +215,13 @@ def _decoded(
     look_ahead: bytes = _LOOK_AHEAD,
 ) -> Image.Image:
     """Every pixel of the image, or the reason why not."""
-    if header is not None and header.scan_end:
-        stream = io.BytesIO(b"".join((data[: header.scan_end], look_ahead)))
-    else:
-        stream = io.BytesIO(data)
+    cut = header is not None and header.scan_end
+    image = _opened(b"".join((data[: header.scan_end], look_ahead)) if header is not None and cut else data)
     try:
-        image = Image.open(stream)
-        if image.width * image.height > MAX_PIXELS:
-            raise RefusedError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
         if draft:
             image.draft(None, draft)
         image.load()
-    except RefusedError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise RefusedError("not an image: no known format") from None
-    except Exception as error:  # a decoder fed with broken bytes raises whatever its parser meets
+    except Exception as error:  # a decoder fed with broken bytes raises whatever it meets
         raise RefusedError(f"cannot be decoded: {_one_line(error)}") from None
     return image
 
@@ -168,13 +241,25 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         if values.min(initial=0) < 0 or values.max(initial=0) > 0xFFFF:
             raise RefusedError("32-bit pixels have no agreed range; convert the image to 8 bits first")
         return Image.fromarray((values >> 8).astype(np.uint8))
-    return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+    try:
+        return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+    except ValueError:
+        raise RefusedError(f"pixels of the kind {image.mode} are not read; convert the image to RGB first") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation that Pillow follows, 1 to 8."""
+    try:
+        stated = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DAMAGED_METADATA:  # an unreadable block turns nothing
+        return 1
+    return next((value for value in range(2, 9) if stated == value), 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError):  # an unreadable EXIF block turns nothing
+    except _DAMAGED_METADATA:
         return image
 
 
@@ -186,8 +271,7 @@ def _as_png(image: Image.Image, kinds: tuple[str, ...]) -> Inspected:
     return Inspected("png", image.height, image.width, kinds, stream.getvalue())
 
 
-def _resized(data: memoryview, kinds: tuple[str, ...], side: int, quality: int) -> Inspected:
-    header = _read_header(data)
+def _resized(data: memoryview, header: Header | None, kinds: tuple[str, ...], side: int, quality: int) -> Inspected:
     if header is not None and header.scan_end and header.components != 4:
         # The JPEG decoder itself shrinks by powers of two, for far less time; twice the target keeps the quality.
         scale = 2 * side / min(header.height, header.width)
@@ -210,5 +294,5 @@ def _convert_other(data: memoryview, resize: int, quality: int) -> Inspected:
     image = _decoded(data)
     kinds = ((image.format or "unknown").lower(),)
     if resize and min(image.size) > resize:
-        return _resized(data, kinds, resize, quality)
+        return _resized(data, None, kinds, resize, quality)
     return _as_png(image, (*kinds, "converted to png"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from data_prep.images import FORMATS
 from data_prep.plan import shuffled
 from data_prep.progress import size
 from data_prep.state import STATE_NAME, load_state
@@ -110,7 +111,7 @@ def _image_bytes(store: Store, split: str, manifest: Manifest, table: np.ndarray
 
 def _tile(data: bytes) -> Image.Image:
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS)).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(
             f"a sample cannot be decoded ({error}); check the set with python -m data_prep verify --decode"

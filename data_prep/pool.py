@@ -4,9 +4,11 @@
 the next run is working on.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -15,6 +17,7 @@ from typing import Any
 from pipeline.errors import DataError
 
 _PARENT_CHECK_S = 1.0
+_PR_SET_PDEATHSIG = 1  # of prctl(2), Linux
 
 
 class StopRequestedError(Exception):
@@ -38,10 +41,20 @@ class _ParentGoneError(Exception):
     pass
 
 
+def _die_with_parent() -> None:
+    """Has the system kill this process when its parent ends, whatever either is doing then.
+
+    A worker that waits in a decoder looks at nothing. Where the system has no such call, `_serve` looks now and then.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve(connection: Connection, work: Work, parent: int, others: Sequence[Connection]) -> None:
     """The worker's loop: a task in, its events and its result out."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what Ctrl-C means, and a signal to the group
         signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
     for other in others:
         other.close()
 
@@ -51,6 +64,8 @@ def _serve(connection: Connection, work: Work, parent: int, others: Sequence[Con
         connection.send(("progress", value))
 
     try:
+        if os.getppid() != parent:  # it ended before it could be bound to us
+            return
         while True:
             while not connection.poll(_PARENT_CHECK_S):
                 if os.getppid() != parent:

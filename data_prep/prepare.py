@@ -26,6 +26,7 @@ from pipeline.errors import DataError
 QUARANTINE_NAME = "quarantine.jsonl"
 _UPLOADS = 4
 _PROBES = 48
+_WARNINGS_TOLD = 20
 Say = Callable[[str], None]
 
 
@@ -241,6 +242,7 @@ def _finish(jobs: list[_Job], store: Store, state: State, allowed_bad: AllowedBa
             "shards": sum(record.shard.num_samples > 0 for record in job.records.values()),
         }  # fmt: skip
         _summarise(state.counts[name], name, say)
+        _tell_warnings(job, say)
         if len(refusals) > allowed_bad.limit(num_in) or not num_out:
             too_many.append((name, refusals, num_in))
     if too_many:
@@ -272,6 +274,19 @@ def _summarise(counts: dict, name: str, say: Say) -> None:
         f"{name}: {counts['in']:,} in = {counts['out']:,} out + {counts['refused']:,} refused; "
         f"{counts['shards']} shards, {size(counts['bytes'])}; {kinds}"
     )
+
+
+def _tell_warnings(job: _Job, say: Say) -> None:
+    """What the image library had to say of kept images, a line a kind."""
+    told: dict[str, tuple[int, str]] = {}
+    for name in sorted(job.records):
+        for text, (count, first) in job.records[name].warnings.items():
+            earlier, first = told.get(text, (0, first))
+            told[text] = (earlier + count, first)
+    for text, (count, first) in sorted(told.items())[:_WARNINGS_TOLD]:
+        say(f"{job.split.name}: {count:,} images that are kept, {first} the first: {text}")
+    if len(told) > _WARNINGS_TOLD:
+        say(f"{job.split.name}: and {len(told) - _WARNINGS_TOLD} more kinds of warnings")
 
 
 def _is_whole(store: Store, state: State) -> bool:

@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from data_prep.collection import Refusal, Split
 from data_prep.images import MAX_IMAGE_BYTES, RefusedError, inspect
 from data_prep.plan import Options, Plan
+from data_prep.sources.tars import members_inside
 from data_prep.tar_format import BLOCK, IMAGE_AT, INDEX_VERSION, HeaderMaker, end_of_tar, index_line, padded, sample_key
 from pipeline.data.manifest import SAMPLE_DTYPE, Shard
 from pipeline.errors import DataError
@@ -40,6 +41,8 @@ class Record:
     shard: Shard
     refusals: tuple[Refusal, ...]
     kinds: dict[str, int]
+    warnings: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """What the image library had to say: of how many images, and the name of the first."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -51,6 +54,7 @@ class Record:
             shard=Shard(**document["shard"]),
             refusals=tuple(Refusal(**refusal) for refusal in document["refusals"]),
             kinds=document["kinds"],
+            warnings={text: (count, first) for text, (count, first) in document.get("warnings", {}).items()},
         )
 
 
@@ -145,6 +149,7 @@ class _Content:
     index: bytes
     refusals: tuple[Refusal, ...]
     kinds: Counter
+    warnings: dict[str, tuple[int, str]]
 
 
 def _write_samples(
@@ -152,7 +157,7 @@ def _write_samples(
 ) -> _Content:
     """Streams the samples of shard `number` into `stream`."""
     first, last = int(plan.bounds[number]), int(plan.bounds[number + 1])
-    rows, lines, refusals, kinds = [], [], [], Counter()
+    rows, lines, refusals, kinds, warnings = [], [], [], Counter(), {}
     num_images = num_bytes = 0
     reported = time.monotonic()
     for position in range(first, last):
@@ -164,7 +169,7 @@ def _write_samples(
         name, label = split.names[source], int(split.labels[source])
         key = sample_key(position, name)
         start = stream.position
-        length = int(split.lengths[source])
+        length, room = int(split.lengths[source]), memoryview(b"")
         try:
             if length > MAX_IMAGE_BYTES:
                 raise RefusedError(f"{length} bytes, more than the {MAX_IMAGE_BYTES} that an image may have")
@@ -172,8 +177,11 @@ def _write_samples(
             start = stream.position
             split.readers[split.places[source]].read_into(room, int(split.offsets[source]), name)
             found = inspect(room, decode=options.decode, resize=options.resize, quality=options.quality)
+            # What is kept has its end where it should be; of other formats we cannot know.
+            if found.converted is not None and (swallowed := members_inside(room)):
+                raise RefusedError(swallowed)
         except RefusedError as error:
-            refusals.append(Refusal(name=name, reason=str(error)))
+            refusals.append(Refusal(name=name, reason=_reason(error, room)))
             kinds["refused"] += 1
         else:
             if found.converted is not None:
@@ -185,6 +193,9 @@ def _write_samples(
             lines.append(index_line(start, key, len(text), found.extension, length))
             rows.append((start + IMAGE_AT, length, label, found.height, found.width))
             kinds.update(found.kinds)
+            for text in found.warnings:
+                count, first = warnings.get(text, (0, name))
+                warnings[text] = (count + 1, first)
         num_images, num_bytes = num_images + 1, num_bytes + length
         if time.monotonic() - reported > _REPORT_EVERY_S:
             report(num_images, num_bytes)
@@ -192,8 +203,17 @@ def _write_samples(
     report(num_images, num_bytes)
     index = f"{INDEX_VERSION} {len(lines)}\n" + "".join(lines)
     return _Content(
-        rows=np.array(rows, dtype=SAMPLE_DTYPE), index=index.encode(), refusals=tuple(refusals), kinds=kinds
+        rows=np.array(rows, dtype=SAMPLE_DTYPE),
+        index=index.encode(),
+        refusals=tuple(refusals),
+        kinds=kinds,
+        warnings=warnings,
     )
+
+
+def _reason(error: RefusedError, room: memoryview) -> str:
+    swallowed = members_inside(room)
+    return f"{error}; {swallowed}" if swallowed and swallowed != str(error) else str(error)
 
 
 def write_shard(
@@ -233,7 +253,8 @@ def write_shard(
         sync_folder(folder)
     else:  # all refused: an empty tar would only trouble its readers
         temporary.unlink()
-    record = Record(shard=shard, refusals=content.refusals, kinds=dict(sorted(content.kinds.items())))
+    kinds, warnings = dict(sorted(content.kinds.items())), dict(sorted(content.warnings.items()))
+    record = Record(shard=shard, refusals=content.refusals, kinds=kinds, warnings=warnings)
     durable_write(folder / RECORDS / f"{name}.json", record.to_json().encode())
     return record
 

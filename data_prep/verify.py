@@ -216,6 +216,8 @@ def _look(image: memoryview, decode: bool, where: str, faults: list[str]) -> tup
     except RefusedError as error:
         faults.append(f"{where}: {error}")
         return 0, 0
+    if found.converted is not None:
+        faults.append(f"{where}: decoders differ about it ({', '.join(found.kinds)}); pack the source again")
     return found.height, found.width
 
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 BASE = {"pipeline", "pipeline.errors", "pipeline.cores"}
 CONFIG = BASE | {"pipeline.config", "pipeline.config_network", "pipeline.config_training"}
 MANIFEST = "pipeline.data.manifest"
+IMAGES = "pipeline.data.image_headers"
 
 # Longest prefix wins; a module may import its own room and what is listed.
 ALLOWED = {
@@ -65,7 +66,7 @@ ALLOWED = {
     "pipeline.assemble": {"pipeline"},
     "pipeline.train": {"pipeline"},
     "launch": {"pipeline", "launch"},
-    "data_prep": BASE | {MANIFEST, "data_prep"},
+    "data_prep": BASE | {MANIFEST, IMAGES, "data_prep"},
 }
 
 

@@ -1,25 +1,18 @@
 """The members of a folder or an archive of any format, what reads them, and what tells whether they changed."""
 
-import bz2
-import gzip
 import hashlib
-import lzma
 import os
 import stat
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_prep.collection import Reader
 from data_prep.progress import size
 from data_prep.shards import TEMPORARY
-from data_prep.sources.readers import FileReader, FolderReader, ZipReader
+from data_prep.sources.readers import FileReader, FolderReader, ZipReader, is_compressed, unpacked
 from data_prep.sources.tars import Member, member, walk_tar
 from data_prep.sources.zips import walk_zip
-from pipeline.errors import ConfigError, DataError
-
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-_CHUNK = 4 << 20
+from pipeline.errors import ConfigError
 
 
 def existing(path: str, option: str) -> Path:
@@ -85,24 +78,15 @@ def open_collection(path: Path, work: Path, say: Callable[[str], None]) -> tuple
         magic = file.read(8)
     if magic[:4] in (b"PK\3\4", b"PK\5\6"):
         return walk_zip(path), ZipReader(path)
-    for start, opener in _COMPRESSED.items():
-        if magic.startswith(start):
-            path = _unpack(path, opener, work, say)
-            break
-    return walk_tar(path), FileReader(path)
+    if is_compressed(magic):
+        path = _unpack(path, work, say)
+    return walk_tar(path, say=say), FileReader(path)
 
 
-def _unpack(path: Path, opener: Callable, work: Path, say: Callable[[str], None]) -> Path:
+def _unpack(path: Path, work: Path, say: Callable[[str], None]) -> Path:
     target = work / f"{TEMPORARY}{path.name}.unpacked"
     say(f"unpacking {path} ({size(path.stat().st_size)}) once, to {target}, which is removed at the end")
-    try:
-        with opener(path, "rb") as packed, open(target, "wb") as out:
-            while chunk := packed.read(_CHUNK):
-                out.write(chunk)
-    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} is cut off or damaged ({error}); download it again") from None
-    except OSError as error:
-        if error.errno is None:  # bz2 says so that its data are damaged
-            raise DataError(f"{path} is cut off or damaged ({error}); download it again") from None
-        raise
+    with open(target, "wb") as out:
+        for chunk in unpacked(path):
+            out.write(chunk)
     return target

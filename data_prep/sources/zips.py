@@ -3,12 +3,18 @@
 Our own reading of the central directory, for the reason that `tars.py` gives: `zipfile` keeps a kilobyte a member.
 """
 
+import mmap
 import os
 import stat
 import struct
+from array import array
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
+import numpy as np
+
+from data_prep.sources.readers import LOCAL_HEADER
 from data_prep.sources.tars import Member, member
 from pipeline.errors import DataError
 
@@ -16,31 +22,50 @@ _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
+_END64_HEAD = 12  # bytes of that record which its own length leaves out
 _CHUNK = 1 << 20
+_SLACK = 96  # bytes between members that need no look: extra fields and descriptors, and no image with its header
 _DEFLATE_RATIO = 1032  # no deflated byte stands for more
 _FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
+_AGAIN = "download it again"
 
 
 def walk_zip(path: Path) -> Iterator[Member]:
-    """The members of the zip `path`; `DataError` where it is damaged or cut off."""
+    """The members of the zip `path`.
+
+    Raises:
+        DataError: it is damaged or cut off, or has something before or behind it, as two zips joined.
+    """
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
         at, size, num_entries = _directory(file.fileno(), path, total)
-        file.seek(at)
-        buffer = b""
-        left = size
-        for _ in range(num_entries):
-            while len(buffer) < _ENTRY.size or len(buffer) < _entry_length(buffer):
-                chunk = file.read(min(_CHUNK, left))
-                if not chunk:
-                    raise DataError(f"{path} is damaged: its directory ends early; download it again")
-                left -= len(chunk)
-                buffer += chunk
-            length = _entry_length(buffer)
-            if buffer[:4] != b"PK\1\2":
-                raise DataError(f"{path} is damaged: its directory holds something else; download it again")
-            yield _member(buffer[:length], path, total)
-            buffer = buffer[length:]
+        places, listed = array("q"), set()  # where each member begins, and where it ends at the earliest
+        for entry in _entries(file, at, size, path):
+            found, end = _member(entry, path, at)
+            places.extend((found.offset, end))
+            listed.add(hash(found.name))
+            yield found
+        if (num_found := len(places) // 2) % (_FULL_16 + 1) != num_entries % (_FULL_16 + 1):
+            raise DataError(f"{path} is damaged: its directory lists {num_found} members of {num_entries}; {_AGAIN}")
+        yield from _unlisted(file, np.array(places, dtype=np.int64).reshape(-1, 2), at, listed)
+
+
+def _entries(file: BufferedReader, at: int, size: int, path: Path) -> Iterator[bytes]:
+    """The entries of the central directory. The end record's 16 bits may not count them: they fill `size` bytes."""
+    file.seek(at)
+    buffer, left = b"", size
+    while left or buffer:
+        while len(buffer) < _ENTRY.size or len(buffer) < _entry_length(buffer):
+            chunk = file.read(min(_CHUNK, left))
+            if not chunk:
+                raise DataError(f"{path} is damaged: its directory ends early; {_AGAIN}")
+            left -= len(chunk)
+            buffer += chunk
+        length = _entry_length(buffer)
+        if buffer[:4] != b"PK\1\2":
+            raise DataError(f"{path} is damaged: its directory holds something else; {_AGAIN}")
+        yield buffer[:length]
+        buffer = buffer[length:]
 
 
 def _entry_length(buffer: bytes) -> int:
@@ -52,35 +77,70 @@ def _directory(handle: int, path: Path, total: int) -> tuple[int, int, int]:
     """Offset, size and number of entries of the central directory of a file of `total` bytes."""
     tail_at = max(0, total - _END.size - _FULL_16)
     tail = os.pread(handle, total - tail_at, tail_at)
-    found = tail.rfind(b"PK\5\6")
-    if found < 0 or found + _END.size > len(tail):
-        raise DataError(f"{path} is not a zip archive, or is cut off; download it again")
+    found = len(tail)
+    while (found := tail.rfind(b"PK\5\6", 0, found)) >= 0:
+        # The comment behind the record must fill the file: else it is none, or something was put behind the zip.
+        if found + _END.size <= len(tail) and found + _END.size + _END.unpack_from(tail, found)[-1] == len(tail):
+            break
+    if found < 0:
+        behind = "has something behind its end, " if b"PK\5\6" in tail else ""
+        raise DataError(f"{path} is not a zip archive, {behind}or is cut off; {_AGAIN}")
     _, _, _, _, num_entries, size, at, _ = _END.unpack_from(tail, found)
-    locator = found - _END64_LOCATOR.size
-    if (
-        (num_entries == _FULL_16 or _FULL_32 in (size, at))
-        and locator >= 0
-        and tail[locator : locator + 4] == b"PK\6\7"
-    ):
+    end, locator = tail_at + found, found - _END64_LOCATOR.size
+    if locator >= 0 and tail[locator : locator + 4] == b"PK\6\7":
         _, _, end64, _ = _END64_LOCATOR.unpack_from(tail, locator)
         record = os.pread(handle, _END64.size, min(end64, total))
         if len(record) < _END64.size or record[:4] != b"PK\6\6":
-            raise DataError(f"{path} is damaged: its directory cannot be found; download it again")
-        *_, num_entries, size, at = _END64.unpack(record)
-    if at + size > total:
-        raise DataError(f"{path} is cut off or has something before it; download it again")
+            raise DataError(f"{path} is damaged: its directory cannot be found; {_AGAIN}")
+        _, length, *_, num_entries, size, at = _END64.unpack(record)
+        if end64 + _END64_HEAD + length != tail_at + locator:
+            raise DataError(f"{path} is damaged: something lies between the two records that end it; {_AGAIN}")
+        end = end64
+    if at + size != end:
+        raise DataError(
+            f"{path} is damaged, or has something before it, as two zips joined or a zip that unpacks itself: its "
+            f"directory is {end - at - size} bytes from where it should be; {_AGAIN}, or unpack it and give the folder"
+        )
     return at, size, num_entries
 
 
-def _member(entry: bytes, path: Path, total: int) -> Member:
+def _unlisted(file: BufferedReader, places: np.ndarray, directory: int, listed: set[int]) -> Iterator[Member]:
+    """Members that lie in the file but not in its directory, refused; older copies of listed ones are none.
+
+    Args:
+        places: `(n, 2)` int64, offset of each listed member and the earliest that it can end.
+        directory: offset of the directory, where members end.
+        listed: hashes of the listed names.
+    """
+    places = places[np.argsort(places[:, 0], kind="stable")]
+    ends = np.maximum.accumulate(np.concatenate([[0], places[:, 1]]))
+    starts = np.concatenate([places[:, 0], [directory]])
+    gaps = np.flatnonzero(starts - ends > _SLACK)
+    if not len(gaps):
+        return
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for gap in gaps:
+            at, end = int(ends[gap]), int(starts[gap])
+            while 0 <= (at := mapped.find(b"PK\3\4", at, end)) <= end - LOCAL_HEADER:
+                packed, name_length, extra_length = struct.unpack_from("<L4x2H", mapped, at + 18)
+                name = mapped[at + LOCAL_HEADER : at + LOCAL_HEADER + name_length].replace(b"\\", b"/")
+                found = member(name, at, 0, folder=name.endswith(b"/"), kind="not listed in the zip's directory")
+                if hash(found.name) not in listed:
+                    yield found
+                at += LOCAL_HEADER + name_length + extra_length + packed
+
+
+def _member(entry: bytes, path: Path, limit: int) -> tuple[Member, int]:
+    """What an entry of the directory says, and the earliest that its member can end; members lie before `limit`."""
     fields = _ENTRY.unpack_from(entry)
     flags, method, packed, length = fields[3], fields[4], fields[8], fields[9]
     name_length, extra_length, external, offset = fields[10], fields[11], fields[15], fields[16]
     name = entry[_ENTRY.size : _ENTRY.size + name_length]
     extra = entry[_ENTRY.size + name_length : _ENTRY.size + name_length + extra_length]
     length, packed, offset = _widen(extra, length, packed, offset)
-    if offset + packed > total:
-        raise DataError(f"{path} is damaged: a member lies behind the end of the file; download it again")
+    end = offset + LOCAL_HEADER + name_length + packed
+    if end > limit:
+        raise DataError(f"{path} is damaged: a member lies behind the end of the file; {_AGAIN}")
     if not flags & 0x800:  # names without the UTF-8 flag are in the code page of the first PC
         name = name if name.isascii() else name.decode("cp437").encode()
     mode = external >> 16
@@ -95,7 +155,8 @@ def _member(entry: bytes, path: Path, total: int) -> Member:
         kind = f"compressed by method {method}, of which only 0 (stored) and 8 (deflate) are read"
     elif length > packed * (_DEFLATE_RATIO if method else 1):
         kind = f"said to hold {length} bytes, more than its {packed} packed bytes can"
-    return member(name.replace(b"\\", b"/"), offset, length, folder=name.endswith(b"/"), kind=kind)
+    name = name.replace(b"\\", b"/")
+    return member(name, offset, length, folder=name.endswith(b"/"), kind=kind), end
 
 
 def _widen(extra: bytes, length: int, packed: int, offset: int) -> tuple[int, int, int]:

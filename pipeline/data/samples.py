@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.data.image_headers import HeaderError, TruncatedError, read_header
 from pipeline.data.shards import Shards
 from pipeline.errors import DataError
 
@@ -30,14 +31,20 @@ class Taken(NamedTuple):
     """Slot → number of the bad sample that was asked for there."""
 
 
-def truncated(encoded: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end. Decoders fill the missing part of a JPEG with grey and say nothing."""
-    if encoded[:2] == b"\xff\xd8":
-        # A marker's byte pair cannot occur in coded data, and a thumbnail's end comes before the image's start of scan.
-        return encoded[-2:] != b"\xff\xd9" and encoded.rfind(b"\xff\xd9") <= encoded.rfind(b"\xff\xda")
-    if encoded[:4] == b"\x89PNG":
-        return b"IEND" not in encoded[-64:]
-    return False
+def flaw(encoded: bytes) -> str:
+    """Why a JPEG or PNG is not whole, by the same reading as when it was packed; empty where it is.
+
+    Decoders fill the missing part of a JPEG with grey and say nothing.
+    """
+    try:
+        header = read_header(encoded)
+    except TruncatedError:
+        return TRUNCATED
+    except HeaderError:
+        return UNDECODABLE
+    if header is None:
+        return ""
+    return TRUNCATED if header.truncated else UNDECODABLE if header.damage else ""
 
 
 class Samples:
@@ -89,8 +96,8 @@ class Samples:
         except (OSError, EOFError):
             self.bad[number] = UNREADABLE
             return None
-        if truncated(content):
-            self.bad[number] = TRUNCATED
+        if reason := flaw(content):
+            self.bad[number] = reason
             return None
         return content
 
