@@ -162,7 +162,7 @@ def random_resized_crop(image: Image.Image) -> torch.Tensor:
 
 
 def _decode(encoded: bytes) -> torch.Tensor:
-    return random_resized_crop(Image.open(io.BytesIO(encoded), formats=("JPEG",)))
+    return random_resized_crop(Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")))
 
 
 def webdataset_pillow(path: str, threads: int) -> Generator[torch.Tensor, None, None]:

@@ -73,7 +73,7 @@ def make_folder(folder: Path, images: list[tuple[str, bytes]], num_bytes: int) -
 
 def _decode(paths: list[str]) -> int:
     for path in paths:
-        with Image.open(path, formats=("JPEG",)) as image:
+        with Image.open(path, formats=("JPEG", "PNG")) as image:
             image.load()
     return len(paths)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from pipeline.data.image_headers import Header, HeaderError, jpeg_segments, read_header
+from pipeline.data.image_headers import JPEG_MAGIC, PNG_MAGIC, Header, HeaderError, jpeg_segments, read_header
 
 MAX_IMAGE_BYTES = 64 << 20
 """Largest file that is taken as an image: bounds the memory of a worker."""
@@ -87,6 +87,8 @@ def _inspect(data: memoryview, decode: bool, resize: int, quality: int) -> Inspe
     if header.damage:
         raise RefusedError(header.damage)
     jpeg = header.kind == "jpeg"
+    if jpeg and header.depth != 8:
+        raise RefusedError(f"{header.depth} bits a component, where JPEG decoders take 8; convert it to 8 bits first")
     if header.truncated and jpeg:
         _require_all_data(data, header)
     orientation = header.orientation
@@ -200,6 +202,8 @@ def _opened(data: memoryview | bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
+        if data[:3] == JPEG_MAGIC or data[:8] == PNG_MAGIC:
+            raise RefusedError("cannot be decoded: a header that no decoder here reads") from None
         raise RefusedError("not an image: no known format") from None
     except Exception as error:  # a parser fed with broken bytes raises whatever it meets
         raise RefusedError(f"cannot be decoded: {_one_line(error)}") from None

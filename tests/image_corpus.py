@@ -163,6 +163,8 @@ def jpegs() -> dict[str, bytes]:
         "cmyk": jpeg(picture("CMYK")),
         "rgb_by_adobe": rgb_jpeg(),
         "rgb_by_component_names": without_adobe(rgb_jpeg()),
+        "jfif_and_adobe_rgb": with_segments(jpeg(), segment(0xEE, b"Adobe\0\x64\0\0\0\0\0"), after_app0=True),
+        "adobe_ycc": with_segments(jpeg(), segment(0xEE, b"Adobe\0\x64\0\0\0\0\1"), after_app0=True),
         "extended_sequential": jpeg().replace(b"\xff\xc0\x00\x11", b"\xff\xc1\x00\x11"),
         "arithmetic": base64.b64decode(ARITHMETIC),
         "no_jfif": without_app0(plain),
@@ -175,7 +177,6 @@ def jpegs() -> dict[str, bytes]:
         "jfxx_thumbnail": with_segments(plain, segment(0xE0, b"JFXX\0\x10" + thumbnail), after_app0=True),
         "photoshop": with_segments(plain, segment(0xED, b"Photoshop 3.0\08BIM\x04\x04\0\0\0\0\0\0")),
         "mpf": mpf(plain, thumbnail),
-        "lone_tem_marker": with_segments(plain, b"\xff\x01"),
     }
     made |= {f"size_{w}x{h}": jpeg(Image.new("RGB", (w, h), "teal")) for w, h in ((1, 1), (1, 31), (33, 1), (17, 9))}
     return made | exif_jpegs(plain) | ended_jpegs(plain, thumbnail)
@@ -199,6 +200,7 @@ def exif_jpegs(plain: bytes) -> dict[str, bytes]:
         "exif_6_undefined": turned(6, kind=7),
         "exif_6_signed": turned(6, kind=8),
         "exif_6_text": turned(6, kind=2),
+        "exif_6_rational": turned(6, kind=5),
         "exif_6_count_0": turned(6, count=0),
         "exif_6_count_2": turned(6, count=2),
         "exif_6_far_directory": turned(6, padding=500),
@@ -221,6 +223,9 @@ def exif_jpegs(plain: bytes) -> dict[str, bytes]:
         "exif_cut_value": with_segments(plain, exif(tiff_block(6)[:18])),
         "exif_cut_next": turned_with(on_side, tiff_block(6)[:-4]),
         "exif_far_offset": with_segments(plain, exif(b"II*\0" + struct.pack("<I", 1 << 30) + bytes(20))),
+        "exif_order_of_the_other": with_segments(on_side, exif(b"II\0*" + tiff_block(6)[4:])),
+        "exif_unknown_order": with_segments(on_side, exif(b"\2M\0*" + tiff_block(6, order=">")[4:])),
+        "exif_more_entries_than_fit": with_segments(on_side, exif(tiff_block(6)[:8] + b"\x09\0" + tiff_block(6)[10:])),
         "exif_magic_43": with_segments(on_side, exif(b"II+\0" + tiff_block(6)[4:])),
         "exif_second_orientation_in_ifd1": with_segments(plain, exif(two_directories(1, 6))),
         "exif_two_orientations": with_segments(on_side, exif(two_entries(6, 3))),
@@ -301,6 +306,9 @@ def pngs() -> dict[str, bytes]:
         "png_exif_before": with_chunks(on_side, rotated),
         "png_exif_behind": with_chunks(on_side, rotated, before=b"IEND"),
         "png_exif_damaged": with_chunks(plain, png_chunk(b"eXIf", b"garbage")),
+        "png_exif_twice": with_chunks(on_side, rotated, png_chunk(b"eXIf", tiff_block(1))),
+        "png_exif_long": with_chunks(on_side, png_chunk(b"eXIf", tiff_block(6, kind=4))),
+        "png_exif_1": with_chunks(plain, png_chunk(b"eXIf", tiff_block(1))),
         "png_exif_as_text": with_chunks(on_side, png_chunk(b"zTXt", exif_as_text(6))),
         "png_xmp": with_chunks(on_side, png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(6)[33:])),
         "png_gamma": with_chunks(plain, png_chunk(b"gAMA", struct.pack(">I", 100000))),
@@ -309,7 +317,6 @@ def pngs() -> dict[str, bytes]:
         "png_significant_bits": with_chunks(plain, png_chunk(b"sBIT", b"\5\5\5")),
         "png_text": with_chunks(plain, png_chunk(b"tEXt", b"Comment\0IEND and IDAT")),
         "png_icc": saved(picture(), "PNG", icc_profile=bytes(1000)),
-        "png_bad_crc_of_text": with_chunks(plain, png_chunk(b"tEXt", b"Comment\0x")[:-4] + b"\1\2\3\4"),
         "apng": saved(picture(), "PNG", save_all=True, append_images=[picture().transpose(Image.Transpose.ROTATE_180)]),
         "apng_own_default": saved(
             picture(),
@@ -326,6 +333,39 @@ def pngs() -> dict[str, bytes]:
         "png_1x1": saved(Image.new("RGB", (1, 1), "teal"), "PNG"),
         "png_1x31": saved(Image.new("RGB", (1, 31), "teal"), "PNG"),
         "png_33x1": saved(Image.new("RGB", (33, 1), "teal"), "PNG"),
+    }
+
+
+def broken() -> dict[str, bytes]:
+    """What is refused, and a word of the reason."""
+    plain, png = jpeg(), saved(picture(), "PNG")
+    frame = plain.index(b"\xff\xc0")
+    scan = plain.index(b"\xff\xda")
+    scans = jpeg(progressive=True)
+    second = scans.index(b"\xff\xda", scans.index(b"\xff\xda") + 2)
+    return {
+        "a lone marker: marker FF01": with_segments(plain, b"\xff\x01"),
+        "an unknown marker: marker FF02": with_segments(plain, segment(2, b"what")),
+        "no marker: no marker": with_segments(plain, b"what", after_app0=True),
+        "a zero in place of a marker: marker FF00": with_segments(plain, b"\xff\0\0\4ab"),
+        "height in a DNL segment: 64x0 pixels": plain[: frame + 5] + bytes(2) + plain[frame + 7 :],
+        "12 bits: 12 bits a component": replaced(plain, 0xC0, lambda body: b"\x0c" + body[1:]),
+        "two frames: two frame segments": plain[:frame] + plain[frame : frame + 19] + plain[frame:],
+        "a start inside the scan: another image begins": plain[:-60] + plain,
+        "a preview behind a cut image: another image begins": plain[:-60] + jpeg(picture().resize((8, 8))),
+        "a cut image and zeros: truncated": plain[:-60] + bytes(4000),
+        "a cut image and a page: truncated": plain[:-60] + b"<html>" * 30,
+        "a cut image and its end marker: cannot be decoded": plain[:-60] + b"\xff\xd9",
+        "a marker inside the scan: marker FF05": plain[: scan + 40] + b"\xff\5" + plain[scan + 42 :],
+        "scans without an end: truncated": scans[:-2] + bytes(400),
+        "scans cut in a table: truncated": scans[: second + 4],
+        "a PNG cut and zeros: checksum": png[:-60] + bytes(4000),
+        "a PNG text with a wrong checksum: checksum": with_chunks(png, png_chunk(b"tEXt", b"C\0x")[:-4] + b"abcd"),
+        "a PNG header with a wrong checksum: checksum": png[:29] + b"abcd" + png[33:],
+        "a PNG chunk without a name: no PNG chunk": with_chunks(png, png_chunk(b"\0\1\2\3", b"")),
+        "hierarchical coding: cannot be decoded": plain.replace(b"\xff\xc0", b"\xff\xc5"),
+        "PostScript: no known format": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\nshowpage\n%%EOF\n",
+        "a portable document: no known format": b"%PDF-1.7\n1 0 obj\n",
     }
 
 
