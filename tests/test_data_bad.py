@@ -13,9 +13,10 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.data.evaluation import evaluation_batches
 from pipeline.data.loader import Batch, Loader
-from pipeline.data.samples import truncated
+from pipeline.data.samples import flaw
 from pipeline.errors import ConfigError, DataError
 from tests.data_sets import drawn_jpeg, real_jpegs, write_set
+from tests.image_corpus import jpegs, segment
 
 CPU = torch.device("cpu")
 NUM = 30
@@ -25,7 +26,7 @@ TRUNCATED, UNDECODABLE, WRONG_LABEL, UNREADABLE = 4, 9, 17, 29
 def damaged() -> list[bytes]:
     images = [drawn_jpeg(n) for n in range(NUM)]
     images[TRUNCATED] = images[TRUNCATED][: len(images[TRUNCATED]) // 2]
-    images[UNDECODABLE] = b"\xff\xd8\xff\xe0" + b"not an image at all" * 20 + b"\xff\xd9"
+    images[UNDECODABLE] = b"\xff\xd8" + b"not an image at all" * 20 + b"\xff\xd9"
     return images
 
 
@@ -110,7 +111,7 @@ def test_a_batch_full_of_undecodable_images_does_not_stop_the_stream(bad_set, tm
 
 
 def test_a_set_without_a_single_good_sample_ends_with_a_name(bad_set, tmp_path):
-    write_set(tmp_path / "train", [b"\xff\xd8 nothing"] * 6, per_shard=6)
+    write_set(tmp_path / "train", [b"\xff\xd8\xff"] * 6, per_shard=6)
     with pytest.raises(DataError, match=r"train-000000\.tar:00000\d\.jpg is truncated, and so are all"):
         run(change(bad_set, path=str(tmp_path)), 0, 1)
 
@@ -192,25 +193,37 @@ def test_a_state_without_an_account_starts_one_and_says_so(bad_set, caplog):
 
 def test_a_truncated_jpeg_is_known_by_its_missing_end():
     sound = drawn_jpeg(1)
-    assert not truncated(sound)
-    assert not truncated(sound + b"\0" * 100)  # padding behind the end is harmless
-    assert truncated(sound[:-2])
-    thumbnail = sound[:2] + b"\xff\xe1\x10\x00" + drawn_jpeg(2) + sound[2:]
-    assert not truncated(thumbnail)
-    assert truncated(thumbnail[:-100])  # the thumbnail's end is not the image's
+    assert flaw(sound) == ""
+    assert flaw(sound + b"\0" * 100) == ""  # padding behind the end is harmless
+    assert flaw(sound[:-2]) == "truncated"
+    thumbnail = sound[:2] + segment(0xE1, drawn_jpeg(2)) + sound[2:]
+    assert flaw(thumbnail) == ""
+    assert flaw(thumbnail[:-100]) == "truncated"  # the thumbnail's end is not the image's
     buffer = io.BytesIO()
     Image.new("RGB", (9, 9)).save(buffer, "PNG")
-    assert not truncated(buffer.getvalue())
-    assert truncated(buffer.getvalue()[:-12])
+    assert flaw(buffer.getvalue()) == ""
+    assert flaw(buffer.getvalue()[:-12]) == "truncated"
+
+
+def test_a_header_that_contradicts_itself_is_undecodable_before_a_decoder_sees_it():
+    assert flaw(b"\xff\xd8\xff\xe0" + b"not an image at all" * 20 + b"\xff\xd9") == "undecodable"
+    assert flaw(b"\xff\xd8\xff\xe0" + b"not an image at all" * 20) == "truncated"
+
+
+def test_what_lies_behind_a_photograph_does_not_make_it_a_bad_sample(bad_set, tmp_path):
+    photographs = [data for name, data in jpegs().items() if "behind" in name or name == "mpf"]
+    write_set(tmp_path / "train", photographs, per_shard=len(photographs))
+    _, (one,) = run(change(bad_set, path=str(tmp_path)), 0, 3)
+    assert one.bad.reasons == {}
 
 
 @given(st.integers(0, 5), st.floats(0.3, 0.999))
 def test_every_cut_of_a_jpeg_is_found(number, kept):
     image = drawn_jpeg(number)
-    assert truncated(image[: int(len(image) * kept)])
+    assert flaw(image[: int(len(image) * kept)]) == "truncated"
 
 
 def test_no_real_photograph_is_taken_for_truncated():
     images = real_jpegs(100)
-    assert not any(map(truncated, images))
-    assert all(truncated(image[: len(image) * 2 // 3]) for image in images)
+    assert not any(map(flaw, images))
+    assert {flaw(image[: len(image) * 2 // 3]) for image in images} == {"truncated"}

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from data_prep.images import RefusedError, inspect
-from tests.data_sets import drawn_jpeg
+from tests.data_sets import drawn_jpeg, write_set
+from tests.image_corpus import exif, jpegs, others, tiff_block, with_segments
 from tests.prep_runs import contents, drawn_folder, prepare, read_by_dali, samples_of, write_folder
 
 ORIENTATION = 0x0112
@@ -34,6 +35,11 @@ def turned(kind: str) -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     return saved(drawn(4), kind, exif=exif)
+
+
+def held(value: int) -> bytes:
+    """A JPEG of 64 x 48 stored pixels with this orientation: from 5 on, height and width change places."""
+    return with_segments(drawn_jpeg(20 + value), exif(tiff_block(value)))
 
 
 def deep_values() -> np.ndarray:
@@ -71,11 +77,16 @@ ODD = {
     "b/no_end.jpg": drawn_jpeg(10)[:-2],
     "b/half_end.jpg": drawn_jpeg(12)[:-1],
     "b/behind_the_end.jpg": drawn_jpeg(11) + b"appended by a camera",
+    **{f"b/held_{value}.jpg": held(value) for value in range(1, 9)},
 }
+SIZES = {"held_1": (48, 64), "held_2": (48, 64), "held_3": (48, 64), "held_4": (48, 64)}
+SIZES |= {"held_5": (64, 48), "held_6": (64, 48), "held_7": (64, 48), "held_8": (64, 48)}
+SIZES |= {"turned": (64, 48), "turned_png": (64, 48)}
 KEPT = {"really_png", "grey", "turned", "alpha", "palette", "progressive", "behind_the_end"}
+KEPT |= {f"held_{value}" for value in range(1, 9)}
 KINDS = {
-    "16-bit": 2, "alpha": 1, "bmp": 1, "cmyk": 1, "converted to png": 7, "end marker added": 2, "exif-rotated": 2,
-    "gif": 1, "greyscale": 2, "jpeg": 7, "no end marker": 2, "png": 6, "webp": 1,
+    "16-bit": 2, "alpha": 1, "bmp": 1, "cmyk": 1, "converted to png": 7, "end marker added": 2, "exif-rotated": 9,
+    "gif": 1, "greyscale": 2, "jpeg": 15, "no end marker": 2, "png": 6, "webp": 1,
 }  # fmt: skip
 
 
@@ -94,8 +105,7 @@ def test_unusual_images_are_kept_or_converted_and_counted(odd):
     for name, data in ODD.items():
         sample = found[name.split("/")[1].split(".")[0]]
         assert (sample.image == data) == (sample.stem in KEPT), name
-        upright = (64, 48) if "turned" in name else (48, 64)
-        assert (sample.height, sample.width) == upright, name
+        assert (sample.height, sample.width) == SIZES.get(sample.stem, (48, 64)), name
     assert found["no_end"].image == ODD["b/no_end.jpg"] + b"\xff\xd9"
     assert found["half_end"].image == drawn_jpeg(12)
     cmyk = np.asarray(Image.open(io.BytesIO(ODD["a/cmyk.jpg"])).convert("RGB"))
@@ -257,3 +267,62 @@ def test_without_decoding_a_cut_file_is_refused_all_the_same(tmp_path):
     run = prepare("imagefolder", source, tmp_path / "set", "--no-decode", "--allow-bad", 3)
     assert run.returncode == 0, run.stderr
     assert {sample.image for sample in samples_of(tmp_path / "set/train")} == set(drawn_folder().values())
+
+
+def test_what_the_image_library_warns_of_is_told_once_a_kind_with_the_first_name(tmp_path):
+
+    odd = jpegs()
+    files = {**drawn_folder(), "ant/zz1.jpg": odd["exif_cut"], "ant/zz2.jpg": odd["exif_far_offset"]}
+    files |= {"bee/zz3.jpg": odd["exif_6_count_2"], "bee/zz4.jpg": odd["exif_cut"][:-300]}
+    source = write_folder(tmp_path / "images", files)
+    run = prepare("imagefolder", source, tmp_path / "set", "--allow-bad", 1)
+    assert (run.returncode, run.stderr) == (0, "")
+    told = [line for line in run.stdout.splitlines() if "images that are kept" in line]
+    (corrupt,) = (line for line in told if "Corrupt EXIF data" in line)
+    assert corrupt.startswith(
+        ("train: 2 images that are kept, ant/zz1.jpg the first", "train: 2 images that are kept, ant/zz2.jpg")
+    )
+    assert "N bytes" in corrupt
+    assert sum("tag N had too many entries" in line for line in told) == 1
+    assert len(told) == 2
+    assert (tmp_path / "set/train/quarantine.jsonl").read_text().count("\n") == 1
+    again = prepare("imagefolder", source, tmp_path / "set", "--allow-bad", 1)
+    assert "complete already" in again.stdout
+    checked = prepare("verify", tmp_path / "set", "--decode")
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_verify_finds_what_was_packed_before_decoders_were_known_to_differ(tmp_path):
+
+    odd = jpegs()
+    images = [odd["plain_420"], odd["exif_6_and_3"], odd["behind_movie"], odd["plain_420"][:-40]]
+    write_set(tmp_path / "train", images, per_shard=4)
+    run = prepare("verify", tmp_path)
+    faults = [line for line in run.stdout.splitlines() if "00000" in line]
+    assert run.returncode == 65
+    assert sum("decoders differ about it" in line for line in faults) == 1, faults
+
+
+def test_a_library_that_logs_or_warns_is_heard_and_nothing_is_printed(capfd):
+    """Pillow warns of some faults and logs others."""
+
+    data = bytearray(others()["tiff"])
+    at = data.index(struct.pack("<HHI", 277, 3, 1)) + 8  # samples a pixel
+    struct.pack_into("<H", data, at, 9)
+    with pytest.raises(RefusedError):
+        inspect(memoryview(bytes(data)))
+    assert inspect(memoryview(jpegs()["exif_cut"])).warnings == (
+        "Corrupt EXIF data. Expecting to read N bytes but only got N.",
+    )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_jpeg_without_its_end_must_need_its_last_bytes():
+    """Zeros in place of the rest, as of a file that was given its full size at once, may decode as image data."""
+    flat = saved(Image.new("RGB", (64, 64), "teal"), "JPEG", quality=90)
+    whole = drawn_jpeg(3, 96, 96)
+    for data in (flat, whole):
+        for tail in (bytes(100), bytes(4000), b"\r\n" * 20, b"<html>" * 50):
+            with pytest.raises(RefusedError, match="truncated"):
+                inspect(memoryview(data[:-2] + tail))
+    assert inspect(memoryview(flat[:-2])).converted == flat

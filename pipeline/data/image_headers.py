@@ -135,6 +135,8 @@ def _segment_end(data: bytes | memoryview, at: int) -> int:
     """Offset behind the marker segment at `at`."""
     length = data[at + 2] << 8 | data[at + 3]
     if length < 2 or at + 2 + length > len(data):
+        if data[-2:] == b"\xff\xd9":  # the end is there: nothing was cut off
+            raise HeaderError(f"broken JPEG header: a segment of {length} bytes at byte {at}")
         raise TruncatedError("truncated: the JPEG header is cut off")
     return at + 2 + length
 
