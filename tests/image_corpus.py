@@ -11,7 +11,7 @@ import zlib
 from functools import cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 ORIENTATION = 0x0112
 HEIGHT, WIDTH = 48, 64
@@ -140,11 +140,6 @@ def interlaced() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def rgb_jpeg(*, subsampled: bool = False) -> bytes:
-    """Three components that are red, green and blue themselves, as the Adobe segment with transform 0 says."""
-    return jpeg(keep_rgb=True) if not subsampled else without_app0(jpeg(keep_rgb=True))
-
-
 def jpegs() -> dict[str, bytes]:
     """Kinds of JPEG that are whole."""
     plain = jpeg(subsampling=2)
@@ -161,8 +156,8 @@ def jpegs() -> dict[str, bytes]:
         "optimised": jpeg(optimize=True),
         "restart_markers": jpeg(restart_marker_blocks=1),
         "cmyk": jpeg(picture("CMYK")),
-        "rgb_by_adobe": rgb_jpeg(),
-        "rgb_by_component_names": without_adobe(rgb_jpeg()),
+        "rgb_by_adobe": jpeg(keep_rgb=True),
+        "rgb_by_component_names": without_adobe(jpeg(keep_rgb=True)),
         "jfif_and_adobe_rgb": with_segments(jpeg(), segment(0xEE, b"Adobe\0\x64\0\0\0\0\0"), after_app0=True),
         "adobe_ycc": with_segments(jpeg(), segment(0xEE, b"Adobe\0\x64\0\0\0\0\1"), after_app0=True),
         "extended_sequential": jpeg().replace(b"\xff\xc0\x00\x11", b"\xff\xc1\x00\x11"),
@@ -204,7 +199,7 @@ def exif_jpegs(plain: bytes) -> dict[str, bytes]:
         "exif_6_count_0": turned(6, count=0),
         "exif_6_count_2": turned(6, count=2),
         "exif_6_far_directory": turned(6, padding=500),
-        "exif_6_no_jfif": without_app0_behind_exif(6),
+        "exif_6_no_jfif": with_segments(without_app0(on_side), exif(tiff_block(6))),
         "exif_6_after_other_apps": with_segments(
             on_side, segment(0xE2, b"other" * 9), segment(0xED, b"more" * 99), exif(tiff_block(6)), after_app0=True
         ),
@@ -221,7 +216,7 @@ def exif_jpegs(plain: bytes) -> dict[str, bytes]:
         "exif_garbage": with_segments(plain, exif(b"garbage" * 9)),
         "exif_cut": with_segments(plain, exif(tiff_block(6)[:14])),
         "exif_cut_value": with_segments(plain, exif(tiff_block(6)[:18])),
-        "exif_cut_next": turned_with(on_side, tiff_block(6)[:-4]),
+        "exif_cut_next": with_segments(on_side, exif(tiff_block(6)[:-4])),
         "exif_far_offset": with_segments(plain, exif(b"II*\0" + struct.pack("<I", 1 << 30) + bytes(20))),
         "exif_order_of_the_other": with_segments(on_side, exif(b"II\0*" + tiff_block(6)[4:])),
         "exif_unknown_order": with_segments(on_side, exif(b"\2M\0*" + tiff_block(6, order=">")[4:])),
@@ -234,14 +229,6 @@ def exif_jpegs(plain: bytes) -> dict[str, bytes]:
         "exif_behind_the_frame": on_side.replace(b"\xff\xc4", exif(tiff_block(6)) + b"\xff\xc4", 1),
     }
     return made
-
-
-def without_app0_behind_exif(value: int) -> bytes:
-    return with_segments(without_app0(jpeg(stored(value))), exif(tiff_block(value)))
-
-
-def turned_with(data: bytes, block: bytes) -> bytes:
-    return with_segments(data, exif(block))
 
 
 def two_directories(first: int, second: int) -> bytes:
@@ -278,7 +265,7 @@ def ended_jpegs(plain: bytes, thumbnail: bytes) -> dict[str, bytes]:
 def pngs() -> dict[str, bytes]:
     """Kinds of PNG that are whole."""
     plain, grey = saved(picture(), "PNG"), np.asarray(picture("L"))
-    deep = np.repeat((np.asarray(picture()).astype(">u2") * 257)[:, :, :], 1, axis=2).astype(">u2")
+    deep = (np.asarray(picture()).astype(int) * 257).astype(">u2")
     alpha = picture().copy()
     alpha.putalpha(picture("L"))
     palette = picture().quantize(16)
@@ -336,39 +323,6 @@ def pngs() -> dict[str, bytes]:
     }
 
 
-def broken() -> dict[str, bytes]:
-    """What is refused, and a word of the reason."""
-    plain, png = jpeg(), saved(picture(), "PNG")
-    frame = plain.index(b"\xff\xc0")
-    scan = plain.index(b"\xff\xda")
-    scans = jpeg(progressive=True)
-    second = scans.index(b"\xff\xda", scans.index(b"\xff\xda") + 2)
-    return {
-        "a lone marker: marker FF01": with_segments(plain, b"\xff\x01"),
-        "an unknown marker: marker FF02": with_segments(plain, segment(2, b"what")),
-        "no marker: no marker": with_segments(plain, b"what", after_app0=True),
-        "a zero in place of a marker: marker FF00": with_segments(plain, b"\xff\0\0\4ab"),
-        "height in a DNL segment: 64x0 pixels": plain[: frame + 5] + bytes(2) + plain[frame + 7 :],
-        "12 bits: 12 bits a component": replaced(plain, 0xC0, lambda body: b"\x0c" + body[1:]),
-        "two frames: two frame segments": plain[:frame] + plain[frame : frame + 19] + plain[frame:],
-        "a start inside the scan: another image begins": plain[:-60] + plain,
-        "a preview behind a cut image: another image begins": plain[:-60] + jpeg(picture().resize((8, 8))),
-        "a cut image and zeros: truncated": plain[:-60] + bytes(4000),
-        "a cut image and a page: truncated": plain[:-60] + b"<html>" * 30,
-        "a cut image and its end marker: cannot be decoded": plain[:-60] + b"\xff\xd9",
-        "a marker inside the scan: marker FF05": plain[: scan + 40] + b"\xff\5" + plain[scan + 42 :],
-        "scans without an end: truncated": scans[:-2] + bytes(400),
-        "scans cut in a table: truncated": scans[: second + 4],
-        "a PNG cut and zeros: checksum": png[:-60] + bytes(4000),
-        "a PNG text with a wrong checksum: checksum": with_chunks(png, png_chunk(b"tEXt", b"C\0x")[:-4] + b"abcd"),
-        "a PNG header with a wrong checksum: checksum": png[:29] + b"abcd" + png[33:],
-        "a PNG chunk without a name: no PNG chunk": with_chunks(png, png_chunk(b"\0\1\2\3", b"")),
-        "hierarchical coding: cannot be decoded": plain.replace(b"\xff\xc0", b"\xff\xc5"),
-        "PostScript: no known format": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\nshowpage\n%%EOF\n",
-        "a portable document: no known format": b"%PDF-1.7\n1 0 obj\n",
-    }
-
-
 def exif_as_text(orientation: int) -> bytes:
     """What ImageMagick writes: a profile in hexadecimal digits."""
     block = b"Exif\0\0" + tiff_block(orientation)
@@ -405,6 +359,7 @@ def others() -> dict[str, bytes]:
         "ppm": saved(picture(), "PPM"),
         "pgm": saved(picture("L"), "PPM"),
         "jpeg_2000": saved(picture(), "JPEG2000"),
+        **({"avif": saved(picture(), "AVIF", quality=95)} if features.check("avif") else {}),
     }
 
 

@@ -32,7 +32,7 @@ from pipeline.errors import DataError
 from tests.data_sets import drawn_jpeg
 from tests.image_corpus import saved, segment
 from tests.prep_runs import prepare as run_command
-from tests.prep_runs import samples_of, write_tar, write_zip
+from tests.prep_runs import samples_of, write_tar
 
 BLOCK = 512
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
@@ -96,6 +96,7 @@ def pack(data: bytes, suffix: str) -> Packed:
             collection, store = ImageFolder(str(source), 0.0, 0), make_store(str(out))
             prepare(collection, store, Options(), num_workers=1, allowed_bad=AllowedBad(ratio=1), say=told.append)
         except DataError as error:
+            assert "\n" not in str(error)
             return Packed(str(error), [], {}, told)
         refused = out / "train/quarantine.jsonl"
         lines = [json.loads(line) for line in refused.read_text().splitlines()] if refused.exists() else []
@@ -142,7 +143,6 @@ def tar_record(name: str, data: bytes) -> bytes:
 def test_what_lies_in_a_mangled_tar_comes_out_or_is_named_or_the_run_says_why_not(data):
     packed = pack(data, "tar")
     assert packed.said or missing(packed, data, tar_record) == []
-    assert "\n" not in packed.said
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
@@ -152,7 +152,6 @@ def test_so_it_is_with_compressed_tars(kind, draw):
     data = draw.draw(mangled([COMPRESS[kind](whole) for whole in TARS]))
     packed = pack(data, f"tar.{kind}")
     assert packed.said or missing(packed, unpacked_as_far_as_possible(data, kind), tar_record) == []
-    assert "\n" not in packed.said
 
 
 ZIPS = [zip_bytes(images("x")), zip_bytes(images("y"))]
@@ -169,7 +168,6 @@ def zip_record(name: str, data: bytes) -> bytes:
 def test_so_it_is_with_zips(data):
     packed = pack(data, "zip")
     assert packed.said or missing(packed, data, zip_record) == []
-    assert "\n" not in packed.said
 
 
 @pytest.mark.parametrize("kind", ["tar", *COMPRESS])
@@ -392,11 +390,10 @@ def test_random_bytes_behind_a_deflated_member_do_not_hide_its_descriptor(tmp_pa
     """The checksum behind the data is found where the stream ends, whatever chunk it was read in."""
     rng = random.Random(0)
     noise = {f"a/{n}.bin": rng.randbytes(70_000 + 97 * n) for n in range(3)} | {"b/1.bin": rng.randbytes(200)}
-    stream = Pipe()
+    stream, path = Pipe(), tmp_path / "in.zip"
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in noise.items():
             archive.writestr(name, data)
-    path = write_zip(tmp_path / "in.zip", {})
     path.write_bytes(stream.getvalue())
     reader = ZipReader(path)
     for item in walk_zip(path):

@@ -1,5 +1,6 @@
 """Killed, stopped, out of space, damaged, written to a URL: nothing finished is lost and every fault is told."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -91,6 +92,32 @@ def test_killed_and_run_again_it_has_the_same_bytes_and_redoes_no_shard(archive,
     assert contents(out) == contents(whole)
     after = finished(out)
     assert {name: after[name] for name in before} == before
+
+
+STUCK = """
+import os, signal
+from data_prep.pool import run_tasks
+
+def work(task, report):
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+    os.write(1, b"stuck\\n")  # in one piece, where print writes two
+    while True: pass  # as a decoder that does not come back: it looks at nothing
+
+run_tasks([0, 1], work, 2, lambda event: None)
+"""
+
+
+def test_a_worker_that_is_stuck_does_not_outlive_a_killed_run():
+    command = [sys.executable, "-c", STUCK]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert run.stdout is not None
+    try:
+        assert [run.stdout.readline() for _ in range(2)] == ["stuck\n"] * 2
+        run.kill()
+        run.communicate(timeout=60)  # the pipe ends with the last process that holds it
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
