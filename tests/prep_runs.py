@@ -87,6 +87,26 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
+def tar_bytes(files: dict[str, bytes]) -> bytes:
+    """A tar of these names and bytes."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def zip_bytes(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip of these names and bytes."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
 def drawn_folder(num: int = 12, classes: tuple[str, ...] = ("ant", "bee", "cat")) -> dict[str, bytes]:
     """Names and bytes of `num` small JPEG files in class folders."""
     return {f"{classes[i % len(classes)]}/{i:03d}.jpg": drawn_jpeg(i, 24 + i, 40) for i in range(num)}

@@ -3,11 +3,9 @@
 import bz2
 import gzip
 import io
-import json
 import lzma
 import random
 import struct
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -16,23 +14,22 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.plan import Options
-from data_prep.prepare import AllowedBad, prepare
+from data_prep.plan import Options, make_plan
+from data_prep.shards import RECORDS, write_shard
 from data_prep.sources.imagefolder import ImageFolder
 from data_prep.sources.readers import ZipReader
 from data_prep.sources.tars import walk_tar
 from data_prep.sources.zips import walk_zip
-from data_prep.stores import make_store
 from pipeline.errors import DataError
 from tests.data_sets import drawn_jpeg
 from tests.image_corpus import saved, segment
-from tests.prep_runs import prepare as run_command
-from tests.prep_runs import samples_of, write_tar
+from tests.prep_runs import prepare, tar_bytes, write_tar, zip_bytes
 
 BLOCK = 512
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
@@ -43,24 +40,6 @@ def images(letter: str, num: int = 4) -> dict[str, bytes]:
     """Names and bytes of a few small images, of two classes."""
     start = 100 * ord(letter)
     return {f"{'ab'[i % 2]}/{letter}{i}.jpg": drawn_jpeg(start + i, 16, 16) for i in range(num)}
-
-
-def tar_bytes(files: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    return stream.getvalue()
-
-
-def zip_bytes(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return stream.getvalue()
 
 
 def unpacked_as_far_as_possible(data: bytes, kind: str) -> bytes:
@@ -88,20 +67,27 @@ class Packed(NamedTuple):
 
 
 def pack(data: bytes, suffix: str) -> Packed:
-    """What the archive `data` becomes, however many of its samples are refused."""
+    """What the archive `data` becomes, however many of its samples are refused.
+
+    Without the workers of the command: to fork where a decoder's threads run may hang.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        source, out, told = Path(folder, f"in.{suffix}"), Path(folder, "set"), []
+        source, shards, told = Path(folder, f"in.{suffix}"), Path(folder, "train"), []
+        (shards / RECORDS).mkdir(parents=True)
         source.write_bytes(data)
+        found, refusals, options = [], [], Options()
         try:
-            collection, store = ImageFolder(str(source), 0.0, 0), make_store(str(out))
-            prepare(collection, store, Options(), num_workers=1, allowed_bad=AllowedBad(ratio=1), say=told.append)
+            (split,) = ImageFolder(str(source), 0.0, 0).index(Path(folder), told.append)
+            plan = make_plan(split, options)
+            for number in range(plan.num_shards):
+                record = write_shard(split, plan, number, options, shards, lambda *_: None)
+                refusals += record.refusals
+                if record.shard.num_samples:
+                    tar, rows = (shards / record.shard.tar).read_bytes(), np.load(shards / record.shard.samples)
+                    found += [tar[row["offset"] : row["offset"] + row["length"]] for row in rows]
         except DataError as error:
-            assert "\n" not in str(error)
             return Packed(str(error), [], {}, told)
-        refused = out / "train/quarantine.jsonl"
-        lines = [json.loads(line) for line in refused.read_text().splitlines()] if refused.exists() else []
-        found = [sample.image for sample in samples_of(out / "train")]
-        return Packed("", found, {line["name"]: line["reason"] for line in lines}, told)
+        return Packed("", found, {refusal.name: refusal.reason for refusal in (*split.refusals, *refusals)}, told)
 
 
 def missing(packed: Packed, content: bytes, record: Callable[[str, bytes], bytes]) -> list[str]:
@@ -381,7 +367,7 @@ def test_old_tars_have_folders_without_a_type_and_signed_checksums(tmp_path):
 def test_the_command_ends_with_65_and_one_line_where_a_tar_was_cut_at_a_member_s_border(tmp_path):
     archive = write_tar(tmp_path / "in.tar", images("x"))
     archive.write_bytes(archive.read_bytes()[: end_of_members(TARS[0])])
-    run = run_command("imagefolder", archive, tmp_path / "set")
+    run = prepare("imagefolder", archive, tmp_path / "set")
     assert (run.returncode, run.stderr.count("\n")) == (65, 1)
     assert "is cut off: the blocks that end a tar are missing" in run.stderr
 
