@@ -22,7 +22,7 @@ _KINDS = {
     b"6": "a named pipe",
     _SPARSE: "a sparse file",
 }
-_FOLDER, _GLOBAL_PAX, _PAX, _LONG_NAME, _LONG_LINK = b"5", b"g", b"x", b"L", b"K"
+_FOLDERS, _LABEL, _GLOBAL_PAX, _PAX, _LONG_NAME, _LONG_LINK = (b"5", b"D"), b"V", b"g", b"x", b"L", b"K"
 _WITH_DATA = (*_REGULAR, _SPARSE)  # of other kinds it depends on the writer whether data follow the header
 _MAX_EXTENSION_BYTES = 1 << 20
 _CHUNK = 1 << 20
@@ -104,9 +104,9 @@ def _walk(handle: int, path: Path, start: int, end: int, say: Callable[[str], No
                 pax = _parse_pax(block, path, data)
             else:
                 long_name = block.rstrip(b"\0")
-        elif kind not in (_GLOBAL_PAX, _LONG_LINK):
+        elif kind not in (_GLOBAL_PAX, _LONG_LINK, _LABEL):
             name = pax.get(b"path") or long_name or _short_name(header)
-            folder = kind == _FOLDER or (kind in _REGULAR and name.endswith(b"/"))  # the old format has no folders
+            folder = kind in _FOLDERS or (kind in _REGULAR and name.endswith(b"/"))  # the old format has no folders
             yield member(name, data, length, folder=folder, kind=_kind(kind, pax))
             long_name, pax = b"", {}
     if not closed:
@@ -131,7 +131,7 @@ def members_inside(data: memoryview) -> str:
 
 def _no_member(at: int, start: int, closed: bool) -> str:
     if at == start:
-        return "is not a tar archive"
+        return "is not a tar archive, nor a zip from its first byte on"
     if closed:
         return f"holds something behind its end that is no tar, from byte {at} on"
     return f"is damaged: no member at byte {at}"
@@ -187,7 +187,7 @@ def member(name: bytes, offset: int, length: int, *, folder: bool, kind: str) ->
 def _kind(kind: bytes, pax: dict[bytes, bytes]) -> str:
     if any(key.startswith(b"GNU.sparse") for key in pax):
         return _KINDS[_SPARSE]
-    if kind in _REGULAR or kind == _FOLDER:
+    if kind in _REGULAR or kind in _FOLDERS:
         return ""
     return _KINDS.get(kind, f"a member of the unknown type {kind.decode('latin-1')!a}")
 
