@@ -203,7 +203,7 @@ def _image_end(data: bytes | memoryview, at: int) -> tuple[int, int]:
         if marker not in _MISCELLANEOUS:
             raise HeaderError(f"damaged: the marker FF{marker:02X} inside the image data at byte {at - 2}")
         if at + 2 > len(data):
-            break
+            return -1, found.start()
         at = _segment_end(data, at - 2)
     end = len(data)
     while data[end - 1] == 0xFF:  # half of the lost marker: by itself an FF is no image data
