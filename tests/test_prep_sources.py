@@ -165,10 +165,11 @@ def test_a_wrapping_folder_and_hidden_files_are_no_classes(tmp_path):
 
 def test_lists_and_notes_beside_the_images_do_not_hide_the_wrapping_folder(tmp_path):
     files = {f"pictures/{name}": data for name, data in SPLIT_FILES.items()}
-    files |= {"README.md": b"read me", "pictures/labels.csv": b"0,1"}
-    run = prepare("imagefolder", write_tar(tmp_path / "images.tar", files), tmp_path / "set", "--allow-bad", 1)
+    files |= {"README.md": b"read me", "pictures/labels.csv": b"0,1", "cover.jpg": FILES["ant/000.jpg"]}
+    run = prepare("imagefolder", write_tar(tmp_path / "images.tar", files), tmp_path / "set")
     assert run.returncode == 0, run.stderr
-    assert "2 files outside of class folders are no samples" in run.stdout
+    assert "2 files that are no images by their names are passed over: .md 1, .csv 1" in run.stdout
+    assert "1 files outside of class folders are no samples: cover.jpg" in run.stdout
     for split, num in (("train", len(FILES)), ("val", 6)):
         assert json.loads((tmp_path / "set" / split / "manifest.json").read_text())["classes"] == ["ant", "bee", "cat"]
         assert len(samples_of(tmp_path / "set" / split)) == num

@@ -1,6 +1,7 @@
 """The members of a folder or an archive of any format, what reads them, and what tells whether they changed."""
 
 import bz2
+import errno
 import gzip
 import hashlib
 import lzma
@@ -20,6 +21,19 @@ from pipeline.errors import ConfigError, DataError
 
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _CHUNK = 4 << 20
+# Beside images, and no images by their names. What is not listed is taken for an image and refused if it is none.
+_TEXTS = "txt csv tsv json jsonl xml yaml yml toml cfg conf ini db log md rst tex html htm css js url lnk names lst idx"
+_OFFICE = "pdf doc docx xls xlsx ppt pptx odt ods rtf bak tmp part crdownload lock md5 sha1 sha256 torrent"
+_CODE = "py pyc ipynb m r sh bat exe dll c cc cpp h java"
+_TABLES = "mat npy npz pkl pickle h5 hdf5 pt pth ckpt onnx parquet arrow feather sqlite tfrecord rec data"
+_FILMS = "mp4 m4v avi mov mkv webm mpg mpeg wmv flv 3gp mp3 wav flac ogg m4a aac"
+_ARCHIVES = "zip tar gz tgz bz2 xz 7z rar zst"
+_OTHER_KINDS = frozenset(f"{_TEXTS} {_OFFICE} {_CODE} {_TABLES} {_FILMS} {_ARCHIVES}".split())
+_OTHER_NAMES = frozenset(("readme", "license", "licence", "copying", "makefile", "authors", "changelog", "icon\r"))
+ARCHIVE_KINDS = frozenset(f".{kind}" for kind in _ARCHIVES.split())
+"""Extensions of what may hold a collection itself."""
+# Of the system, the file server or the version control: thumbnails lie in them, which must not become samples.
+_SYSTEM_FOLDERS = frozenset((b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found"))
 
 
 def existing(path: str, option: str) -> Path:
@@ -30,35 +44,51 @@ def existing(path: str, option: str) -> Path:
     return found
 
 
+def is_hidden(name: bytes) -> bool:
+    """Whether a member of this name, or a folder above it, is hidden: a leading dot, or a folder of the system's."""
+    parts = name.split(b"/")
+    return any((part.startswith(b".") and part not in (b".", b"..")) or part in _SYSTEM_FOLDERS for part in parts)
+
+
+def other_kind(name: bytes) -> str:
+    """What `name` says it is where that is no image: its extension or, without one, all of it; else the empty text."""
+    base = name.rsplit(b"/", 1)[-1].decode("utf-8", "backslashreplace").casefold()
+    if base in _OTHER_NAMES:
+        return base.strip()
+    extension = base.rpartition(".")[2] if "." in base else ""
+    return f".{extension}" if extension in _OTHER_KINDS or extension.endswith("~") else ""
+
+
 def walk_folder(root: Path) -> Iterator[Member]:
     """Files and folders below `root`, symbolic links followed, sorted; the offset of a file is its time of change.
 
-    An unpacked collection is the user's own and often linked together; loops of links are cut.
+    An unpacked collection is the user's own and often linked together. A link to a folder that it lies in is refused.
     """
-    seen: set[tuple[int, int]] = set()
 
-    def below(folder: str, prefix: bytes) -> Iterator[Member]:
+    def below(folder: str, prefix: bytes, above: tuple[tuple[int, int], ...]) -> Iterator[Member]:
         about = os.stat(folder)
-        if (about.st_dev, about.st_ino) in seen:
-            return
-        seen.add((about.st_dev, about.st_ino))
+        above = (*above, (about.st_dev, about.st_ino))
         with os.scandir(folder) as entries:
             ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
         for entry in ordered:
             name = prefix + os.fsencode(entry.name)
             try:
                 about = entry.stat()
-            except FileNotFoundError:
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
                 yield member(name, 0, 0, folder=False, kind="a link to nothing")
                 continue
-            if stat.S_ISDIR(about.st_mode):
-                yield member(name, about.st_mtime_ns, 0, folder=True, kind="")
-                yield from below(entry.path, name + b"/")
-            else:
+            if not stat.S_ISDIR(about.st_mode):
                 kind = "" if stat.S_ISREG(about.st_mode) else "a device, pipe or socket"
                 yield member(name, about.st_mtime_ns, about.st_size, folder=False, kind=kind)
+            elif (about.st_dev, about.st_ino) in above:
+                yield member(name, 0, 0, folder=False, kind="a link to a folder that it lies in")
+            else:
+                yield member(name, about.st_mtime_ns, 0, folder=True, kind="")
+                yield from below(entry.path, name + b"/", above)
 
-    yield from below(os.fspath(root), b"")
+    yield from below(os.fspath(root), b"", ())
 
 
 def path_fingerprint(path: Path) -> list:
