@@ -23,8 +23,8 @@ _BEHIND = re.compile(r"(?:set|data|images?|imgs?|split)$")
 _LIKE = {"train": "train", "val": "val", "test": "test"}
 _CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _BETWEEN = re.compile(r"[\W\d_]+")
-# A number, with the one letter that may stand before it: train.X1. A year tells releases apart, not parts.
-_PART = re.compile(r"(?:(?<![^\W\d_])[^\W\d_])?(?<!\d)(?!(?:19|20)\d\d(?!\d))\d+")
+# A number, with the one letter that may stand before it: train.X1. A year tells releases apart, a size configurations.
+_PART = re.compile(r"(?:(?<![^\W_])[^\W\d_])?(?<!\d)(?!(?:19|20)\d\d(?!\d))\d+(?![^\W_])")
 
 
 def _tokens(name: str) -> list[str]:
@@ -56,5 +56,5 @@ def likeness(name: str) -> set[str]:
 
 
 def part_base(name: str) -> str:
-    """`name` without what numbers its parts: the same for train.X1 and train.X2, another for train_small."""
-    return " ".join(_tokens(_PART.sub(" ", name)))
+    """`name` without what numbers its parts: the same for train.X1 and train.X2, another for train_small, train2017."""
+    return " ".join(re.findall(r"[^\W_]+", _PART.sub(" ", _CAPITAL.sub(" ", name)).casefold()))
