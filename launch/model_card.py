@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launch.evaluation_table import percent
+from launch.evaluation_table import percent, shown
 from pipeline.data.graph import MEAN, STD
 from pipeline.metrics import read_journal
 from pipeline.run_folder import Stored
@@ -91,14 +91,14 @@ def _images(stored: Stored) -> str:
 
 
 def _classes(about: dict, evaluation: dict | None) -> str:
-    names = about["classes"] or (evaluation and [kind["name"] for kind in evaluation["classes"]])
+    names = about.get("display_names") or about["classes"] or (evaluation and list(map(shown, evaluation["classes"])))
     if not names:
         return f"{about['num_classes']}; their names are in the manifest of the data."
     rest = f"\n\n{len(names) - LISTED} more are in the file's header." if len(names) > LISTED else ""
     if evaluation is None:
         return _rows(["label", "class"], *([i, name] for i, name in enumerate(names[:LISTED]))) + rest
     kinds = enumerate(evaluation["classes"][:LISTED])
-    rows = [[i, kind["name"], kind["num_samples"], percent(kind["accuracy_ratio"])] for i, kind in kinds]
+    rows = [[i, shown(kind), kind["num_samples"], percent(kind["accuracy_ratio"])] for i, kind in kinds]
     return _rows(["label", "class", "validation samples", "right"], *rows) + rest
 
 

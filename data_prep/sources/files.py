@@ -8,6 +8,7 @@ import lzma
 import os
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,14 +45,44 @@ def existing(path: str, option: str) -> Path:
     return found
 
 
+HIDDEN = "hidden"
+
+
+class PassedOver:
+    """Tells by its name what a member is where that is no image, and counts these, so that none is lost in silence."""
+
+    def __init__(self) -> None:
+        self._kinds: Counter[str] = Counter()
+        self._num_hidden = 0
+
+    def kind(self, item: Member) -> str:
+        """Empty for what may be an image, or a folder of them; else HIDDEN, an extension, or a name without one."""
+        if is_hidden(item.name):
+            self._num_hidden += not item.folder
+            return HIDDEN
+        kind = "" if item.folder else _other_kind(item.name)
+        if kind:
+            self._kinds[kind] += 1
+        return kind
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Says what was passed over, a line for the hidden and one for the others."""
+        if self._num_hidden:
+            say(f"{self._num_hidden:,} hidden files (a dot before the name, or a folder of the system) are passed over")
+        if self._kinds:
+            counts = ", ".join(f"{kind} {num:,}" for kind, num in self._kinds.most_common(5))
+            more = f" and {len(self._kinds) - 5} more kinds" if len(self._kinds) > 5 else ""
+            num = sum(self._kinds.values())
+            say(f"{num:,} files that are no images by their names are passed over: {counts}{more}")
+
+
 def is_hidden(name: bytes) -> bool:
     """Whether a member of this name, or a folder above it, is hidden: a leading dot, or a folder of the system's."""
     parts = name.split(b"/")
     return any((part.startswith(b".") and part not in (b".", b"..")) or part in _SYSTEM_FOLDERS for part in parts)
 
 
-def other_kind(name: bytes) -> str:
-    """What `name` says it is where that is no image: its extension or, without one, all of it; else the empty text."""
+def _other_kind(name: bytes) -> str:
     base = name.rsplit(b"/", 1)[-1].decode("utf-8", "backslashreplace").casefold()
     if base in _OTHER_NAMES:
         return base.strip()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.collection import Refusal, Split, SplitBuilder
 from data_prep.plan import shuffled
-from data_prep.sources.files import ARCHIVE_KINDS, existing, is_hidden, open_collection, other_kind, path_fingerprint
+from data_prep.sources.files import ARCHIVE_KINDS, HIDDEN, PassedOver, existing, open_collection, path_fingerprint
 from data_prep.sources.layout import LAYOUT, Layout, Tree, find_layout, join
 from data_prep.sources.lists import Lists
 from data_prep.sources.splits import SPLITS
@@ -67,26 +67,19 @@ class _Found:
         """Folders that files of other kinds lie in."""
         self.archive = ""
         """An archive in the source: perhaps what was to be given."""
-        kinds, hidden = Counter(), 0
+        passed_over = PassedOver()
         for item in members:
             name = item.name.decode("utf-8", "backslashreplace")
-            if is_hidden(item.name):
-                hidden += not item.folder
+            if kind := passed_over.kind(item):
+                if kind != HIDDEN:
+                    self.beside.add(_above(name))
+                    self.archive = self.archive or (name if kind in ARCHIVE_KINDS else "")
+                    lists.offer(item)
             elif item.folder:
                 self.folders.add(name)
-            elif kind := other_kind(item.name):
-                kinds[kind] += 1
-                self.beside.add(_above(name))
-                self.archive = self.archive or (name if kind in ARCHIVE_KINDS else "")
-                lists.offer(item)
             else:
                 self._add(item, name)
-        if hidden:
-            say(f"{hidden:,} hidden files (names that start with a dot, or folders of the system) are passed over")
-        if kinds:
-            counts = ", ".join(f"{kind} {num:,}" for kind, num in kinds.most_common(5))
-            more = f" and {len(kinds) - 5} more kinds" if len(kinds) > 5 else ""
-            say(f"{kinds.total():,} files that are no images by their names are passed over: {counts}{more}")
+        passed_over.tell(say)
 
     def _add(self, item: Member, name: str) -> None:
         if item.refused:
@@ -103,7 +96,7 @@ class _Found:
         if reasons:
             num = f"{len(reasons):,} files are" if len(reasons) > 1 else "1 file is"
             return f": {num} refused, {reasons[0].name} for this: {reasons[0].reason}"
-        return f"; it holds the archive {self.archive}: give that one" if self.archive and not self.images else ""
+        return f"; it holds the archive {self.archive}: unpack or give that" if self.archive and not self.images else ""
 
 
 def _above(name: str) -> str:

@@ -49,8 +49,7 @@ class Lists:
         for item in self._words:
             found = {name: words for name, words in self._read_words(item) if name in known and words}
             if found:
-                often = Counter(found.values())
-                return {name: f"{words} ({name})" if often[words] > 1 else words for name, words in found.items()}
+                return told_apart(found)
         return {}
 
     def labels(self, folders: list[str]) -> tuple[str, dict[str, str]] | None:
@@ -92,6 +91,12 @@ class Lists:
             return self._bytes(item).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{item.name.decode()} is not UTF-8 text ({error.reason}); mend it or remove it") from None
+
+
+def told_apart(words: dict[str, str]) -> dict[str, str]:
+    """`words` by class, with the class behind those that several have: ImageNet has two cranes."""
+    often = Counter(words.values())
+    return {name: f"{text} ({name})" if often[text] > 1 else text for name, text in words.items()}
 
 
 def _base(item: Member) -> str:

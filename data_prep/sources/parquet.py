@@ -84,6 +84,9 @@ class Parquet:
         order = sorted(files, key=lambda file: SPLITS.index(file.split))
         target = work / f"{TEMPORARY}parquet.unpacked"
         total = sum(file.path.stat().st_size for file in files)
+        for split, group in groupby(order, key=lambda file: file.split):
+            names_of = [file.path.name for file in group]
+            say(f"{split}: {len(names_of)} files, {names_of[0]}{' to ' + names_of[-1] if names_of[1:] else ''}")
         say(f"copying the images of {len(files)} files ({size(total)}) once, to {target}, removed at the end")
         reader, builders = FileReader(target), []
         number_of = {label: str(number) for number, label in enumerate(names)}
