@@ -9,11 +9,13 @@ from pathlib import Path
 from data_prep.collection import Refusal, Split, SplitBuilder
 from data_prep.plan import shuffled
 from data_prep.sources.files import ARCHIVE_KINDS, HIDDEN, PassedOver, existing, open_collection, path_fingerprint
-from data_prep.sources.layout import LAYOUT, Layout, Tree, find_layout, join
+from data_prep.sources.layout import LAYOUT, Layout, Tree, find_layout, is_in, join
 from data_prep.sources.lists import Lists
-from data_prep.sources.splits import SPLITS
+from data_prep.sources.splits import SPLITS, split_of
 from data_prep.sources.tars import Member
 from pipeline.errors import DataError
+
+_MOST_FOLDERS, _LONGEST_NAME = 256, 4096  # an archive may hold a path of a million folders
 
 
 class ImageFolder:
@@ -45,7 +47,7 @@ class ImageFolder:
         outside = _label(builders, _fill(builders, found, layout), layout, lists, str(self._path))
         builders = {split: builders[split] for split in SPLITS if split in builders}
         classes = _classes(builders, found, layout, str(self._path), say)
-        _say_notes(outside, layout, lists, say)
+        _say_notes(outside, layout, lists if list(builders) == ["train"] else None, say)
         if self._val_ratio and list(builders) == ["train"]:
             builders = _held_out(builders["train"], self._val_ratio, self._seed)
         elif self._val_ratio:
@@ -82,9 +84,11 @@ class _Found:
         passed_over.tell(say)
 
     def _add(self, item: Member, name: str) -> None:
-        if item.refused:
-            self.refused.append(Refusal(name=name, reason=item.refused))
-            if name.startswith("/") or ".." in name.split("/"):
+        is_far = name.count("/") > _MOST_FOLDERS
+        if item.refused or is_far:
+            reason = item.refused or f"its path has more than {_MOST_FOLDERS} folders"
+            self.refused.append(Refusal(name=name[:_LONGEST_NAME], reason=reason))
+            if is_far or name.startswith("/") or ".." in name.split("/"):
                 return  # it lies in no folder of the collection
         elif name:
             self.images.append(item)
@@ -121,7 +125,7 @@ def _fill(builders: dict[str, SplitBuilder], found: _Found, layout: Layout) -> l
     first = next(iter(builders.values()))
     for refusal in found.refused:
         folder = _above(refusal.name)
-        if not any(_is_in(folder, folders) for folders in layout.unlabelled.values()):
+        if not any(is_in(folder, top) for tops in layout.unlabelled.values() for top in tops):
             place = layout.place(folder)
             (builders[place[0]] if place else first).refusals.append(refusal)
     return outside
@@ -137,17 +141,16 @@ def _one_spelling(tree: Tree, layout: Layout) -> dict[str, str]:
     return twins
 
 
-def _is_in(folder: str, tops: list[str]) -> bool:
-    return any(folder == top or folder.startswith(f"{top}/") for top in tops)
-
-
 def _label(
     builders: dict[str, SplitBuilder], outside: list[Member], layout: Layout, lists: Lists, where: str
 ) -> list[Member]:
     """Gives a split whose images lie in no class folder the classes of its list; returns the images still outside."""
     for split, tops in layout.unlabelled.items():
-        here = [item for item in outside if _is_in(_above(item.name.decode()), tops)]
-        outside = [item for item in outside if not _is_in(_above(item.name.decode()), tops)]
+        here, others = [], []
+        for item in outside:
+            is_here = any(is_in(_above(item.name.decode()), top) for top in tops)
+            (here if is_here else others).append(item)
+        outside = others
         listed = lists.labels(tops) if split == "val" else None
         if listed is not None:
             builders["val"] = SplitBuilder("val", next(iter(builders.values())).readers)
@@ -180,6 +183,7 @@ def _classes(
     builders: dict[str, SplitBuilder], found: _Found, layout: Layout, where: str, say: Callable[[str], None]
 ) -> tuple[str, ...]:
     """The names of the classes in label order; `DataError` where a class is empty, or one of val is none of train."""
+    _refuse_empty_splits(found, layout, where)
     for split, builder in builders.items():
         for top in layout.folders.get(split, []):
             _refuse_empty(found, top, f"{where}: the class folder", f"of {split}")
@@ -204,22 +208,32 @@ def _classes(
 def _refuse_empty(found: _Found, top: str, what: str, of: str) -> None:
     """`DataError` for a class folder in `top` without an image; one with files of other kinds only is no class."""
     for name in found.tree.below(top):
-        if not found.tree.num_images(join(top, name)):
+        if not found.tree.has_images(join(top, name)):
             raise DataError(f"{what} {name} {of} holds no image that can be read{found.why(join(top, name))}")
     below = set(found.tree.below(top))
     for folder in sorted(found.folders):
         above, _, name = folder.rpartition("/")
-        if above == top and name not in below and not any(_is_in(other, [folder]) for other in found.beside):
-            raise DataError(f"{what} {name} {of} is empty; fill it or remove it")
+        if above == top and name not in below and not any(is_in(other, folder) for other in found.beside):
+            raise DataError(f"{what} {name} {of} is empty; fill it or remove it{found.why(folder)}")
 
 
-def _say_notes(outside: list[Member], layout: Layout, lists: Lists, say: Callable[[str], None]) -> None:
+def _refuse_empty_splits(found: _Found, layout: Layout, where: str) -> None:
+    """`DataError` for a folder of a split's name without a file: what it was to hold would be missed later only."""
+    if layout.root is not None:
+        for folder in sorted(found.folders):
+            above, _, name = folder.rpartition("/")
+            is_bare = above == layout.root and name not in found.tree.below(above)
+            if is_bare and split_of(name) and not any(is_in(other, folder) for other in found.beside):
+                raise DataError(f"{where}: the split {folder} is empty; fill it or remove it")
+
+
+def _say_notes(outside: list[Member], layout: Layout, lists: Lists | None, say: Callable[[str], None]) -> None:
     for note in layout.notes:
         say(note)
     if outside:
         name = outside[0].name.decode()
         say(f"{len(outside):,} files outside of class folders are no samples: {name}{', …' if outside[1:] else ''}")
-    if lists.splits and list(layout.folders) == ["train"]:
+    if lists and lists.splits:
         say(
             f"warning: {lists.splits[0]} looks like a list of a split and is not read: all images are train; move "
             "those of the list below test/, or hold out others by --val-ratio 0.1"

@@ -8,12 +8,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from data_prep.sources.splits import SPLITS, likeness, part_base, split_of, split_words
+from data_prep.sources.splits import SPLITS, is_exactly_split, likeness, part_base, split_of, split_words
 from pipeline.errors import DataError
 
 LAYOUT = "expected CLASS/IMAGE, or train/CLASS/IMAGE with val/ or test/ beside it"
 _IMAGE_WORDS = "image images img imgs jpg jpeg jpegs jpegimages png pngs picture pictures photo photos"
-_OTHER_WORDS = "annotation annotations label labels mask masks segmentation segmentations trimaps bboxes"
+_OTHER_WORDS = (
+    "annotation annotations label labels mask masks segmentation segmentations segmentationclass segmentationobject "
+    "trimaps bboxes ground_truth groundtruth"
+)
 _IMAGES, _BESIDE = frozenset(_IMAGE_WORDS.split()), frozenset(_OTHER_WORDS.split())
 _UNKNOWN = frozenset(("unknown", "unlabeled", "unlabelled", "all", "data", "0"))
 
@@ -23,23 +26,27 @@ def join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
+def is_in(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or lies below it."""
+    return not folder or path == folder or path.startswith(f"{folder}/")
+
+
 class Tree:
     """The folders of a collection that hold images, at any depth; refused files count, they were to be images."""
 
     def __init__(self) -> None:
         self.images: Counter[str] = Counter()
         """Images that lie in a folder itself, by its path."""
-        self.bare: set[str] = set()
-        """Folders that the source names: the empty ones are among them."""
         self._below: dict[str, set[str]] = {}
-        self._seen: set[str] = set()
+        self._filled: set[str] = set()
 
     def add(self, folder: str, *, image: bool) -> None:
         """Notes a file of `folder`: an image, or with False a refused one."""
         self.images[folder] += image
-        if folder in self._seen:
-            return
-        self._seen.add(folder)
+        above = folder
+        while image and above not in self._filled:
+            self._filled.add(above)
+            above = above.rpartition("/")[0]
         while folder:
             above, _, name = folder.rpartition("/")
             names = self._below.setdefault(above, set())
@@ -47,6 +54,10 @@ class Tree:
                 return
             names.add(name)
             folder = above
+
+    def has_images(self, folder: str) -> bool:
+        """Whether an image lies in `folder` or below."""
+        return folder in self._filled
 
     def below(self, folder: str) -> list[str]:
         """Names of the folders in `folder` that hold something, sorted."""
@@ -58,7 +69,11 @@ class Tree:
 
     def num_images(self, folder: str) -> int:
         """Images in `folder` and in all folders below."""
-        return self.images[folder] + sum(self.num_images(join(folder, name)) for name in self.below(folder))
+        return sum(num for path, num in self.images.items() if is_in(path, folder))
+
+    def holders(self) -> list[str]:
+        """Folders that have others with something in them, sorted."""
+        return sorted(self._below)
 
 
 @dataclass(slots=True)
@@ -69,6 +84,8 @@ class Layout:
     """Split: the folders that its class folders lie in."""
     unlabelled: dict[str, list[str]] = field(default_factory=dict)
     """Split: folders whose images lie in no class folder; a list of labels may know their classes."""
+    root: str | None = None
+    """The folder that the splits lie in; None where there are only classes."""
     notes: list[str] = field(default_factory=list)
     """What a user should know, a line each."""
 
@@ -99,20 +116,29 @@ def find_layout(tree: Tree, where: str) -> Layout:
             f"give one of them alone; {LAYOUT}"
         )
     if not others or (len(set(understood.values())) > 1 and any(tree.is_deep(join(root, top)) for top in understood)):
-        deep = [top for top in others if tree.is_deep(join(root, top))]
-        if deep:
+        if with_classes := [top for top in others if _has_classes(tree, join(root, top))]:
             raise DataError(
-                f"{where}: {_some(list(understood))} look like splits, but {_some(deep)} beside them like classes; "
-                "move these away, or rename the splits if they are classes"
+                f"{where}: {_some(list(understood))} look like splits, but {_some(with_classes)} beside them like "
+                "classes; move these away, or rename the splits if they are classes"
             )
         return _with_splits(tree, root, understood, where)
-    _refuse_splits_below(tree, root, tops, where)
-    if _is_generic(tops):
-        num = tree.num_images(root)
-        raise DataError(f"{where}: {_some(tops)} are no classes, so {num:,} images have no labels; {LAYOUT}")
+    beside = [top for top in tops if top.casefold() in _BESIDE and tree.is_deep(join(root, top))]
+    if _is_generic(tops) or beside:
+        num = sum(tree.num_images(join(root, top)) for top in beside or tops)
+        raise DataError(
+            f"{where}: {_some(beside or tops)} is no name of a class, so {num:,} images have no labels; {LAYOUT}"
+        )
     layout = Layout({"train": [root]})
-    _note_nested(tree, [join(root, top) for top in tops], layout)
+    _check_below(tree, layout, where)
     return layout
+
+
+def _has_classes(tree: Tree, folder: str) -> bool:
+    """Whether folders like classes lie in `folder`; seg_pred/seg_pred/IMAGE has one more around its images only."""
+    name = folder.rsplit("/", 1)[-1]
+    while tree.below(folder) in ([name], ["images"]):
+        folder = join(folder, tree.below(folder)[0])
+    return tree.is_deep(folder)
 
 
 def _root(tree: Tree) -> str:
@@ -131,9 +157,11 @@ def _root(tree: Tree) -> str:
 
 
 def _with_splits(tree: Tree, root: str, understood: dict[str, str], where: str) -> Layout:
-    layout, named = Layout({}), {}
+    layout, named = Layout({}, root=root), {}
     for split in SPLITS:
         tops = [top for top, of in understood.items() if of == split]
+        if len({part_base(top) for top in tops}) > 1:  # fruits-360: Test, and photos without classes beside it
+            tops = [top for top in tops if tree.is_deep(join(root, top))] or tops
         if len({part_base(top) for top in tops}) > 1:
             raise DataError(f"{where}: {_some(tops)} all look like the split {split}; keep one, or give one alone")
         if tops:
@@ -157,8 +185,7 @@ def _with_splits(tree: Tree, root: str, understood: dict[str, str], where: str) 
         layout.folders["val"], named["val"] = layout.folders.pop("test"), named.pop("test")
     if any(text != split for split, text in named.items()):
         layout.notes.append("splits: " + "; ".join(f"{split} from {text}" for split, text in named.items()))
-    tops = [top for folders in layout.folders.values() for top in folders]
-    _note_nested(tree, [join(top, name) for top in tops for name in tree.below(top)], layout)
+    _check_below(tree, layout, where)
     return layout
 
 
@@ -181,16 +208,6 @@ def _unwrapped(tree: Tree, folder: str, split: str, where: str) -> str:
     return folder
 
 
-def _refuse_splits_below(tree: Tree, root: str, tops: list[str], where: str) -> None:
-    """`DataError` for CLASS/SPLIT/IMAGE: all of a class would be one split."""
-    below = {name for top in tops for name in tree.below(join(root, top))}
-    if all(map(split_of, below)) and len(set(map(split_of, below))) > 1:
-        raise DataError(
-            f"{where}: the class folders hold {_some(sorted(below))}, which look like splits; {LAYOUT}: splits stand "
-            "above classes"
-        )
-
-
 def _is_generic(names: Iterable[str]) -> bool:
     """Whether all `names` tell what lies in the folders, images among it, and not of which class."""
     lowered = {name.casefold() for name in names}
@@ -202,11 +219,24 @@ def _is_vague(name: str) -> bool:
     return name.casefold() in _UNKNOWN | _IMAGES or bool(split_of(name))
 
 
-def _note_nested(tree: Tree, folders: list[str], layout: Layout) -> None:
-    nested = []
-    for folder in folders:
+def _check_below(tree: Tree, layout: Layout, where: str) -> None:
+    """Refuses class folders that hold splits, or masks beside their images; notes those that hold other folders."""
+    nested, tops = [], {top for folders in layout.folders.values() for top in folders}
+    for folder in tree.holders():
+        if folder in tops or layout.place(folder) is None:
+            continue
         names = tree.below(folder)
-        if len(names) > 1 or (names and tree.images[folder]):
+        exact = {split_of(name) for name in names if is_exactly_split(name)}
+        if len(exact) > 1 or (all(map(split_of, names)) and len(set(map(split_of, names))) > 1):
+            raise DataError(
+                f"{where}: {folder} holds {_some(names)}, which look like splits; {LAYOUT}: splits stand above classes"
+            )
+        if not {name.casefold() for name in names}.isdisjoint(_BESIDE) and (_is_generic(names) or tree.images[folder]):
+            raise DataError(
+                f"{where}: {folder} holds {_some(names)}, so that more than its images would be packed as such; move "
+                "all but the images away"
+            )
+        if folder.rpartition("/")[0] in tops and (len(names) > 1 or tree.images[folder]):
             nested += [join(folder, name) for name in names]
     if nested:
         layout.notes.append(f"folders in class folders belong to their class: {_some(nested)}")
