@@ -71,7 +71,7 @@ def _classes(result: dict) -> str:
     columns = [str(label) for label in range(len(classes))]
     rows = [["class", *columns, "samples", "right"]]
     for label, (kind, counts) in enumerate(zip(classes, result["confusion"], strict=True)):
-        name = kind["name"] if shown(kind) == str(label) else f"{label} {_name(kind['name'])}"
+        name = kind["name"] if shown(kind) == str(label) else f"{label} {_name(kind)}"
         cells = [str(count) if count else "·" for count in counts]
         rows.append([name, *cells, str(kind["num_samples"]), percent(kind["accuracy_ratio"])])
     return "confusion: a row for each class, a column for each answer\n" + grid(rows)

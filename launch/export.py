@@ -85,7 +85,6 @@ def facts(stored: Stored, step: int, num_classes: int, weights: str) -> dict:
         "image_size": config.data.image_size,
         "num_classes": num_classes,
         "classes": about.get("classes"),
-        **({"display_names": about["display_names"]} if "display_names" in about else {}),
         "data_identity": about["data_identity"],
         "metrics": metrics(stored, step, evaluated=weights == config.evaluated_weights),
         "config": config.to_dict(),

@@ -91,7 +91,7 @@ def _images(stored: Stored) -> str:
 
 
 def _classes(about: dict, evaluation: dict | None) -> str:
-    names = about.get("display_names") or about["classes"] or (evaluation and list(map(shown, evaluation["classes"])))
+    names = about["classes"] or (evaluation and [kind["name"] for kind in evaluation["classes"]])
     if not names:
         return f"{about['num_classes']}; their names are in the manifest of the data."
     rest = f"\n\n{len(names) - LISTED} more are in the file's header." if len(names) > LISTED else ""

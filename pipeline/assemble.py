@@ -112,7 +112,6 @@ def prepare(config: Config, watch: Watch) -> Run:
             config,
             data_identity=loader.manifest.identity,
             classes=loader.manifest.classes,
-            display_names=loader.manifest.display_names,
             layers=neurons.names,
             num_parameters=num_parameters,
             world_size=place.world_size,

@@ -158,9 +158,8 @@ def describe(
     layers: Sequence[str],
     num_parameters: int,
     world_size: int,
-    display_names: Sequence[str] = (),
 ) -> None:
-    """Writes config.json and run.json; `display_names` are what to show for the classes where they have such."""
+    """Writes config.json and run.json."""
     folder = Path(config.run_dir)
     description = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -168,7 +167,6 @@ def describe(
         "seed": config.train.seed,
         "data_identity": data_identity,
         "classes": list(classes),
-        **({"display_names": list(display_names)} if display_names else {}),
         "num_parameters": num_parameters,
         "world_size": world_size,
         "cpu": platform.processor() or platform.machine(),

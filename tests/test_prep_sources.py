@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.sources.imagenet import ImageNet
+from pipeline.data.manifest import Manifest
+from pipeline.errors import DataError
 from tests.conftest import ROOT
 from tests.data_sets import shared_images
 from tests.prep_runs import (
     contents,
     drawn_folder,
+    indexed,
     prepare,
     read_by_dali,
     samples_of,
@@ -105,6 +109,30 @@ def test_one_worker_and_unpacked_folders_give_the_same_bytes(imagenet, unpacked,
     loose = prepare("imagenet", *folders, tmp_path / "loose")
     assert loose.returncode == 0, loose.stderr
     assert shards_of(tmp_path / "loose") == shards_of(imagenet)
+
+
+def test_imagenet_classes_are_shown_by_their_words(imagenet, unpacked):
+    manifest = Manifest.load(imagenet / "train")
+    words = [name.split(" ", 1)[1] for name in manifest.classes]
+    assert [shown.split(" (n")[0] for shown in manifest.shown] == words
+    assert len(set(manifest.shown)) == len(words)
+
+
+def test_other_files_beside_imagenet_s_images_are_passed_over_and_said(unpacked, tmp_path):
+    for name in ("train", "val"):
+        shutil.copytree(unpacked / name, tmp_path / name)
+    (wnid, *_) = sorted((tmp_path / "train").iterdir())
+    for path in (wnid, tmp_path / "train", tmp_path / "val"):
+        (path / "Thumbs.db").write_bytes(b"x")
+    source = ImageNet(*(str(path) for path in (tmp_path / "train", tmp_path / "val", unpacked / "devkit")))
+    splits, said = indexed(source, tmp_path / "work")
+    assert [len(split) for split in splits.values()] == [400, 100]
+    assert not any(split.refusals for split in splits.values())
+    found = [line for line in said if "by their names" in line]
+    assert found == [f"{num} files that are no images by their names are passed over: .db {num}" for num in (2, 1)]
+    (tmp_path / "train/n99999999.tar").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"train holds n99999999.tar; give the tar that it was in, or unpack each"):
+        indexed(source, tmp_path / "work")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -35,6 +35,8 @@ class _File:
     """Folders below what the user gave, and the name."""
     above: str | None = None
     """The split that the folder names which was given, or which a given file lies in."""
+    top: str = ""
+    """The name of that folder."""
     split: str = "train"
     place: str = ""
     """What its rows' names begin with."""
@@ -81,12 +83,13 @@ class Parquet:
         files = _labelled(self._files, say)
         columns = _one_columns(files)
         names = classes_of(set().union(*(file.labels for file in files)), columns, f"{files[0].path.parent}")
+        _refuse_new_classes(files, columns)
         order = sorted(files, key=lambda file: SPLITS.index(file.split))
         target = work / f"{TEMPORARY}parquet.unpacked"
         total = sum(file.path.stat().st_size for file in files)
         for split, group in groupby(order, key=lambda file: file.split):
             names_of = [file.path.name for file in group]
-            say(f"{split}: {len(names_of)} files, {names_of[0]}{' to ' + names_of[-1] if names_of[1:] else ''}")
+            say(f"{split}: {names_of[0]}{f' to {names_of[-1]}, {len(names_of)} files' if names_of[1:] else ''}")
         say(f"copying the images of {len(files)} files ({size(total)}) once, to {target}, removed at the end")
         reader, builders = FileReader(target), []
         number_of = {label: str(number) for number, label in enumerate(names)}
@@ -112,7 +115,7 @@ def _files_of(given: list[Path]) -> list[_File]:
             inner = [one for one in inner if not is_hidden(os.fsencode(one.relative_to(path)))]
             if not inner:
                 raise ConfigError(f"parquet: no *.parquet below {path}; check the path")
-        files += [_File(one, one.relative_to(path).parts or (one.name,), above) for one in inner]
+        files += [_File(one, one.relative_to(path).parts or (one.name,), above, top.name) for one in inner]
     return files
 
 
@@ -121,7 +124,8 @@ def _set_splits(files: list[_File]) -> None:
     found: list[str | None] = []
     for file in files:
         exact = {split for folder in file.parts[:-1] if is_exactly_split(folder) for split in split_words(folder)}
-        words = exact or set().union(*map(split_words, (*file.parts[:-1], file.path.stem)))
+        folders = exact or set().union(*map(split_words, file.parts[:-1]))
+        words = folders | split_words(file.path.stem)
         if len(words) > 1:
             raise ConfigError(
                 f"parquet: {file.path} names the splits {' and '.join(sorted(words))}; rename it, so that it names one"
@@ -146,11 +150,13 @@ def _set_splits(files: list[_File]) -> None:
 
 
 def _set_places(files: list[_File]) -> None:
-    """Names of rows begin with the name of their file, and where two are called alike with its folders, too."""
+    """Names of rows begin with the name of their file, and where two are called alike with its folders, too; with that
+    of the folder that was given where it tells the split."""
     alike = len({file.path.name for file in files}) < len(files)
     first: dict[str, _File] = {}
     for file in files:
-        file.place = "/".join((*file.parts[:-1], file.path.stem)) if alike else file.path.stem
+        folders = (*((file.top,) if file.above else ()), *file.parts[:-1]) if alike else ()
+        file.place = "/".join((*folders, file.path.stem))
         if (other := first.setdefault(file.place, file)) is not file:
             raise ConfigError(
                 f"parquet: two files are called {file.path.name}, {other.path} and {file.path}; names tell their rows "
@@ -202,7 +208,10 @@ def _labelled(files: list[_File], say: Callable[[str], None]) -> list[_File]:
     for file in kept:
         assert file.columns is not None
         if file.columns.label is None:
-            raise DataError(f"{file.path} has no column label that is known; name the column by --label-column")
+            raise DataError(
+                f"{file.path} has the columns {', '.join(file.columns.all)}, and none is known to hold labels; name it "
+                "by --label-column"
+            )
         if file.num_unlabelled:
             raise DataError(
                 f"{file.path}: {file.num_unlabelled:,} of {file.num_rows:,} rows have no label ({file.columns.label} "
@@ -233,6 +242,16 @@ def _one_columns(files: list[_File]) -> Columns:
                 f"labels in {columns.label}; give files of one data set"
             )
     return columns
+
+
+def _refuse_new_classes(files: list[_File], columns: Columns) -> None:
+    """`DataError` where labels are text without a list of all, and a split has one that the training split has not."""
+    known = set().union(*(file.labels for file in files if file.split == files[0].split))
+    for file in files:
+        if columns.kind == "text" and not columns.names and (extra := file.labels - known):
+            raise DataError(
+                f"{file.path} has the class {min(extra)} in {columns.label}, which {files[0].split} has not"
+            )
 
 
 def _copy_images(file: _File, out: Any, builder: SplitBuilder, number_of: dict[Any, str]) -> None:

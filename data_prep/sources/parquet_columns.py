@@ -30,6 +30,8 @@ class Columns:
     """Of the labels: integer, boolean or text; empty without any."""
     names: tuple[str, ...] | None
     """Class names that the metadata give, in label order."""
+    all: tuple[str, ...]
+    """Names of all columns."""
 
 
 def find_columns(schema: Any, path: Path, image: str | None, label: str | None) -> Columns:
@@ -52,8 +54,9 @@ def find_columns(schema: Any, path: Path, image: str | None, label: str | None) 
             "--image-column"
         )
     if label is None:
-        return Columns(image, None, "", None)
-    return Columns(image, label, _label_kind(schema.field(label).type, label, path), _names(features.get(label)))
+        return Columns(image, None, "", None, tuple(schema.names))
+    kind = _label_kind(schema.field(label).type, label, path)
+    return Columns(image, label, kind, _names(features.get(label)), tuple(schema.names))
 
 
 def _features(metadata: dict) -> dict[str, dict]:
