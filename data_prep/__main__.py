@@ -133,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     parquet.add_argument(
         "source", metavar="PATH", nargs="+", help="files such as train-00000-of-00294.parquet, or folders of them"
     )
+    parquet.add_argument("--image-column", metavar="NAME", help="column of the images, where it cannot be told")
+    parquet.add_argument("--label-column", metavar="NAME", help="column of the labels, where it cannot be told")
     for command in (digits, imagenet, imagefolder, parquet):
         _add_common(command)
     _add_checks(commands)
@@ -158,7 +160,7 @@ def _source(arguments: argparse.Namespace) -> Source:
     if arguments.command == "imagefolder":
         return ImageFolder(arguments.source, arguments.val_ratio, arguments.seed)
     if arguments.command == "parquet":
-        return Parquet(arguments.source)
+        return Parquet(arguments.source, arguments.image_column, arguments.label_column)
     return Digits(arguments.seed)
 
 

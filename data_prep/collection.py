@@ -69,6 +69,8 @@ class Split:
     lengths: np.ndarray
     """int64, in bytes."""
     readers: tuple[Reader, ...]
+    shown: tuple[str, ...] = ()
+    """What the classes are called, in label order, where that is not their names: the words of a WNID."""
     refusals: tuple[Refusal, ...] = ()
     """Files refused while indexing: links, devices, duplicates, names that are not UTF-8."""
 
@@ -126,8 +128,16 @@ class SplitBuilder:
         """Names of the classes that have a sample so far."""
         return set(self._classes)
 
-    def build(self, classes: tuple[str, ...], display: dict[str, str] | None = None) -> Split:
-        """The finished split; `classes` gives the label order, `display` other names to show for them."""
+    def build(
+        self, classes: tuple[str, ...], display: dict[str, str] | None = None, shown: dict[str, str] | None = None
+    ) -> Split:
+        """The finished split.
+
+        Args:
+            classes: in label order.
+            display: the names that the set gives them instead, by class.
+            shown: what to show for them, by class; the set's name where it has none.
+        """
         if not self._names:
             raise DataError(f"the split {self.name} holds no image; check the source's layout in docs/data_prep.md")
         order = sorted(range(len(self._names)), key=self._names.__getitem__)
@@ -140,9 +150,11 @@ class SplitBuilder:
                 kept.append(number)
         label_of = {name: label for label, name in enumerate(classes)}
         rows = np.array(kept, dtype=np.int64)
+        names = tuple((display or {}).get(name, name) for name in classes)
         return Split(
             name=self.name,
-            classes=tuple((display or {}).get(name, name) for name in classes),
+            classes=names,
+            shown=tuple(shown.get(name, own) for name, own in zip(classes, names, strict=True)) if shown else (),
             names=NameTable([self._names[number] for number in kept]),
             labels=np.array([label_of[self._classes[number]] for number in kept], dtype=np.int32),
             places=np.array(self._places, dtype=np.int32)[rows],

@@ -96,7 +96,7 @@ def _draw(store: Store, splits: dict[str, Manifest], tables: dict[str, np.ndarra
             tile = _tile(_image_bytes(store, split, manifest, tables[split], int(number)))
             canvas.paste(tile, (left + (_TILE - tile.width) // 2, upper + (_TILE - tile.height) // 2))
             label = int(tables[split]["label"][number])
-            pen.text((left, upper + _TILE + 2), _fitting(manifest.classes[label], font), "black", font)
+            pen.text((left, upper + _TILE + 2), _fitting(manifest.shown[label], font), "black", font)
         top += rows_each * step_y
     return canvas
 

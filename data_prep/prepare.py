@@ -118,6 +118,8 @@ def _make(
     started = time.monotonic()
     say(f"reading the index of {source.description}")
     jobs = [_Job(split, _plan(split, options), {}) for split in source.index(store.work, say)]
+    for job in jobs:
+        say(_described(job.split))
     plans = {job.split.name: job.plan.identity for job in jobs}
     if state is not None:
         refuse_other(store, state, plans, source.description)
@@ -137,6 +139,15 @@ def _make(
     _finish(jobs, store, state, allowed_bad, say)
     total_s = time.monotonic() - started
     say(f"done in {duration(total_s)}, {duration(total_s - progress.elapsed_s)} of it before packing: {last_line}")
+
+
+def _described(split: Split) -> str:
+    """A line on what was understood: a split that was taken for a class shows here, before anything is packed."""
+    shown = split.shown or split.classes
+    first = ", ".join(shown[:5]) + (", …" if len(shown) > 5 else "")
+    present = np.count_nonzero(np.bincount(split.labels, minlength=len(shown)))
+    lacking = "" if present == len(shown) else f" ({present:,} of them have images)"
+    return f"{split.name}: {len(split):,} images, {len(shown):,} classes{lacking}: {first}"
 
 
 def _plan(split: Split, options: Options) -> Plan:
@@ -249,7 +260,8 @@ def _finish(jobs: list[_Job], store: Store, state: State, allowed_bad: AllowedBa
         _refuse_all(too_many, store, allowed_bad)
     for job in jobs:
         shards = tuple(job.records[name].shard for name in sorted(job.records) if job.records[name].shard.num_samples)
-        manifest = Manifest(split=job.split.name, classes=job.split.classes, shards=shards)
+        split = job.split
+        manifest = Manifest(split=split.name, classes=split.classes, shards=shards, display_names=split.shown)
         store.write(f"{job.split.name}/{MANIFEST_NAME}", manifest.to_json().encode())
     state.complete = True
     state.save(store)

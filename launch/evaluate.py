@@ -151,11 +151,11 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
         "image_size": config.data.image_size,
         "precision": precision,
         "device": device.type,
-        **numbers(detail, manifest.classes, network),
+        **numbers(detail, manifest, network),
     }
 
 
-def numbers(detail: "Detail", classes: tuple[str, ...], network) -> dict:
+def numbers(detail: "Detail", manifest: Manifest, network) -> dict:
     """The figures of an evaluation, ready for JSON: an undefined number is null."""
     confusion = detail.confusion
     counts, hits = confusion.sum(1).tolist(), confusion.diagonal().tolist()
@@ -179,10 +179,10 @@ def numbers(detail: "Detail", classes: tuple[str, ...], network) -> dict:
         "eval_top5_accuracy_ratio": detail.top5,
         "eval_loss": detail.loss if math.isfinite(detail.loss) else None,
         "classes": [
-            {"name": name, "num_samples": count, "accuracy_ratio": hit / count if count else None}
-            for name, count, hit in zip(classes, counts, hits, strict=True)
+            {"name": name, "display_name": shown, "num_samples": n, "accuracy_ratio": hit / n if n else None}
+            for name, shown, n, hit in zip(manifest.classes, manifest.shown, counts, hits, strict=True)
         ],
-        "confusion": confusion.tolist() if len(classes) <= SHOWN else None,
+        "confusion": confusion.tolist() if len(counts) <= SHOWN else None,
         "energy": {
             "microjoule": detail.energy.microjoule,
             "num_samples": detail.num_measured,

@@ -51,7 +51,13 @@ def _figures(result: dict) -> str:
     return "\n".join(f"{name:<8} {value}" for name, value in rows if value != "-")
 
 
-def _name(name: str) -> str:
+def shown(kind: dict) -> str:
+    """What a class of an evaluation is called; the earliest evaluations had its name only."""
+    return kind.get("display_name", kind["name"])
+
+
+def _name(kind: dict) -> str:
+    name = shown(kind)
     return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…"
 
 
@@ -60,12 +66,12 @@ def _classes(result: dict) -> str:
     if len(classes) > SHOWN:
         seen = [kind for kind in classes if kind["num_samples"]]
         worst = sorted(seen, key=lambda kind: kind["accuracy_ratio"])[:SHOWN]
-        rows = [[_name(kind["name"]), str(kind["num_samples"]), percent(kind["accuracy_ratio"])] for kind in worst]
+        rows = [[_name(kind), str(kind["num_samples"]), percent(kind["accuracy_ratio"])] for kind in worst]
         return f"the {len(rows)} least recognised of {len(classes)} classes\n" + grid([["", "samples", "right"], *rows])
     columns = [str(label) for label in range(len(classes))]
     rows = [["class", *columns, "samples", "right"]]
     for label, (kind, counts) in enumerate(zip(classes, result["confusion"], strict=True)):
-        name = kind["name"] if kind["name"] == str(label) else f"{label} {_name(kind['name'])}"
+        name = kind["name"] if shown(kind) == str(label) else f"{label} {_name(kind)}"
         cells = [str(count) if count else "·" for count in counts]
         rows.append([name, *cells, str(kind["num_samples"]), percent(kind["accuracy_ratio"])])
     return "confusion: a row for each class, a column for each answer\n" + grid(rows)

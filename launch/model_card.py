@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launch.evaluation_table import percent
+from launch.evaluation_table import percent, shown
 from pipeline.data.graph import MEAN, STD
 from pipeline.metrics import read_journal
 from pipeline.run_folder import Stored
@@ -98,7 +98,7 @@ def _classes(about: dict, evaluation: dict | None) -> str:
     if evaluation is None:
         return _rows(["label", "class"], *([i, name] for i, name in enumerate(names[:LISTED]))) + rest
     kinds = enumerate(evaluation["classes"][:LISTED])
-    rows = [[i, kind["name"], kind["num_samples"], percent(kind["accuracy_ratio"])] for i, kind in kinds]
+    rows = [[i, shown(kind), kind["num_samples"], percent(kind["accuracy_ratio"])] for i, kind in kinds]
     return _rows(["label", "class", "validation samples", "right"], *rows) + rest
 
 

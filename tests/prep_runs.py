@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.collection import Split
+from data_prep.prepare import Source
 from pipeline.data.manifest import Manifest, read_samples
 from tests.conftest import ROOT
 from tests.data_sets import drawn_jpeg
@@ -20,6 +22,21 @@ def prepare(*arguments: object, timeout: float = 120) -> subprocess.CompletedPro
     """Runs `python -m data_prep` with `arguments` to its end."""
     command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def indexed(source: Source, work: Path) -> tuple[dict[str, Split], list[str]]:
+    """What a source finds, by split, without packing it, and what it says on the way; `work` is made."""
+    work.mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
+    return {split.name: split for split in source.index(work, said.append)}, said
+
+
+def counted(splits: dict[str, Split]) -> dict[str, dict[str, int]]:
+    """Samples by split and class."""
+    return {
+        name: {label: int(np.sum(split.labels == number)) for number, label in enumerate(split.classes)}
+        for name, split in splits.items()
+    }
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """A shard set's files as they are opened: damaged records, manifests from anywhere, and the limit on open files."""
 
+import hashlib
 import json
 import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,20 @@ def test_a_manifest_that_contradicts_itself_is_refused(folder, fields, message):
 def test_names_in_other_alphabets_are_allowed(folder):
     change_shard(folder, name="blüten_2024-07+a.b=1")
     assert Manifest.load(folder).shards[1].tar == "blüten_2024-07+a.b=1.tar"
+
+
+def test_what_classes_are_called_changes_no_identity(folder):
+    text = (folder / MANIFEST_NAME).read_text()
+    plain = Manifest.load(folder)
+    assert plain.shown == plain.classes
+    assert plain.identity == hashlib.sha256(text.encode()).hexdigest(), "of a manifest that knows no such field, too"
+    named = replace(plain, display_names=("ant", "bee", "cat", "dog"))
+    read = Manifest.from_json(named.to_json(), "here")
+    assert (read, read.shown, read.identity) == (named, named.display_names, plain.identity)
+    for names in (["ant"], ["ant", "bee", "cat", 4]):
+        document = json.dumps(json.loads(text) | {"display_names": names})
+        with pytest.raises(DataError, match=f"here has {len(names)} display_names for 4 classes, or not all are text"):
+            Manifest.from_json(document, "here")
 
 
 @pytest.fixture

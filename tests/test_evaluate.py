@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch import evaluate
-from launch.evaluation_table import grid
+from launch.evaluation_table import grid, table
 from pipeline.config import ModelConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.stream import Batch
@@ -93,6 +93,21 @@ def test_samples_that_are_not_valid_count_nowhere():
     part = evaluate_in_detail(network, batches, num_classes=4, measure_every=2)
     assert part.num_measured == 4 + 2
     assert torch.equal(part.confusion, expected)
+
+
+def test_classes_are_shown_as_they_are_called():
+    network = sew_resnet.build(ModelConfig(T=1), num_classes=2, image_size=8).eval()
+    batch = Batch(torch.randn(2, 3, 8, 8), torch.arange(2), torch.ones(2, dtype=torch.bool), 0)
+    manifest = Manifest(split="val", classes=("n01", "n02"), shards=(), display_names=("goldfish", "crane"))
+    result = evaluate.numbers(evaluate_in_detail(network, [batch], num_classes=2), manifest, network)
+    named = [(kind["name"], kind["display_name"]) for kind in result["classes"]]
+    assert named == [("n01", "goldfish"), ("n02", "crane")]
+    how = {"data": "d", "split": "val", "T": 1, "image_size": 8, "precision": "fp32", "device": "cpu"}
+    text = table({"run": "r", "step": 1, "weights": "last", **how, **result})
+    assert "0 goldfish" in text
+    assert "n01" not in text
+    many = [kind | {"num_samples": 1, "accuracy_ratio": 0.0} for kind in result["classes"] * 11]
+    assert "\ngoldfish" in table({"run": "r", "step": 1, "weights": "last", **how, **result, "classes": many})
 
 
 def test_the_five_best_answers_are_looked_at():

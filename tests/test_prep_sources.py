@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.sources.imagenet import ImageNet
+from pipeline.data.manifest import Manifest
+from pipeline.errors import DataError
 from tests.conftest import ROOT
 from tests.data_sets import shared_images
 from tests.prep_runs import (
     contents,
     drawn_folder,
+    indexed,
     prepare,
     read_by_dali,
     samples_of,
@@ -107,6 +111,30 @@ def test_one_worker_and_unpacked_folders_give_the_same_bytes(imagenet, unpacked,
     assert shards_of(tmp_path / "loose") == shards_of(imagenet)
 
 
+def test_imagenet_classes_are_shown_by_their_words(imagenet, unpacked):
+    manifest = Manifest.load(imagenet / "train")
+    words = [name.split(" ", 1)[1] for name in manifest.classes]
+    assert [shown.split(" (n")[0] for shown in manifest.shown] == words
+    assert len(set(manifest.shown)) == len(words)
+
+
+def test_other_files_beside_imagenet_s_images_are_passed_over_and_said(unpacked, tmp_path):
+    for name in ("train", "val"):
+        shutil.copytree(unpacked / name, tmp_path / name)
+    (wnid, *_) = sorted((tmp_path / "train").iterdir())
+    for path in (wnid, tmp_path / "train", tmp_path / "val"):
+        (path / "Thumbs.db").write_bytes(b"x")
+    source = ImageNet(*(str(path) for path in (tmp_path / "train", tmp_path / "val", unpacked / "devkit")))
+    splits, said = indexed(source, tmp_path / "work")
+    assert [len(split) for split in splits.values()] == [400, 100]
+    assert not any(split.refusals for split in splits.values())
+    found = [line for line in said if "by their names" in line]
+    assert found == [f"{num} files that are no images by their names are passed over: .db {num}" for num in (2, 1)]
+    (tmp_path / "train/n99999999.tar").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"train holds n99999999.tar; give the tar that it was in, or unpack each"):
+        indexed(source, tmp_path / "work")
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_webdataset_and_dali_read_the_same_samples(imagenet, split):
     from webdataset.compat import WebDataset
@@ -165,10 +193,11 @@ def test_a_wrapping_folder_and_hidden_files_are_no_classes(tmp_path):
 
 def test_lists_and_notes_beside_the_images_do_not_hide_the_wrapping_folder(tmp_path):
     files = {f"pictures/{name}": data for name, data in SPLIT_FILES.items()}
-    files |= {"README.md": b"read me", "pictures/labels.csv": b"0,1"}
-    run = prepare("imagefolder", write_tar(tmp_path / "images.tar", files), tmp_path / "set", "--allow-bad", 1)
+    files |= {"README.md": b"read me", "pictures/labels.csv": b"0,1", "cover.jpg": FILES["ant/000.jpg"]}
+    run = prepare("imagefolder", write_tar(tmp_path / "images.tar", files), tmp_path / "set")
     assert run.returncode == 0, run.stderr
-    assert "2 files outside of class folders are no samples" in run.stdout
+    assert "2 files that are no images by their names are passed over: .md 1, .csv 1" in run.stdout
+    assert "1 files outside of class folders are no samples: cover.jpg" in run.stdout
     for split, num in (("train", len(FILES)), ("val", 6)):
         assert json.loads((tmp_path / "set" / split / "manifest.json").read_text())["classes"] == ["ant", "bee", "cat"]
         assert len(samples_of(tmp_path / "set" / split)) == num

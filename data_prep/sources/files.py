@@ -1,8 +1,10 @@
 """The members of a folder or an archive of any format, what reads them, and what tells whether they changed."""
 
+import errno
 import hashlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,20 @@ from data_prep.sources.tars import Member, member, walk_tar
 from data_prep.sources.zips import walk_zip
 from pipeline.errors import ConfigError
 
+# Beside images, and no images by their names. What is not listed is taken for an image and refused if it is none.
+_TEXTS = "txt csv tsv json jsonl xml yaml yml toml cfg conf ini db log md rst tex html htm css js url lnk names lst idx"
+_OFFICE = "pdf doc docx xls xlsx ppt pptx odt ods rtf bak tmp part crdownload lock md5 sha1 sha256 torrent"
+_CODE = "py pyc ipynb m r sh bat exe dll c cc cpp h java"
+_TABLES = "mat npy npz pkl pickle h5 hdf5 pt pth ckpt onnx parquet arrow feather sqlite tfrecord rec data"
+_FILMS = "mp4 m4v avi mov mkv webm mpg mpeg wmv flv 3gp mp3 wav flac ogg m4a aac"
+_ARCHIVES = "zip tar gz tgz bz2 xz 7z rar zst"
+_OTHER_KINDS = frozenset(f"{_TEXTS} {_OFFICE} {_CODE} {_TABLES} {_FILMS} {_ARCHIVES}".split())
+_OTHER_NAMES = frozenset(("readme", "license", "licence", "copying", "makefile", "authors", "changelog", "icon\r"))
+ARCHIVE_KINDS = frozenset(f".{kind}" for kind in _ARCHIVES.split())
+"""Extensions of what may hold a collection itself."""
+# Of the system, the file server or the version control: thumbnails lie in them, which must not become samples.
+_SYSTEM_FOLDERS = frozenset((b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found"))
+
 
 def existing(path: str, option: str) -> Path:
     """`path`, or a `ConfigError` that names the option it came from."""
@@ -23,35 +39,81 @@ def existing(path: str, option: str) -> Path:
     return found
 
 
+HIDDEN = "hidden"
+
+
+class PassedOver:
+    """Tells by its name what a member is where that is no image, and counts these, so that none is lost in silence."""
+
+    def __init__(self) -> None:
+        self._kinds: Counter[str] = Counter()
+        self._num_hidden = 0
+
+    def kind(self, item: Member) -> str:
+        """Empty for what may be an image, or a folder of them; else HIDDEN, an extension, or a name without one."""
+        if is_hidden(item.name):
+            self._num_hidden += not item.folder
+            return HIDDEN
+        kind = "" if item.folder else _other_kind(item.name)
+        if kind:
+            self._kinds[kind] += 1
+        return kind
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Says what was passed over, a line for the hidden and one for the others."""
+        if self._num_hidden:
+            say(f"{self._num_hidden:,} hidden files (a dot before the name, or a folder of the system) are passed over")
+        if self._kinds:
+            counts = ", ".join(f"{kind} {num:,}" for kind, num in self._kinds.most_common(5))
+            more = f" and {len(self._kinds) - 5} more kinds" if len(self._kinds) > 5 else ""
+            num = sum(self._kinds.values())
+            say(f"{num:,} files that are no images by their names are passed over: {counts}{more}")
+
+
+def is_hidden(name: bytes) -> bool:
+    """Whether a member of this name, or a folder above it, is hidden: a leading dot, or a folder of the system's."""
+    parts = name.split(b"/")
+    return any((part.startswith(b".") and part not in (b".", b"..")) or part in _SYSTEM_FOLDERS for part in parts)
+
+
+def _other_kind(name: bytes) -> str:
+    base = name.rsplit(b"/", 1)[-1].decode("utf-8", "backslashreplace").casefold()
+    if base in _OTHER_NAMES:
+        return base.strip()
+    extension = base.rpartition(".")[2] if "." in base else ""
+    return f".{extension}" if extension in _OTHER_KINDS or extension.endswith("~") else ""
+
+
 def walk_folder(root: Path) -> Iterator[Member]:
     """Files and folders below `root`, symbolic links followed, sorted; the offset of a file is its time of change.
 
-    An unpacked collection is the user's own and often linked together; loops of links are cut.
+    An unpacked collection is the user's own and often linked together. A link to a folder that it lies in is refused.
     """
-    seen: set[tuple[int, int]] = set()
 
-    def below(folder: str, prefix: bytes) -> Iterator[Member]:
+    def below(folder: str, prefix: bytes, above: tuple[tuple[int, int], ...]) -> Iterator[Member]:
         about = os.stat(folder)
-        if (about.st_dev, about.st_ino) in seen:
-            return
-        seen.add((about.st_dev, about.st_ino))
+        above = (*above, (about.st_dev, about.st_ino))
         with os.scandir(folder) as entries:
             ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
         for entry in ordered:
             name = prefix + os.fsencode(entry.name)
             try:
                 about = entry.stat()
-            except FileNotFoundError:
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
                 yield member(name, 0, 0, folder=False, kind="a link to nothing")
                 continue
-            if stat.S_ISDIR(about.st_mode):
-                yield member(name, about.st_mtime_ns, 0, folder=True, kind="")
-                yield from below(entry.path, name + b"/")
-            else:
+            if not stat.S_ISDIR(about.st_mode):
                 kind = "" if stat.S_ISREG(about.st_mode) else "a device, pipe or socket"
                 yield member(name, about.st_mtime_ns, about.st_size, folder=False, kind=kind)
+            elif (about.st_dev, about.st_ino) in above:
+                yield member(name, 0, 0, folder=False, kind="a link to a folder that it lies in")
+            else:
+                yield member(name, about.st_mtime_ns, 0, folder=True, kind="")
+                yield from below(entry.path, name + b"/", above)
 
-    yield from below(os.fspath(root), b"")
+    yield from below(os.fspath(root), b"", ())
 
 
 def path_fingerprint(path: Path) -> list:

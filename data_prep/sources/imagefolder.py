@@ -1,17 +1,21 @@
 """Class folders, loose or in a tar, tar.gz or zip, with folders for the splits above them or without."""
 
 import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from data_prep.collection import Split, SplitBuilder
+from data_prep.collection import Refusal, Split, SplitBuilder
 from data_prep.plan import shuffled
-from data_prep.sources.files import existing, open_collection, path_fingerprint
+from data_prep.sources.files import ARCHIVE_KINDS, HIDDEN, PassedOver, existing, open_collection, path_fingerprint
+from data_prep.sources.layout import LAYOUT, Layout, Tree, find_layout, is_in, join
+from data_prep.sources.lists import Lists
+from data_prep.sources.splits import SPLITS, split_of
 from data_prep.sources.tars import Member
 from pipeline.errors import DataError
 
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_LAYOUT = "expected CLASS/IMAGE, or train/CLASS/IMAGE with val/ or test/ beside it"
+_MOST_FOLDERS, _LONGEST_NAME = 256, 4096  # an archive may hold a path of a million folders
 
 
 class ImageFolder:
@@ -33,110 +37,207 @@ class ImageFolder:
 
     def index(self, work: Path, say: Callable[[str], None]) -> list[Split]:
         members, reader = open_collection(self._path, work, say)
-        root, found, refused = _usable(members, say)
-        layout = _Layout(root, found)
-        builders = {name: SplitBuilder(name, [reader]) for name in layout.splits}
-        for item, name, label, split in layout.samples(found):
-            builders[split].add(name=name, label=label, place=0, offset=item.offset, length=item.length)
-        for item in refused:
-            name = item.name.decode("utf-8", "backslashreplace")
-            first = next(iter(builders.values()))
-            builders.get(layout.split_of(name), first).refuse(name, item.refused)
-        if layout.outside:
-            say(f"{len(layout.outside)} files outside of class folders are no samples: {layout.outside[0]}, …")
-        classes = _classes(builders, layout, self._path)
-        if list(builders) == ["train"] and self._val_ratio:
+        lists = Lists(reader)
+        found = _Found(members, lists, say)
+        try:
+            layout = find_layout(found.tree, str(self._path))
+        except DataError as error:
+            raise DataError(f"{error}{found.why('')}") from None
+        builders = {split: SplitBuilder(split, [reader]) for split in SPLITS if split in layout.folders}
+        outside = _label(builders, _fill(builders, found, layout), layout, lists, str(self._path))
+        builders = {split: builders[split] for split in SPLITS if split in builders}
+        classes = _classes(builders, found, layout, str(self._path), say)
+        _say_notes(outside, layout, lists if list(builders) == ["train"] else None, say)
+        if self._val_ratio and list(builders) == ["train"]:
             builders = _held_out(builders["train"], self._val_ratio, self._seed)
-        return [builder.build(classes) for builder in builders.values()]
+        elif self._val_ratio:
+            say(f"--val-ratio is not used: the source has the splits {', '.join(builders)}")
+        return [builder.build(classes, shown=lists.words(classes)) for builder in builders.values()]
 
 
-def _usable(members: Iterable[Member], say: Callable) -> tuple[str, list[Member], list[Member]]:
-    """The common folder above all files, the members that may be samples or folders of them, and the refused."""
-    found, refused, hidden = [], [], 0
-    for item in members:
-        parts = item.name.split(b"/")
-        if any(part.startswith(b".") and part not in (b".", b"..") for part in parts) or b"__MACOSX" in parts:
-            hidden += not item.folder
-        elif item.refused:
-            refused.append(item)
-        elif item.name:
-            found.append(item)
-    if hidden:
-        say(f"{hidden} hidden files (names that start with a dot, __MACOSX) are no samples")
-    root = ""
-    while True:
-        names = [item.name.decode() for item in found if not item.folder and item.name.startswith(root.encode())]
-        inner = [name[len(root) :] for name in names if "/" in name[len(root) :]]
-        tops = {name.split("/", 1)[0] for name in inner}
-        # The only folder, with folders in it: a wrapper, unless it is a split itself. Lists and notes may lie beside.
-        if len(tops) != 1 or tops & set(_SPLITS) or not any(name.count("/") > 1 for name in inner):
-            return root, found, refused
-        root += f"{tops.pop()}/"
+class _Found:
+    """The members of a source, sorted out; what is passed over is counted and said."""
 
-
-class _Layout:
-    """Tells split and class from a path below the root."""
-
-    def __init__(self, root: str, found: list[Member]) -> None:
-        self._root = root
-        tops = {
-            item.name.decode("utf-8", "replace")[len(root) :].split("/", 1)[0] for item in found if self._deep(item)
-        }
-        self._splits = {top: _SPLITS[top] for top in sorted(tops) if top in _SPLITS}
-        if "val" not in self._splits.values() and "test" in self._splits:
-            self._splits["test"] = "val"  # what is there to evaluate on takes the name that training looks for
-        self.splits = sorted(set(self._splits.values()), key=("train", "val", "test").index) or ["train"]
-        self.outside: list[str] = []
-        self.folders: dict[str, set[str]] = {split: set() for split in self.splits}
-        for item in found:
-            if item.folder and (place := self._place(item.name.decode("utf-8", "replace") + "/")):
-                self.folders[place[0]].add(place[1])
-
-    def _deep(self, item: Member) -> bool:
-        name = item.name.decode("utf-8", "replace")
-        return name.startswith(self._root) and (item.folder or "/" in name[len(self._root) :])
-
-    def _place(self, name: str) -> tuple[str, str, str] | None:
-        """Split, class, and name below the split; None outside of class folders."""
-        if not name.startswith(self._root):
-            return None
-        rest, split = name[len(self._root) :], "train"
-        if self._splits:
-            top, _, rest = rest.partition("/")
-            if top not in self._splits:
-                return None
-            split = self._splits[top]
-        label, slash, _ = rest.partition("/")
-        return (split, label, rest) if slash and label else None
-
-    def split_of(self, name: str) -> str:
-        place = self._place(name)
-        return place[0] if place else ""
-
-    def samples(self, found: list[Member]):
-        for item in found:
-            if item.folder:
-                continue
-            name = item.name.decode()
-            place = self._place(name)
-            if place is None:
-                self.outside.append(name)
+    def __init__(self, members: Iterable[Member], lists: Lists, say: Callable[[str], None]) -> None:
+        self.images: list[Member] = []
+        """What is taken for an image: every file of no other known kind."""
+        self.refused: list[Refusal] = []
+        self.tree = Tree()
+        self.folders: set[str] = set()
+        """Folders that the source names, the empty ones among them."""
+        self.beside: set[str] = set()
+        """Folders that files of other kinds lie in."""
+        self.archive = ""
+        """An archive in the source: perhaps what was to be given."""
+        passed_over = PassedOver()
+        for item in members:
+            name = item.name.decode("utf-8", "backslashreplace")
+            if kind := passed_over.kind(item):
+                if kind != HIDDEN:
+                    self.beside.add(_above(name))
+                    self.archive = self.archive or (name if kind in ARCHIVE_KINDS else "")
+                    lists.offer(item)
+            elif item.folder:
+                self.folders.add(name)
             else:
-                yield item, name, sys.intern(place[1]), place[0]
+                self._add(item, name)
+        passed_over.tell(say)
+
+    def _add(self, item: Member, name: str) -> None:
+        is_far = name.count("/") > _MOST_FOLDERS
+        if item.refused or is_far:
+            reason = item.refused or f"its path has more than {_MOST_FOLDERS} folders"
+            self.refused.append(Refusal(name=name[:_LONGEST_NAME], reason=reason))
+            if is_far or name.startswith("/") or ".." in name.split("/"):
+                return  # it lies in no folder of the collection
+        elif name:
+            self.images.append(item)
+        self.tree.add(_above(name), image=not item.refused)
+
+    def why(self, folder: str) -> str:
+        """How many files below `folder` were refused, and why the first was; empty where nothing is known."""
+        reasons = [one for one in self.refused if not folder or one.name.startswith(f"{folder}/")]
+        if reasons:
+            num = f"{len(reasons):,} files are" if len(reasons) > 1 else "1 file is"
+            return f": {num} refused, {reasons[0].name} for this: {reasons[0].reason}"
+        return f"; it holds the archive {self.archive}: unpack or give that" if self.archive and not self.images else ""
 
 
-def _classes(builders: dict[str, SplitBuilder], layout: _Layout, path: Path) -> tuple[str, ...]:
+def _above(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _fill(builders: dict[str, SplitBuilder], found: _Found, layout: Layout) -> list[Member]:
+    """Gives every image in a class folder to the builder of its split; returns the other images."""
+    spelled = _one_spelling(found.tree, layout)
+    places: dict[str, tuple[str, str] | None] = {}
+    outside = []
+    for item in found.images:
+        name = item.name.decode()
+        folder = sys.intern(_above(name))
+        if folder not in places:
+            place = layout.place(folder)
+            places[folder] = place and (place[0], sys.intern(spelled.get(place[1], place[1])))
+        if place := places[folder]:
+            builders[place[0]].add(name=name, label=place[1], place=0, offset=item.offset, length=item.length)
+        else:
+            outside.append(item)
+    first = next(iter(builders.values()))
+    for refusal in found.refused:
+        folder = _above(refusal.name)
+        if not any(is_in(folder, top) for tops in layout.unlabelled.values() for top in tops):
+            place = layout.place(folder)
+            (builders[place[0]] if place else first).refusals.append(refusal)
+    return outside
+
+
+def _one_spelling(tree: Tree, layout: Layout) -> dict[str, str]:
+    """Class names that are equal but for their Unicode form, as after an unpacking on macOS, to the one to use."""
+    names = {name for folders in layout.folders.values() for folder in folders for name in tree.below(folder)}
+    forms = Counter(unicodedata.normalize("NFC", name) for name in names)
+    twins = {name: form for name in names if forms[form := unicodedata.normalize("NFC", name)] > 1}
+    if twins:
+        layout.notes.append(f"class names in two Unicode forms are one class, normalised to NFC: {min(twins.values())}")
+    return twins
+
+
+def _label(
+    builders: dict[str, SplitBuilder], outside: list[Member], layout: Layout, lists: Lists, where: str
+) -> list[Member]:
+    """Gives a split whose images lie in no class folder the classes of its list; returns the images still outside."""
+    for split, tops in layout.unlabelled.items():
+        here, others = [], []
+        for item in outside:
+            is_here = any(is_in(_above(item.name.decode()), top) for top in tops)
+            (here if is_here else others).append(item)
+        outside = others
+        listed = lists.labels(tops) if split == "val" else None
+        if listed is not None:
+            builders["val"] = SplitBuilder("val", next(iter(builders.values())).readers)
+            _add_listed(builders["val"], here, *listed)
+            layout.notes.append(f"the classes of val are those of {listed[0]}")
+        elif split == "test":
+            hint = "" if "val" in layout.folders.keys() | layout.unlabelled.keys() else "; --val-ratio 0.1 makes a val"
+            layout.notes.append(f"test is passed over: {len(here):,} images of {tops[0]} without labels{hint}")
+        else:
+            raise DataError(
+                f"{where}: {len(here):,} images of val lie in {tops[0]} and in no class folder, and there is no list "
+                "of their classes (val_annotations.txt or LOC_val_solution.csv); sort them into a folder for each "
+                "class, or move val away"
+            )
+    return outside
+
+
+def _add_listed(builder: SplitBuilder, images: list[Member], listed_in: str, label_of: dict[str, str]) -> None:
+    for item in images:
+        name = item.name.decode()
+        base = name.rsplit("/", 1)[-1]
+        label = label_of.get(base) or label_of.get(base.rsplit(".", 1)[0])
+        if label is None:
+            builder.refuse(name, f"has no line in {listed_in}")
+        else:
+            builder.add(name=name, label=sys.intern(label), place=0, offset=item.offset, length=item.length)
+
+
+def _classes(
+    builders: dict[str, SplitBuilder], found: _Found, layout: Layout, where: str, say: Callable[[str], None]
+) -> tuple[str, ...]:
+    """The names of the classes in label order; `DataError` where a class is empty, or one of val is none of train."""
+    _refuse_empty_splits(found, layout, where)
     for split, builder in builders.items():
+        for top in layout.folders.get(split, []):
+            _refuse_empty(found, top, f"{where}: the class folder", f"of {split}")
         if not len(builder):
-            raise DataError(f"{path}: the split {split} holds no image in a class folder; {_LAYOUT}")
-        if empty := layout.folders[split] - builder.class_names():
-            raise DataError(f"{path}: the class folder {min(empty)} of {split} is empty; fill it or remove it")
+            raise DataError(f"{where}: the split {split} holds no image in a class folder; {LAYOUT}{found.why('')}")
     first, *others = builders.values()
     classes = first.class_names()
     for other in others:
         if extra := other.class_names() - classes:
-            raise DataError(f"{path}: {other.name} has the class {min(extra)}, which {first.name} has not; {_LAYOUT}")
+            name = min(extra)
+            near = [known for known in sorted(classes) if known.casefold() == name.casefold()]
+            hint = f" ({first.name} has {near[0]})" if near else ""
+            raise DataError(f"{where}: {other.name} has the class {name}, which {first.name} has not{hint}; {LAYOUT}")
+    twins = Counter(name.casefold() for name in classes)
+    if same := sorted(name for name in classes if twins[name.casefold()] > 1):
+        say(f"warning: {same[0]} and {same[1]} are two classes, though only their case differs")
+    if len(classes) == 1:
+        say(f"warning: {min(classes)} is the only class, so that there is nothing to tell apart")
     return tuple(sorted(classes))
+
+
+def _refuse_empty(found: _Found, top: str, what: str, of: str) -> None:
+    """`DataError` for a class folder in `top` without an image; one with files of other kinds only is no class."""
+    for name in found.tree.below(top):
+        if not found.tree.has_images(join(top, name)):
+            raise DataError(f"{what} {name} {of} holds no image that can be read{found.why(join(top, name))}")
+    below = set(found.tree.below(top))
+    for folder in sorted(found.folders):
+        above, _, name = folder.rpartition("/")
+        if above == top and name not in below and not any(is_in(other, folder) for other in found.beside):
+            raise DataError(f"{what} {name} {of} is empty; fill it or remove it{found.why(folder)}")
+
+
+def _refuse_empty_splits(found: _Found, layout: Layout, where: str) -> None:
+    """`DataError` for a folder of a split's name without a file: what it was to hold would be missed later only."""
+    if layout.root is not None:
+        for folder in sorted(found.folders):
+            above, _, name = folder.rpartition("/")
+            is_bare = above == layout.root and name not in found.tree.below(above)
+            if is_bare and split_of(name) and not any(is_in(other, folder) for other in found.beside):
+                raise DataError(f"{where}: the split {folder} is empty; fill it or remove it")
+
+
+def _say_notes(outside: list[Member], layout: Layout, lists: Lists | None, say: Callable[[str], None]) -> None:
+    for note in layout.notes:
+        say(note)
+    if outside:
+        name = outside[0].name.decode()
+        say(f"{len(outside):,} files outside of class folders are no samples: {name}{', …' if outside[1:] else ''}")
+    if lists and lists.splits:
+        say(
+            f"warning: {lists.splits[0]} looks like a list of a split and is not read: all images are train; move "
+            "those of the list below test/, or hold out others by --val-ratio 0.1"
+        )
 
 
 def _held_out(train: SplitBuilder, ratio: float, seed: int) -> dict[str, SplitBuilder]:

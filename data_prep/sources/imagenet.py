@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.collection import Split, SplitBuilder
-from data_prep.sources.files import existing, open_collection, path_fingerprint
+from data_prep.sources.files import PassedOver, existing, open_collection, path_fingerprint
+from data_prep.sources.lists import told_apart
 from data_prep.sources.tars import Member, walk_tar
 from pipeline.errors import ConfigError, DataError
 
@@ -72,16 +73,18 @@ class ImageNet:
             say(f"warning: {num} have no training image, {min(missing)} for one")
         classes = tuple(sorted(devkit.words if devkit else found))
         display = {wnid: f"{wnid} {devkit.words[wnid]}" for wnid in classes} if devkit else None
-        splits = [train.build(classes, display)]
+        shown = told_apart({wnid: devkit.words[wnid] for wnid in classes}) if devkit else None
+        splits = [train.build(classes, display, shown)]
         if self._val and devkit:
-            splits.append(self._index_val(self._val, devkit, work, say).build(classes, display))
+            splits.append(self._index_val(self._val, devkit, work, say).build(classes, display, shown))
         return splits
 
     def _index_train(self, work: Path, say: Callable) -> SplitBuilder:
         members, reader = open_collection(self._train, work, say)
         builder = SplitBuilder("train", [reader])
-        for wnid, item in self._train_members(members, builder):
-            if item.folder or item.name.rsplit(b"/", 1)[-1].startswith(b"."):
+        passed_over = PassedOver()
+        for wnid, item in self._train_members(members, builder, passed_over):
+            if item.folder or passed_over.kind(item):
                 continue
             name = item.name.decode("utf-8", "backslashreplace")
             name = name if name.startswith(f"{wnid}/") else f"{wnid}/{name}"
@@ -89,24 +92,34 @@ class ImageNet:
                 builder.refuse(name, item.refused)
             else:
                 builder.add(name=name, label=wnid, place=0, offset=item.offset, length=item.length)
+        passed_over.tell(say)
         if empty := self._synsets - builder.class_names():
             raise DataError(f"{self._train}: the synset {min(empty)} holds no image; fill it or download it again")
         if not len(builder):
             raise DataError(f"{self._train} holds no synset such as n01440764.tar; give ILSVRC2012_img_train.tar")
         return builder
 
-    def _train_members(self, members: Iterator[Member], builder: SplitBuilder) -> Iterator[tuple[str, Member]]:
+    def _train_members(
+        self, members: Iterator[Member], builder: SplitBuilder, passed_over: PassedOver
+    ) -> Iterator[tuple[str, Member]]:
         """WNID and member of every image, from a tar of tars or from synset folders."""
         self._synsets: set[str] = set()
         for item in members:
             name = item.name.decode("utf-8", "backslashreplace")
             wnid = sys.intern(name.split("/", 1)[0].removesuffix(".tar"))
+            is_synset = bool(_WNID.fullmatch(wnid))
+            if not is_synset and passed_over.kind(item):
+                continue
             if item.refused and not self._train.is_dir():
                 builder.refuse(name, item.refused)
-            elif not _WNID.fullmatch(wnid):
-                if not item.folder and not name.startswith("."):
+            elif not is_synset:
+                if not item.folder:
                     raise DataError(f"{self._train}: {ascii(name)[1:-1]} is no synset such as n01440764; {_OFFICIAL}")
             elif name.endswith(".tar") and "/" not in name:
+                if self._train.is_dir():
+                    raise DataError(
+                        f"{self._train} holds {name}; give the tar that it was in, or unpack each to a folder"
+                    )
                 self._synsets.add(wnid)
                 inner = walk_tar(self._train, item.offset, item.offset + item.length)
                 yield from ((wnid, image) for image in inner)
@@ -117,10 +130,10 @@ class ImageNet:
     def _index_val(self, path: Path, devkit: Devkit, work: Path, say: Callable) -> SplitBuilder:
         members, reader = open_collection(path, work, say)
         builder = SplitBuilder("val", [reader])
-        numbers = set()
+        numbers, passed_over = set(), PassedOver()
         for item in members:
             name = item.name.decode("utf-8", "backslashreplace")
-            if item.folder or name.rsplit("/", 1)[-1].startswith("."):
+            if item.folder or passed_over.kind(item):
                 continue
             if item.refused:
                 builder.refuse(name, item.refused)
@@ -134,6 +147,7 @@ class ImageNet:
                 )
             numbers.add(number)
             builder.add(name=name, label=devkit.truth[number - 1], place=0, offset=item.offset, length=item.length)
+        passed_over.tell(say)
         if len(numbers) + len(builder.refusals) != len(devkit.truth):
             raise DataError(
                 f"{path} holds {len(numbers)} validation images, the ground truth of {self._devkit} has "

@@ -2,128 +2,277 @@
 
 A row cannot be read without its row group, so a shuffled order would read each group hundreds of times. The images are
 therefore copied once, in order, into one file next to the output, and read from there; it is removed at the end.
+Labels are looked at before: a set that cannot be packed is refused before its images are copied.
 """
 
-import json
-from collections.abc import Callable
-from itertools import pairwise
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from data_prep.collection import Split, SplitBuilder
 from data_prep.progress import size
 from data_prep.shards import TEMPORARY
-from data_prep.sources.files import existing, path_fingerprint
+from data_prep.sources.files import existing, is_hidden, path_fingerprint
+from data_prep.sources.parquet_columns import UNLABELLED, Columns, classes_of, find_columns
 from data_prep.sources.readers import FileReader
+from data_prep.sources.splits import SPLITS, is_exactly_split, part_base, split_of, split_words
 from pipeline.errors import ConfigError, DataError
 
-_SPLITS = {"train": "train", "validation": "val", "val": "val", "valid": "val", "test": "test"}
-_IMAGE_COLUMNS = ("image", "img")
 _BATCH = 32
 
 
-class Parquet:
-    """Parquet files, or folders of them; the split is the start of a file's name: train-00000-of-00294.parquet."""
+@dataclass(slots=True)
+class _File:
+    """One of the files, and what was found in it before its images are copied."""
 
-    def __init__(self, paths: list[str]) -> None:
+    path: Path
+    parts: tuple[str, ...]
+    """Folders below what the user gave, and the name."""
+    above: str | None = None
+    """The split that the folder names which was given, or which a given file lies in."""
+    top: str = ""
+    """The name of that folder."""
+    split: str = "train"
+    place: str = ""
+    """What its rows' names begin with."""
+    columns: Columns | None = None
+    labels: set = field(default_factory=set)
+    """The distinct labels."""
+    num_rows: int = 0
+    num_unlabelled: int = 0
+
+
+class Parquet:
+    """Parquet files, or folders of them; the words of folders and names tell the split, as in `datasets`.
+
+    Args:
+        paths: files and folders.
+        image_column: where the images are; None to find it.
+        label_column: where the labels are; None to find it.
+    """
+
+    def __init__(self, paths: list[str], image_column: str | None = None, label_column: str | None = None) -> None:
         try:
             import pyarrow  # noqa: F401  # here, so that nothing is made where it is missing
         except ImportError:
             raise ConfigError(
                 "parquet needs pyarrow, which is not installed; run: python -m pip install 'chispike[parquet]'"
             ) from None
-        self._files: list[Path] = []
-        for text in paths:
-            path = existing(text, "parquet")
-            found = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-            if not found:
-                raise ConfigError(f"parquet: no *.parquet below {text}; check the path")
-            self._files += found
-        self._files.sort(key=lambda path: path.name)
-        names = [path.name for path in self._files]
-        if double := next((one for one, other in pairwise(names) if one == other), None):
-            raise ConfigError(f"parquet: two files are called {double}; names tell their rows apart: rename one")
+        self._chosen = (image_column, label_column)
+        self._files = _files_of([existing(text, "parquet") for text in paths])
+        self._files.sort(key=lambda file: (file.path.name, file.parts))
+        times = Counter(file.path.absolute() for file in self._files)
+        if double := [path for path, num in times.items() if num > 1]:
+            raise ConfigError(f"parquet: {double[0]} is given twice; give each file once")
         self.description = f"{len(self._files)} parquet files from {paths[0]}"
+        _set_splits(self._files)
+        _set_places(self._files)
 
     def fingerprint(self) -> list:
-        return ["parquet", *(path_fingerprint(path) for path in self._files)]
+        chosen = [list(self._chosen)] if any(self._chosen) else []
+        return ["parquet", *(path_fingerprint(file.path) for file in self._files), *chosen]
 
     def index(self, work: Path, say: Callable[[str], None]) -> list[Split]:
-        total = sum(path.stat().st_size for path in self._files)
+        for file in self._files:
+            _look(file, *self._chosen)
+        files = _labelled(self._files, say)
+        columns = _one_columns(files)
+        names = classes_of(set().union(*(file.labels for file in files)), columns, f"{files[0].path.parent}")
+        _refuse_new_classes(files, columns)
+        order = sorted(files, key=lambda file: SPLITS.index(file.split))
         target = work / f"{TEMPORARY}parquet.unpacked"
-        say(f"copying the images of {len(self._files)} files ({size(total)}) once, to {target}, removed at the end")
-        groups: dict[str, list[Path]] = {}
-        for path in self._files:
-            groups.setdefault(_SPLITS.get(path.name.split("-")[0].split(".")[0], "train"), []).append(path)
-        if "val" not in groups and "test" in groups:
-            groups["val"] = groups.pop("test")  # what is there to evaluate on takes the name that training looks for
-        reader, builders, names = FileReader(target), {}, None
+        total = sum(file.path.stat().st_size for file in files)
+        for split, group in groupby(order, key=lambda file: file.split):
+            names_of = [file.path.name for file in group]
+            say(f"{split}: {names_of[0]}{f' to {names_of[-1]}, {len(names_of)} files' if names_of[1:] else ''}")
+        say(f"copying the images of {len(files)} files ({size(total)}) once, to {target}, removed at the end")
+        reader, builders = FileReader(target), []
+        number_of = {label: str(number) for number, label in enumerate(names)}
         with open(target, "wb") as out:
-            for split in sorted(groups, key=("train", "val", "test").index):
-                builders[split] = SplitBuilder(split, [reader])
-                for path in groups[split]:
-                    here = _copy_images(path, out, builders[split])
-                    if names is not None and here != names:
-                        raise DataError(
-                            f"{path} names other classes than the files before it; give files of one data set"
-                        )
-                    names = here
-        labels = set().union(*(builder.class_names() for builder in builders.values()))
-        highest = max((int(label) for label in labels), default=-1)
-        names = names or [str(label) for label in range(highest + 1)]
-        if highest >= len(names):
-            raise DataError(
-                f"label {highest} in {self._files[0].parent}, but only {len(names)} classes are named there"
+            for split, group in groupby(order, key=lambda file: file.split):
+                builders.append(SplitBuilder(split, [reader]))
+                for file in group:
+                    _copy_images(file, out, builders[-1], number_of)
+        display = dict(zip(number_of.values(), names.values(), strict=True))
+        return [builder.build(tuple(display), display) for builder in builders]
+
+
+def _files_of(given: list[Path]) -> list[_File]:
+    tops = [path.absolute() if path.is_dir() else path.absolute().parent for path in given]
+    apart = len({split_of(top.name) for top in tops}) > 1
+    files = []
+    for path, top in zip(given, tops, strict=True):
+        # The name of a folder above, which may be any, counts where it is a split's own, or where several differ in it.
+        above = split_of(top.name) if apart or is_exactly_split(top.name) else None
+        inner = [path]
+        if path.is_dir():
+            inner = [one for one in path.rglob("*") if one.suffix.lower() == ".parquet" and one.is_file()]
+            inner = [one for one in inner if not is_hidden(os.fsencode(one.relative_to(path)))]
+            if not inner:
+                raise ConfigError(f"parquet: no *.parquet below {path}; check the path")
+        files += [_File(one, one.relative_to(path).parts or (one.name,), above, top.name) for one in inner]
+    return files
+
+
+def _set_splits(files: list[_File]) -> None:
+    """The split of each file by the words of its folders and its name; `ConfigError` where they cannot tell."""
+    found: list[str | None] = []
+    for file in files:
+        exact = {split for folder in file.parts[:-1] if is_exactly_split(folder) for split in split_words(folder)}
+        folders = exact or set().union(*map(split_words, file.parts[:-1]))
+        words = folders | split_words(file.path.stem)
+        if len(words) > 1:
+            raise ConfigError(
+                f"parquet: {file.path} names the splits {' and '.join(sorted(words))}; rename it, so that it names one"
             )
-        numbers = tuple(str(label) for label in range(len(names)))
-        display = {str(label): name for label, name in enumerate(names)}
-        return [builder.build(numbers, display) for builder in builders.values()]
+        found.append(next(iter(words), file.above))
+    unnamed = [file for file, split in zip(files, found, strict=True) if split is None]
+    if unnamed and len(unnamed) < len(files):
+        raise ConfigError(
+            f"parquet: {unnamed[0].path} names no split, while others do; leave it out, or put it into a folder train, "
+            "validation or test"
+        )
+    for file, split in zip(files, found, strict=True):
+        file.split = split or "train"
+    first: dict[tuple[str, str], _File] = {}
+    for file in files:
+        other = first.setdefault((file.split, file.path.name), file)
+        if [*map(part_base, other.parts)] != [*map(part_base, file.parts)]:
+            raise ConfigError(
+                f"parquet: two files of {file.split} are called {file.path.name}, {other.path} and {file.path}; if "
+                "these are configurations of one data set, give the folder of one"
+            )
 
 
-def _copy_images(path: Path, out: Any, builder: SplitBuilder) -> list[str] | None:
-    """Appends the images of a file to `out` and their places to `builder`; returns the class names it states."""
+def _set_places(files: list[_File]) -> None:
+    """Names of rows begin with the name of their file, and where two are called alike with its folders, too; with that
+    of the folder that was given where it tells the split."""
+    alike = len({file.path.name for file in files}) < len(files)
+    first: dict[str, _File] = {}
+    for file in files:
+        folders = (*((file.top,) if file.above else ()), *file.parts[:-1]) if alike else ()
+        file.place = "/".join((*folders, file.path.stem))
+        if (other := first.setdefault(file.place, file)) is not file:
+            raise ConfigError(
+                f"parquet: two files are called {file.path.name}, {other.path} and {file.path}; names tell their rows "
+                "apart: rename one, or give the folder of both"
+            )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The parquet file `path`; a `DataError` where it is none, or is damaged where it is read."""
     import pyarrow
     import pyarrow.parquet as parquet
 
-    stem, row = path.name.removesuffix(".parquet"), 0
     try:
         with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            column = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
-            if column is None or "label" not in schema.names:
-                raise DataError(f"{path} has the columns {', '.join(schema.names)}; image and label are needed")
-            if not pyarrow.types.is_struct(schema.field(column).type):
-                raise DataError(
-                    f"{path}: {column} is {schema.field(column).type}; a struct of bytes and path is needed"
-                )
-            for batch in file.iter_batches(batch_size=_BATCH, columns=[column, "label"], use_threads=False):
-                for image, label in zip(batch.column(column), batch.column("label"), strict=True):
-                    _copy_row(image.as_py() or {}, label.as_py(), f"{stem}/{row:08d}", path, out, builder)
-                    row += 1
-            return _class_names(schema.metadata or {})
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise DataError(f"{path} is no parquet file or is damaged ({' '.join(str(error).split())[:200]})") from None
 
 
-def _copy_row(image: dict, label: object, place: str, path: Path, out: Any, builder: SplitBuilder) -> None:
-    inner = str(image.get("path") or "image").rsplit("/", 1)[-1]
-    name = f"{place}-{inner}"
-    data = image.get("bytes")
-    if not isinstance(label, int) or label < 0:
-        raise DataError(f"{path}: row {place.rsplit('/')[-1]} has the label {label}; leave unlabelled files out")
+def _look(file: _File, image: str | None, label: str | None) -> None:
+    """Finds the columns of a file and its labels."""
+    with _opened(file.path) as opened:
+        if file.split == "test" and label not in opened.schema_arrow.names:
+            label = None  # passed over where it has no other
+        file.columns = find_columns(opened.schema_arrow, file.path, image, label)
+        file.num_rows = opened.metadata.num_rows
+        if file.columns.label is None:
+            file.num_unlabelled = file.num_rows
+            return
+        for batch in opened.iter_batches(columns=[file.columns.label], use_threads=False):
+            values = Counter(batch.column(0).to_pylist())
+            file.num_unlabelled += sum(values.pop(none, 0) for none in UNLABELLED)
+            file.labels |= values.keys()
+
+
+def _labelled(files: list[_File], say: Callable[[str], None]) -> list[_File]:
+    """The files to pack: without those of an unlabelled test split; `DataError` where others lack labels."""
+    kept = []
+    for split in SPLITS:
+        here = [file for file in files if file.split == split]
+        num_rows, num_unlabelled = sum(file.num_rows for file in here), sum(file.num_unlabelled for file in here)
+        if split == "test" and num_rows and num_rows == num_unlabelled:
+            say(f"test is passed over: its {num_rows:,} images have no labels ({here[0].path.name})")
+            continue
+        kept += here
+    for file in kept:
+        assert file.columns is not None
+        if file.columns.label is None:
+            raise DataError(
+                f"{file.path} has the columns {', '.join(file.columns.all)}, and none is known to hold labels; name it "
+                "by --label-column"
+            )
+        if file.num_unlabelled:
+            raise DataError(
+                f"{file.path}: {file.num_unlabelled:,} of {file.num_rows:,} rows have no label ({file.columns.label} "
+                "is empty or -1); leave unlabelled files out"
+            )
+        if file.columns.kind == "integer" and (lowest := min(file.labels, default=0)) < 0:
+            raise DataError(f"{file.path} has the label {lowest} in {file.columns.label}; labels count from 0")
+    if not kept:
+        raise DataError(f"{files[0].path}: no file has labels, so there is nothing to learn; give labelled files")
+    if not any(file.split == "val" for file in kept):
+        for file in kept:
+            file.split = "val" if file.split == "test" else file.split  # the name that training looks for
+    return kept
+
+
+def _one_columns(files: list[_File]) -> Columns:
+    """The label column and the class names that all `files` share; `DataError` where they differ."""
+    named = next((file for file in files if file.columns and file.columns.names), files[0])
+    columns = named.columns
+    assert columns is not None
+    for file in files:
+        assert file.columns is not None
+        if file.columns.names not in (None, columns.names):
+            raise DataError(f"{file.path} names other classes than {named.path}; give files of one data set")
+        if (file.columns.label, file.columns.kind) != (columns.label, columns.kind):
+            raise DataError(
+                f"{file.path} has {file.columns.kind} labels in {file.columns.label}, {named.path} {columns.kind} "
+                f"labels in {columns.label}; give files of one data set"
+            )
+    return columns
+
+
+def _refuse_new_classes(files: list[_File], columns: Columns) -> None:
+    """`DataError` where labels are text without a list of all, and a split has one that the training split has not."""
+    known = set().union(*(file.labels for file in files if file.split == files[0].split))
+    for file in files:
+        if columns.kind == "text" and not columns.names and (extra := file.labels - known):
+            raise DataError(
+                f"{file.path} has the class {min(extra)} in {columns.label}, which {files[0].split} has not"
+            )
+
+
+def _copy_images(file: _File, out: Any, builder: SplitBuilder, number_of: dict[Any, str]) -> None:
+    """Appends the images of a file to `out` and their places to `builder`."""
+    columns, row = file.columns, 0
+    assert columns is not None
+    assert columns.label is not None
+    with _opened(file.path) as opened:
+        for batch in opened.iter_batches(_BATCH, columns=[columns.image, columns.label], use_threads=False):
+            images, labels = batch.column(columns.image), batch.column(columns.label)
+            for image, label in zip(images, labels, strict=True):
+                _copy_row(image.as_py(), number_of[label.as_py()], f"{file.place}/{row:08d}", out, builder)
+                row += 1
+
+
+def _copy_row(image: dict | bytes | None, label: str, place: str, out: Any, builder: SplitBuilder) -> None:
+    held = {"bytes": image} if isinstance(image, bytes) else image or {}
+    inner = str(held.get("path") or "image").rsplit("/", 1)[-1]
+    name, data = f"{place}-{inner}", held.get("bytes")
     if data is None:
         builder.refuse(name, "no bytes in its row, only a path")
         return
-    builder.add(name=name, label=str(label), place=0, offset=out.tell(), length=len(data))
+    builder.add(name=name, label=label, place=0, offset=out.tell(), length=len(data))
     out.write(data)
-
-
-def _class_names(metadata: dict) -> list[str] | None:
-    """The names that Hugging Face's own metadata give the labels, where there are any."""
-    try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, ValueError, TypeError):
-        return None
-    return [str(name) for name in names] if isinstance(names, list) and len(set(names)) == len(names) else None

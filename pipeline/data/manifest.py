@@ -1,7 +1,7 @@
 """The shard format: what lies in a shard set, read side and names; `data_prep` writes it through this file.
 
     DIR/train/                   one shard set a split
-      manifest.json              format, split, classes, and every file's size and SHA-256
+      manifest.json              format, split, classes and what to show for them, every file's size and SHA-256
       train-000000.tar           a WebDataset tar: KEY.cls (the label in ASCII), then KEY.jpg or KEY.png
       train-000000.idx           DALI's index of it (format v1.2)
       train-000000.npy           SAMPLE_DTYPE records in the tar's order
@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +71,13 @@ class Manifest:
     split: str
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
+    display_names: tuple[str, ...] = ()
+    """What to show for the classes, in label order, where their names say little (WNIDs); empty for the names."""
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """What to show for each class."""
+        return self.display_names or self.classes
 
     @property
     def num_samples(self) -> int:
@@ -82,11 +89,13 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of the manifest's text: two shard sets with one identity hold the same bytes."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 of the manifest's text but for what is only shown: sets with one identity hold the same bytes."""
+        return hashlib.sha256(replace(self, display_names=()).to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        if not self.display_names:
+            del document["display_names"]
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -105,10 +114,17 @@ class Manifest:
                 split=document["split"],
                 classes=tuple(document["classes"]),
                 shards=tuple(Shard(**shard) for shard in document["shards"]),
+                display_names=tuple(document.get("display_names", ())),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"{where} lacks or misspells a field ({error}); make the shards again") from None
         _check(manifest.shards, where)
+        shown = manifest.display_names
+        if shown and (len(shown) != len(manifest.classes) or not all(isinstance(name, str) for name in shown)):
+            raise DataError(
+                f"{where} has {len(shown)} display_names for {len(manifest.classes)} classes, or not all are text; "
+                "make the shards again, or leave the field out"
+            )
         return manifest
 
     @classmethod
