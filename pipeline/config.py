@@ -10,12 +10,15 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from pipeline.config_checks import positive, require
+from pipeline.config_checks import INTEGER_MAX, checked, positive, require
 from pipeline.config_network import ChiConfig, ModelConfig
 from pipeline.config_training import OptimConfig, TrainConfig
 from pipeline.errors import ConfigError
 
 __all__ = ["ChiConfig", "Config", "DataConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
+
+NEAREST = 8
+"""Numbers of ranks, at most, that a refusal names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +66,10 @@ class DataConfig:
     """Share of bad samples (unreadable, truncated, undecodable, wrongly labelled) that ends the run, in [0, 1]."""
 
     def __post_init__(self) -> None:
+        checked("data.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
         for name in ("image_size", "image_size_step", "global_batch", "micro_batch", "prefetch"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
         for name in ("window_shards", "eval_resize", "threads", "cache_bytes", "retries"):
@@ -80,7 +87,7 @@ class DataConfig:
             math.isfinite(self.crop_aspect) and self.crop_aspect >= 1,
             "data.crop_aspect",
             self.crop_aspect,
-            "a number of at least 1",
+            "a number of at least 1, and finite",
         )
         require(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,
@@ -121,6 +128,10 @@ class MetricsConfig:
     """Write them for MLflow too, into RUN/mlflow; needs the extra mlflow."""
 
     def __post_init__(self) -> None:
+        checked("metrics.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
         require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
         both = bool(self.tls_cert) == bool(self.tls_key)
         require(both, "metrics.tls_key", self.tls_key, "a file together with metrics.tls_cert, and none without it")
@@ -150,6 +161,10 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
+        checked("", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
         if self.chi.policy == "mpd_agl" and self.train.zero_stage == 3:
             raise ConfigError(
                 "chi.policy='mpd_agl' reads the batch normalisations, which train.zero_stage=3 keeps in pieces; use "
@@ -169,19 +184,38 @@ class Config:
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per optimizer step on each of `world_size` ranks."""
-        micro_batches = self.data.global_batch // self.data.micro_batch
+        require(world_size >= 1, "world_size", world_size, "1 rank or more")
+        data, micro_batches = self.data, self.data.global_batch // self.data.micro_batch
         if micro_batches % world_size:
-            fitting = [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+            divisors = [size for size in range(1, math.isqrt(micro_batches) + 1) if micro_batches % size == 0]
+            divisors = sorted({*divisors, *(micro_batches // size for size in divisors)})
+            nearest = sorted(sorted(divisors, key=lambda size: abs(size - world_size))[:NEAREST])
+            batch = data.micro_batch * world_size * max(1, round(micro_batches / world_size))
+            larger = f", or a global batch of {batch}" if batch <= INTEGER_MAX else ""
             raise ConfigError(
-                f"data.global_batch={self.data.global_batch} in micro-batches of {self.data.micro_batch} does not "
-                f"divide over world_size={world_size}; use {' or '.join(map(str, fitting))} ranks, or a global batch "
-                f"of {self.data.micro_batch * world_size * max(1, round(micro_batches / world_size))}"
+                f"data.global_batch={data.global_batch} in micro-batches of {data.micro_batch} does not divide over "
+                f"world_size={world_size}; use {' or '.join(map(str, nearest))} ranks{larger}"
             )
         return micro_batches // world_size
 
     def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps in the run over a split of `num_samples`."""
-        return math.ceil(self.train.epochs * num_samples / self.data.global_batch)
+        """Optimizer steps in the run over a split of `num_samples`.
+
+        Raises:
+            ConfigError: the split holds none, or there would be more than INTEGER_MAX.
+        """
+        if num_samples < 1:
+            raise ConfigError(
+                f"data.path={self.data.path!r}: its split train holds no samples; name a set that has some, or make it "
+                "again with python -m data_prep"
+            )
+        steps = math.ceil(self.train.epochs * num_samples / self.data.global_batch)
+        if steps > INTEGER_MAX:
+            raise ConfigError(
+                f"train.epochs={self.train.epochs!r} over {num_samples} samples in batches of {self.data.global_batch} "
+                f"makes {steps} optimizer steps; use fewer epochs, for at most {INTEGER_MAX} steps"
+            )
+        return steps
 
     def evaluates_after(self, step: int, num_samples: int) -> bool:
         """Whether `step`, from 1, is the first by which the samples of another `train.eval_every_epochs` are used."""
