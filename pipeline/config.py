@@ -17,6 +17,8 @@ from pipeline.errors import ConfigError
 
 __all__ = ["ChiConfig", "Config", "DataConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
 
+POSITIONS_MAX = 2**45
+"""Of the pixels of a micro-batch at all time steps: with some hundred channels their bytes still are a 64-bit number."""
 NEAREST = 8
 """Numbers of ranks, at most, that a refusal names."""
 
@@ -148,7 +150,8 @@ class Config:
     init_from: str = ""
     """Weights to start from instead of fresh ones: another run's folder or checkpoint, a safetensors file, or a state
     dict in our names, SpikingJelly's or the original SEW-ResNet code's; a run that is resumed does not read it. A run
-    with train.ema_decay gives its averaged weights."""
+    with train.ema_decay gives its averaged weights. A run with the same layers, model.surrogate and model.width also
+    gives the widths that it ended with, which chi.calibrate then does not change."""
     deepspeed_config: str = ""
     """A JSON file of DeepSpeed settings of your own, merged into the run's: what shows or speeds up a run and changes
     nothing that it computes (comms_logger, flops_profiler, stage3_prefetch_bucket_size and others). All else has an
@@ -164,7 +167,14 @@ class Config:
         checked("", self)
 
     def check(self) -> None:
-        """The section's own rules; raises ConfigError."""
+        """The rules between sections; raises ConfigError."""
+        data, T = self.data, self.model.T
+        if T * data.micro_batch * data.image_size**2 > POSITIONS_MAX:
+            raise ConfigError(
+                f"data.image_size={data.image_size} with data.micro_batch={data.micro_batch} and model.T={T} makes more "
+                f"positions than any memory holds; use values with T x micro_batch x image_size² of at most "
+                f"{POSITIONS_MAX}"
+            )
         if self.chi.policy == "mpd_agl" and self.train.zero_stage == 3:
             raise ConfigError(
                 "chi.policy='mpd_agl' reads the batch normalisations, which train.zero_stage=3 keeps in pieces; use "
@@ -194,7 +204,7 @@ class Config:
             larger = f", or a global batch of {batch}" if batch <= INTEGER_MAX else ""
             raise ConfigError(
                 f"data.global_batch={data.global_batch} in micro-batches of {data.micro_batch} does not divide over "
-                f"world_size={world_size}; use {' or '.join(map(str, nearest))} ranks{larger}"
+                f"world_size={world_size}; use {' or '.join(map(str, nearest))} {'rank' if nearest == [1] else 'ranks'}{larger}"
             )
         return micro_batches // world_size
 

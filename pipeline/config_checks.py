@@ -32,7 +32,7 @@ _KINDS = {
 
 def require(ok: bool, name: str, got: object, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{name}={got!r} is not allowed; use {allowed}")
+        raise ConfigError(f"{name}={got!r:.200} is not allowed; use {allowed}")
 
 
 def one_of(name: str, got: str, allowed: tuple[str, ...]) -> None:
@@ -94,7 +94,7 @@ def _kind(name: str, got: object, field: dataclasses.Field) -> None:
 
 def _is_number(got: object) -> bool:
     """Whether it is a float, or an integer that is one without overflow."""
-    return type(got) is float or (type(got) is int and abs(got) <= LARGEST)
+    return isinstance(got, float) or (type(got) is int and abs(got) <= LARGEST)
 
 
 def _size(name: str, got: object, number: float, *, zero: Callable[[], bool]) -> None:

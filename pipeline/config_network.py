@@ -9,7 +9,8 @@ from pipeline.config_checks import checked, one_of, positive, require
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     arch: str = "sew_tiny"
-    """Name of the network: sew_tiny, or sew_resnet with 18, 34, 50, 101 or 152 behind it."""
+    """Name of the network: sew_tiny; sew_cifar with 8, 20, 26, 32 or 56 behind it, for small images; sew_resnet with
+    18, 34, 50, 101 or 152."""
     T: int = 4
     """Time steps, at least 1."""
     connect: str = "add"
@@ -81,7 +82,8 @@ class ChiConfig:
     width_max: float = 8.0
     """Widest width."""
     calibrate: bool = False
-    """Start chi from widths that put the first batch's coverage at the target, instead of from model.width."""
+    """Start chi from widths that put the first batch's coverage at the target, instead of from model.width. Widths
+    that init_from brings along come first."""
     self_check: bool = True
     """Compare the first χ with DeepSpeed's own full gradient and refuse to run where they differ."""
 
