@@ -44,7 +44,7 @@ _ALIASES = """
     train.keep_checkpoints: save_total_limit checkpoint_hist keep_last keep_latest_k checkpoint.keep_latest_k
     train.eval_every_epochs: eval_interval eval_steps eval_every eval_freq val_interval eval_strategy
         evaluation_strategy check_val_every_n_epoch validation.freq val_every
-    train.sync_bn: sync_batchnorm dist_bn syncbn
+    train.sync_bn: sync_batchnorm sync_batch_norm dist_bn syncbn
     train.profile_steps: profile profiler profiling enable_profiling
     train.timeout_s: timeout ddp_timeout dist_timeout nccl_timeout
     train.on_nonfinite: skip_nan skip_nonfinite nan_policy
@@ -88,7 +88,7 @@ _ALIASES = """
     resume, model.checkpoint: checkpoint
     init_from: pretrained pretrained_path finetune fine_tune finetune_from load_from init_checkpoint initial_checkpoint
         weights pretrain start_from load_weights transfer
-    deepspeed_config: deepspeed ds_config deepspeed_json
+    deepspeed_config: deepspeed deepspeed.config ds_config deepspeed_json
     config: cfg config_file config_path conf c yaml job.config_file hparams
     recipe: preset train_config experiment_config task
     dry-run: dry dryrun estimate summary

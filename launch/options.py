@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -22,6 +23,7 @@ from pipeline.errors import ConfigError
 from pipeline.snn.archs import ARCHS
 
 
+@functools.cache
 def field_docs(section: type) -> dict[str, str]:
     """The string under each field of a configuration class, by field name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
@@ -167,9 +169,13 @@ def command(arguments: Sequence[str]) -> Command:
     return Command(config, dry_run)
 
 
+def option_names() -> list[str]:
+    """Of all options, without dashes in front."""
+    return [*SOURCES, "dry-run", *sorted(config_document.names() - {"recipe"})]
+
+
 def _unknown(words: Sequence[str]) -> str:
     """Names the options that are not known, each with the one that was meant."""
-    known = [*SOURCES, "dry-run", *config_document.names() - {"recipe"}]
     options = [word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)]
     if not options:
         is_recipe = words[0] in RECIPES
@@ -179,7 +185,7 @@ def _unknown(words: Sequence[str]) -> str:
         return f"{words[0]!r} stands alone; {hint}"
     said = []
     for option in dict.fromkeys(options):
-        meant = near_misses.answer(option, known)
+        meant = near_misses.answer(option, option_names())
         hint = (
             f"did you mean {meant}?" if meant.startswith("--") else meant or "nothing is like it; -h lists all options"
         )

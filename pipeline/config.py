@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 __all__ = ["ChiConfig", "Config", "DataConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
 
 POSITIONS_MAX = 2**45
-"""Of the pixels of a micro-batch at all time steps: with some hundred channels their bytes still are a 64-bit number."""
+"""Of the pixels of a micro-batch at all time steps: the bytes of some hundred channels of them are a 64-bit number."""
 NEAREST = 8
 """Numbers of ranks, at most, that a refusal names."""
 
@@ -171,9 +171,8 @@ class Config:
         data, T = self.data, self.model.T
         if T * data.micro_batch * data.image_size**2 > POSITIONS_MAX:
             raise ConfigError(
-                f"data.image_size={data.image_size} with data.micro_batch={data.micro_batch} and model.T={T} makes more "
-                f"positions than any memory holds; use values with T x micro_batch x image_size² of at most "
-                f"{POSITIONS_MAX}"
+                f"data.image_size={data.image_size} with data.micro_batch={data.micro_batch} and model.T={T} is more "
+                f"than any memory holds; use values with T x micro_batch x image_size² of at most {POSITIONS_MAX}"
             )
         if self.chi.policy == "mpd_agl" and self.train.zero_stage == 3:
             raise ConfigError(
@@ -201,10 +200,11 @@ class Config:
             divisors = sorted({*divisors, *(micro_batches // size for size in divisors)})
             nearest = sorted(sorted(divisors, key=lambda size: abs(size - world_size))[:NEAREST])
             batch = data.micro_batch * world_size * max(1, round(micro_batches / world_size))
+            ranks = "rank" if nearest == [1] else "ranks"
             larger = f", or a global batch of {batch}" if batch <= INTEGER_MAX else ""
             raise ConfigError(
                 f"data.global_batch={data.global_batch} in micro-batches of {data.micro_batch} does not divide over "
-                f"world_size={world_size}; use {' or '.join(map(str, nearest))} {'rank' if nearest == [1] else 'ranks'}{larger}"
+                f"world_size={world_size}; use {' or '.join(map(str, nearest))} {ranks}{larger}"
             )
         return micro_batches // world_size
 

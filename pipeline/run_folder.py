@@ -101,15 +101,19 @@ def refuse_differences(config: Config, stored: dict) -> None:
     """
     folder = config.run_dir
     unknown, missing = foreign_keys(stored)
-    if unknown or (missing := [name for name in missing if name not in FREE]):
+    missing = [name for name in missing if name not in FREE]
+    if unknown or missing:
         raise of_another_version(folder, unknown, missing)
     before, now = flatten(stored), flatten(json.loads(json.dumps(config.to_dict())))
     differing = [name for name in sorted(now.keys() - FREE) if before[name] != now[name]]
     if differing:
-        differences = ", ".join(f"{name}={now[name]!r} (was {before[name]!r})" for name in differing)
+        ours = ", ".join(f"{name}={now[name]!r}" for name in differing)
+        one = len(differing) == 1
+        theirs = repr(before[differing[0]]) if one else ", ".join(f"{name}={before[name]!r}" for name in differing)
         raise ConfigError(
-            f"{differences}: the run in {folder} was started otherwise; go on with it as it was by --resume {folder}, "
-            f"or start a new run with another --run_dir, from its weights and widths with --init-from {folder}"
+            f"{ours}, but the run in {folder} was started with {theirs}; use {'that value' if one else 'those values'} "
+            f"to go on with it, as --resume {folder} does, or start a new run with another --run_dir, from the weights "
+            f"and widths of this one with --init-from {folder}"
         )
 
 
