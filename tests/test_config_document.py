@@ -12,6 +12,7 @@ from launch.supervise import main as supervise
 from pipeline import run_folder
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from tests.conftest import ROOT
 
 
 def stored(folder: Path, *arguments: str) -> Config:
@@ -135,3 +136,10 @@ def test_a_supervisor_shows_what_goes_on(tmp_path, capfd):
     shown = capfd.readouterr().out
     assert f"launch/train.py --resume {tmp_path}" in shown
     assert "  optim.lr = 0.25" in shown
+
+
+def test_the_page_of_options_names_all_that_may_change_when_a_run_goes_on():
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    for name in run_folder.FREE - {"run_dir"}:
+        group = "metrics.*" if name.startswith("metrics.") else "data.cache_*"
+        assert f"`{name}`" in page or (name.startswith(group[:-1]) and f"`{group}`" in page), name
