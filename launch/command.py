@@ -1,10 +1,9 @@
 """What the commands share: one line for a mistake, and its exit code."""
 
 import argparse
-import difflib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
@@ -16,12 +15,38 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ConfigError(f"{message}; see --help")
 
-    def refuse_unknown(self, unknown: list[str]) -> None:
-        """Names the option that was not known, and the one that it is like."""
-        option = unknown[0].partition("=")[0]
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        close = difflib.get_close_matches(option, known, n=1)
-        self.error(f"{option} is not an option" + (f"; did you mean {close[0]}?" if close else ""))
+
+RANKS = {
+    "WORLD_SIZE": (1, 2**20),
+    "RANK": (0, 2**20),
+    "LOCAL_RANK": (0, 2**20),
+    "LOCAL_SIZE": (1, 2**20),
+    "LOCAL_WORLD_SIZE": (1, 2**20),
+    "MASTER_PORT": (1, 65535),
+}
+"""What launchers tell a rank in its environment, with the least and the most that it can be."""
+
+
+def rank_variables(environ: Mapping[str, str]) -> tuple[int, int]:
+    """This process's rank and the number of ranks, by the launcher's variables; 0 of 1 without a launcher.
+
+    Raises:
+        ConfigError: one of RANKS is no number that it can be.
+    """
+    for name, (least, most) in RANKS.items():
+        got = environ.get(name, str(least))
+        if not (got.isascii() and got.isdecimal() and len(got) < 20 and least <= int(got) <= most):
+            raise ConfigError(
+                f"{name}={got!r} in the environment is not allowed; a launcher sets a number from {least} to {most}: "
+                "start the ranks by deepspeed, or unset it"
+            )
+    rank, world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+    if rank >= world_size:
+        raise ConfigError(
+            f"RANK={rank} in the environment is not allowed with WORLD_SIZE={world_size}; ranks count from 0: start "
+            "them by deepspeed, or unset both"
+        )
+    return rank, world_size
 
 
 def run_parser(name: str, description: str) -> Parser:

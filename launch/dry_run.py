@@ -8,10 +8,10 @@ import torch
 from launch import pace
 from launch.devices import num_ranks
 from pipeline.config import Config
+from pipeline.config_document import flatten
 from pipeline.data.manifest import Manifest
 from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
-from pipeline.run_folder import flatten
 from pipeline.snn import footprint, sew_resnet
 
 CLASSES = 1000
@@ -20,7 +20,7 @@ CLASSES = 1000
 
 def show(config: Config, ranks: int) -> int:
     """Prints the report for `ranks` ranks, or for those that this machine would start where it is 0."""
-    ranks = ranks or int(os.environ.get("WORLD_SIZE", "0")) or num_ranks(config.data, torch.cuda.device_count())
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", 0)) or num_ranks(config.data, torch.cuda.device_count())
     print("\n".join(report(config, ranks)), flush=True)
     return EXIT_DONE
 
@@ -36,6 +36,7 @@ def report(config: Config, ranks: int) -> list[str]:
         manifest, missing = Manifest.load(f"{data.path}/train"), ""
     except (ConfigError, DataError) as error:
         manifest, missing = None, str(error)
+    steps = config.num_steps(manifest.num_samples) if manifest else None
     num_classes = len(manifest.classes) if manifest else CLASSES
     with torch.device("meta"):
         network = sew_resnet.build(config.model, num_classes=num_classes, image_size=data.smallest_image)
@@ -47,7 +48,6 @@ def report(config: Config, ranks: int) -> list[str]:
     batch = f"{data.global_batch} = {ranks} ranks x {accumulation} micro-batches x {data.micro_batch}"
     lines += [f"batch       {batch}"]
     if manifest:
-        steps = config.num_steps(manifest.num_samples)
         lines += [f"steps       {steps}: {config.train.epochs:g} epochs of {manifest.num_samples} samples"]
         lines += [f"time        {pace.line(config, manifest.num_samples)}"]
     else:

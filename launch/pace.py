@@ -5,9 +5,10 @@ import statistics
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.config_document import flatten
 from pipeline.errors import ConfigError
 from pipeline.metrics import rate_decimals, read_journal
-from pipeline.run_folder import Stored, flatten, read
+from pipeline.run_folder import Stored, read
 
 SAME = ("data.image_size", "data.image_size_start", "data.micro_batch", "train.precision", "train.zero_stage")
 """What a run's speed depends on, beside the network (`model.*`) and the machine."""

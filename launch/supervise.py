@@ -70,7 +70,8 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
     """Our own options, and behind `--` those of launch/train.py."""
     parser = Parser(
         prog="python -m launch.supervise",
-        usage="python -m launch.supervise [options] -- --recipe NAME [--section.field VALUE …]",
+        usage="python -m launch.supervise [options] -- (--recipe NAME | --config FILE | --resume RUN) "
+        "[--section.field VALUE …]",
         description="Starts this node's ranks and looks after them. Behind -- stand launch/train.py's options.",
         allow_abbrev=False,
     )
@@ -98,7 +99,9 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
         if not least <= getattr(known, name) < 1e6:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(known, name)} is not allowed; use {least} or more")
     if not train:
-        raise ConfigError("no recipe: put -- and launch/train.py's options at the end: … -- --recipe digits")
+        raise ConfigError(
+            "no recipe: put -- and launch/train.py's options at the end: … -- --recipe digits, or … -- --resume RUN"
+        )
     if "--dry-run" in train:
         raise ConfigError("--dry-run stands before --, among the supervisor's own options")
     return known, train

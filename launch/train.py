@@ -14,6 +14,7 @@ import traceback
 import typing
 from pathlib import Path
 
+from launch.command import rank_variables
 from launch.options import command
 from pipeline import exporter, rank_log, run_folder, run_lock, trackers
 from pipeline.config import Config
@@ -29,7 +30,6 @@ from pipeline.errors import (
     LostRankError,
     NonFiniteError,
 )
-from pipeline.snn.archs import ARCHS
 from pipeline.stops import Watch
 
 PATIENCE_S = 10
@@ -38,7 +38,10 @@ EXPECTED = typing.get_args(Expected)
 
 
 def main(arguments: list[str]) -> int:
-    rank = int(os.environ.get("RANK", "0"))
+    try:
+        rank, world_size = rank_variables(os.environ)
+    except ConfigError as error:
+        return refuse(error, 0)
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if rank != 0:  # what these say is of the machine (no compiler, no bf16) or the run (a damaged checkpoint), once
@@ -50,7 +53,7 @@ def main(arguments: list[str]) -> int:
             from launch.dry_run import show
 
             return show(config, dry_run) if rank == 0 else EXIT_DONE
-        finished = preflight(config)
+        finished = preflight(config, world_size)
         if finished is not None:
             if rank == 0:
                 accuracy = 100 * finished["eval_accuracy_ratio"]
@@ -77,17 +80,21 @@ def main(arguments: list[str]) -> int:
         return EXIT_INTERNAL
 
 
-def preflight(config: Config) -> dict | None:
+def preflight(config: Config, world_size: int) -> dict | None:
     """Checks config, data and folder; the summary of a run that has finished, else None."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     deepspeed_settings(config, world_size, num_parameters=0)
-    if config.model.arch not in ARCHS:
-        raise ConfigError(f"model.arch={config.model.arch!r} is not allowed; use one of {', '.join(ARCHS)}")
-    train, _ = (Manifest.load(f"{config.data.path}/{split}") for split in ("train", "val"))  # of a URL too
+    train, validation = (Manifest.load(f"{config.data.path}/{split}") for split in ("train", "val"))  # of a URL too
+    config.num_steps(train.num_samples)
+    if validation.num_samples == 0:
+        raise ConfigError(f"data.path={config.data.path!r}: its split val holds no samples; name a set that has some")
     trackers.require(config)
     finished = run_folder.admit(config, world_size)
     run_folder.refuse_other_data(config, train.identity)
-    if config.init_from and not (Path(config.run_dir) / "checkpoints").exists() and not Path(config.init_from).exists():
+    if (
+        config.init_from
+        and not (Path(config.run_dir) / "checkpoints").exists()
+        and not os.path.exists(config.init_from)
+    ):
         raise ConfigError(f"init_from={config.init_from!r} does not exist; name a run's folder or a file of weights")
     return finished
 

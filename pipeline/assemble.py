@@ -16,6 +16,7 @@ from pipeline.chi.controller import ControllerState, start, targets_at
 from pipeline.chi.host import Later
 from pipeline.chi.spread import Spread
 from pipeline.config import Config
+from pipeline.config_document import flatten
 from pipeline.data.evaluation import evaluation_batches
 from pipeline.data.loader import Loader
 from pipeline.ema import Ema
@@ -26,7 +27,6 @@ from pipeline.pace import Pace
 from pipeline.progress import Progress
 from pipeline.rank_metrics import RankMetrics
 from pipeline.replicas import Replicas
-from pipeline.run_folder import flatten
 from pipeline.snn import sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
 from pipeline.step_trace import Trace
@@ -78,10 +78,11 @@ def prepare(config: Config, watch: Watch) -> Run:
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
+    widths = None
     if config.init_from and saved is None:
-        matched = init_from.load(model, config.init_from)
+        said, widths = init_from.load(model, config)
         if place.rank == 0:
-            print(matched, flush=True)
+            print(said, flush=True)
     engine = build(config, model, place.world_size)
     ema = Ema(engine, config.train.ema_decay)
     neurons, layers = bind(model), model.spiking_layers()
@@ -134,7 +135,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         exporter=exporter,
     )
     if step == 0:
-        controller = begin(config, engine, neurons, controller, place)
+        controller = begin(config, engine, neurons, widths, place)
         progress.began(controller)
     else:
         progress.say(f"resumed from the checkpoint after step {step}")
@@ -180,17 +181,23 @@ def prepare(config: Config, watch: Watch) -> Run:
 
 
 def begin(
-    config: Config, engine: DeepSpeedEngine, neurons: NeuronState, controller: ControllerState, place: Place
+    config: Config, engine: DeepSpeedEngine, neurons: NeuronState, widths: torch.Tensor | None, place: Place
 ) -> ControllerState:
-    """The controller of a run that is not resumed; where it is calibrated, all ranks look at the same images."""
-    if not config.chi.calibrate:
+    """The controller of a run that is not resumed, from another run's `widths`, `(L,)`, where there are any.
+
+    Else from the configuration's; where these are calibrated, all ranks look at the same images.
+    """
+    if widths is not None:
+        neurons.widths.copy_(widths)
+    controller = start(neurons.widths if widths is None else widths.to(neurons.widths.device))
+    if widths is not None or not config.chi.calibrate:
         return controller
     batches = evaluation_batches(config.data, rank=0, world_size=1, device=place.device, split="train")
     images = next(batches).images
     batches.close()
-    widths = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, controller.log_width))
-    dist.broadcast(widths, 0)
-    controller = start(widths.clamp(config.chi.width_min, config.chi.width_max))
+    calibrated = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, controller.log_width))
+    dist.broadcast(calibrated, 0)
+    controller = start(calibrated.clamp(config.chi.width_min, config.chi.width_max))
     neurons.widths.copy_(controller.widths)
     return controller
 

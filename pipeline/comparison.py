@@ -13,9 +13,10 @@ import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from pipeline.config_document import flatten
 from pipeline.metrics import rate_decimals, read_journal
 from pipeline.page import columns, document, picture
-from pipeline.run_folder import FREE, flatten
+from pipeline.run_folder import FREE
 
 SMOOTHING = 0.05  # of the logged steps: the window of the running mean of a training curve
 

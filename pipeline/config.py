@@ -10,12 +10,17 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from pipeline.config_checks import positive, require
+from pipeline.config_checks import INTEGER_MAX, checked, positive, require
 from pipeline.config_network import ChiConfig, ModelConfig
 from pipeline.config_training import OptimConfig, TrainConfig
 from pipeline.errors import ConfigError
 
 __all__ = ["ChiConfig", "Config", "DataConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
+
+POSITIONS_MAX = 2**45
+"""Of the pixels of a micro-batch at all time steps: the bytes of some hundred channels of them are a 64-bit number."""
+NEAREST = 8
+"""Numbers of ranks, at most, that a refusal names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +68,10 @@ class DataConfig:
     """Share of bad samples (unreadable, truncated, undecodable, wrongly labelled) that ends the run, in [0, 1]."""
 
     def __post_init__(self) -> None:
+        checked("data.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
         for name in ("image_size", "image_size_step", "global_batch", "micro_batch", "prefetch"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
         for name in ("window_shards", "eval_resize", "threads", "cache_bytes", "retries"):
@@ -80,7 +89,7 @@ class DataConfig:
             math.isfinite(self.crop_aspect) and self.crop_aspect >= 1,
             "data.crop_aspect",
             self.crop_aspect,
-            "a number of at least 1",
+            "a number of at least 1, and finite",
         )
         require(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,
@@ -121,6 +130,10 @@ class MetricsConfig:
     """Write them for MLflow too, into RUN/mlflow; needs the extra mlflow."""
 
     def __post_init__(self) -> None:
+        checked("metrics.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
         require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
         both = bool(self.tls_cert) == bool(self.tls_key)
         require(both, "metrics.tls_key", self.tls_key, "a file together with metrics.tls_cert, and none without it")
@@ -137,7 +150,8 @@ class Config:
     init_from: str = ""
     """Weights to start from instead of fresh ones: another run's folder or checkpoint, a safetensors file, or a state
     dict in our names, SpikingJelly's or the original SEW-ResNet code's; a run that is resumed does not read it. A run
-    with train.ema_decay gives its averaged weights."""
+    with train.ema_decay gives its averaged weights. A run with the same layers, model.surrogate and model.width also
+    gives the widths that it ended with, which chi.calibrate then does not change."""
     deepspeed_config: str = ""
     """A JSON file of DeepSpeed settings of your own, merged into the run's: what shows or speeds up a run and changes
     nothing that it computes (comms_logger, flops_profiler, stage3_prefetch_bucket_size and others). All else has an
@@ -150,6 +164,16 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
+        checked("", self)
+
+    def check(self) -> None:
+        """The rules between sections; raises ConfigError."""
+        data, T = self.data, self.model.T
+        if T * data.micro_batch * data.image_size**2 > POSITIONS_MAX:
+            raise ConfigError(
+                f"data.image_size={data.image_size} with data.micro_batch={data.micro_batch} and model.T={T} is more "
+                f"than any memory holds; use values with T x micro_batch x image_size² of at most {POSITIONS_MAX}"
+            )
         if self.chi.policy == "mpd_agl" and self.train.zero_stage == 3:
             raise ConfigError(
                 "chi.policy='mpd_agl' reads the batch normalisations, which train.zero_stage=3 keeps in pieces; use "
@@ -169,19 +193,39 @@ class Config:
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per optimizer step on each of `world_size` ranks."""
-        micro_batches = self.data.global_batch // self.data.micro_batch
+        require(world_size >= 1, "world_size", world_size, "1 rank or more")
+        data, micro_batches = self.data, self.data.global_batch // self.data.micro_batch
         if micro_batches % world_size:
-            fitting = [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+            divisors = [size for size in range(1, math.isqrt(micro_batches) + 1) if micro_batches % size == 0]
+            divisors = sorted({*divisors, *(micro_batches // size for size in divisors)})
+            nearest = sorted(sorted(divisors, key=lambda size: abs(size - world_size))[:NEAREST])
+            batch = data.micro_batch * world_size * max(1, round(micro_batches / world_size))
+            ranks = "rank" if nearest == [1] else "ranks"
+            larger = f", or a global batch of {batch}" if batch <= INTEGER_MAX else ""
             raise ConfigError(
-                f"data.global_batch={self.data.global_batch} in micro-batches of {self.data.micro_batch} does not "
-                f"divide over world_size={world_size}; use {' or '.join(map(str, fitting))} ranks, or a global batch "
-                f"of {self.data.micro_batch * world_size * max(1, round(micro_batches / world_size))}"
+                f"data.global_batch={data.global_batch} in micro-batches of {data.micro_batch} does not divide over "
+                f"world_size={world_size}; use {' or '.join(map(str, nearest))} {ranks}{larger}"
             )
         return micro_batches // world_size
 
     def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps in the run over a split of `num_samples`."""
-        return math.ceil(self.train.epochs * num_samples / self.data.global_batch)
+        """Optimizer steps in the run over a split of `num_samples`.
+
+        Raises:
+            ConfigError: the split holds none, or there would be more than INTEGER_MAX.
+        """
+        if num_samples < 1:
+            raise ConfigError(
+                f"data.path={self.data.path!r}: its split train holds no samples; name a set that has some, or make it "
+                "again with python -m data_prep"
+            )
+        steps = math.ceil(self.train.epochs * num_samples / self.data.global_batch)
+        if steps > INTEGER_MAX:
+            raise ConfigError(
+                f"train.epochs={self.train.epochs!r} over {num_samples} samples in batches of {self.data.global_batch} "
+                f"makes {steps} optimizer steps; use fewer epochs, for at most {INTEGER_MAX} steps"
+            )
+        return steps
 
     def evaluates_after(self, step: int, num_samples: int) -> bool:
         """Whether `step`, from 1, is the first by which the samples of another `train.eval_every_epochs` are used."""

@@ -1,13 +1,38 @@
-"""Checks that the sections of a configuration share; each refuses a value in one line: what, got, allowed."""
+"""Checks that the sections of a configuration share; each refuses a value in one line: what, got, allowed.
 
+`checked` is what every section does when it is built: each field has the kind that its class says, the section's own
+rules hold, and they still hold when every number is rounded to fp32, in which the training computes.
+"""
+
+import copy
+import dataclasses
 import math
+import struct
+import unicodedata
+from collections.abc import Callable
+from typing import Any
 
 from pipeline.errors import ConfigError
+
+SMALLEST, LARGEST = 1e-18, 1e12
+"""Sizes of a float that is not 0: fp32 holds it, its inverse, its square, and a sum of a trillion such squares."""
+INTEGER_MAX = 2**31 - 1
+WIDE_MAX = 2**63 - 1
+WIDE = ("data.cache_bytes", "train.seed")
+"""Integers that may be as large as WIDE_MAX."""
+
+_KINDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    tuple[float, ...]: "numbers, as in 30,80",
+}
 
 
 def require(ok: bool, name: str, got: object, allowed: str) -> None:
     if not ok:
-        raise ConfigError(f"{name}={got!r} is not allowed; use {allowed}")
+        raise ConfigError(f"{name}={got!r:.200} is not allowed; use {allowed}")
 
 
 def one_of(name: str, got: str, allowed: tuple[str, ...]) -> None:
@@ -15,4 +40,95 @@ def one_of(name: str, got: str, allowed: tuple[str, ...]) -> None:
 
 
 def positive(name: str, got: float) -> None:
-    require(math.isfinite(got) and got > 0, name, got, "a number above 0")
+    require(math.isfinite(got) and got > 0, name, got, "a number above 0, and finite")
+
+
+def checked(prefix: str, section: Any) -> None:
+    """Checks `section`, a frozen dataclass whose method `check` holds its own rules.
+
+    Args:
+        prefix: of its fields' names in messages: "data." or "".
+
+    Raises:
+        ConfigError: a field is of another kind, breaks a rule, or breaks one when it is rounded to fp32.
+    """
+    for field in dataclasses.fields(section):
+        _kind(prefix + field.name, getattr(section, field.name), field)
+    section.check()
+    rounded = {}
+    for field in dataclasses.fields(section):
+        name, got = prefix + field.name, getattr(section, field.name)
+        if field.type is int:
+            most = WIDE_MAX if name in WIDE else INTEGER_MAX
+            require(abs(got) <= most, name, got, f"an integer of at most {most}")
+        elif field.type is float:
+            _size(name, got, got, zero=lambda field=field: _holds(section, {field.name: 0.0}))
+            rounded[field.name] = _fp32(got)
+        elif field.type == tuple[float, ...]:
+            for number in got:
+                _size(name, got, number, zero=lambda: True)
+            rounded[field.name] = tuple(map(_fp32, got))
+    try:
+        _with(section, rounded).check()
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({_rounding(prefix, section, rounded, error)})") from None
+
+
+def _kind(name: str, got: object, field: dataclasses.Field) -> None:
+    """Refuses what is not of the field's type, which values of a file may be."""
+    if dataclasses.is_dataclass(field.type):
+        require(isinstance(got, field.type), name, got, "a section")  # pyright: ignore[reportArgumentType]
+        return
+    allowed = _KINDS[field.type]  # pyright: ignore[reportArgumentType]
+    if field.type is float:
+        require(_is_number(got), name, got, allowed)
+    elif field.type == tuple[float, ...]:
+        require(isinstance(got, tuple) and all(map(_is_number, got)), name, got, allowed)
+    else:
+        require(type(got) is field.type, name, got, allowed)
+    if isinstance(got, str):
+        require(bool(got.strip()) or field.default == "", name, got, "text that is not empty")
+        readable = not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in got)
+        require(readable, name, got, "text in UTF-8 without control characters")
+
+
+def _is_number(got: object) -> bool:
+    """Whether it is a float, or an integer that is one without overflow."""
+    return isinstance(got, float) or (type(got) is int and abs(got) <= LARGEST)
+
+
+def _size(name: str, got: object, number: float, *, zero: Callable[[], bool]) -> None:
+    """Refuses a number that fp32 has no room to compute with; `zero` tells whether 0 is allowed."""
+    require(number != 0 or math.copysign(1, number) > 0, name, got, "0 without a sign")
+    if number != 0 and not SMALLEST <= abs(number) <= LARGEST:  # NaN neither
+        fitting = f"a number from {SMALLEST:g} to {LARGEST:g} in size, which fp32 can compute with"
+        require(False, name, got, f"0, or {fitting}" if zero() else fitting)
+
+
+def _fp32(number: float) -> float:
+    """The nearest number of fp32."""
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
+def _with(section: Any, values: dict[str, object]) -> Any:
+    """A copy that nothing has checked."""
+    twin = copy.copy(section)
+    for name, value in values.items():
+        object.__setattr__(twin, name, value)
+    return twin
+
+
+def _holds(section: Any, values: dict[str, object]) -> bool:
+    try:
+        _with(section, values).check()
+    except ConfigError:
+        return False
+    return True
+
+
+def _rounding(prefix: str, section: Any, rounded: dict[str, object], error: ConfigError) -> str:
+    """Which number of `section` became another one, for the error that it then met."""
+    name = str(error).partition("=")[0].removeprefix(prefix)
+    if name in rounded and getattr(section, name) != rounded[name]:
+        return f"{getattr(section, name)!r} is {rounded[name]!r} in fp32, in which the training computes"
+    return "with all numbers as fp32 holds them, in which the training computes"

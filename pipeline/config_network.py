@@ -3,13 +3,14 @@
 import math
 from dataclasses import dataclass
 
-from pipeline.config_checks import one_of, positive, require
+from pipeline.config_checks import checked, one_of, positive, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     arch: str = "sew_tiny"
-    """Name of the network: sew_tiny, or sew_resnet with 18, 34, 50, 101 or 152 behind it."""
+    """Name of the network: sew_tiny; sew_cifar with 8, 20, 26, 32 or 56 behind it, for small images; sew_resnet with
+    18, 34, 50, 101 or 152."""
     T: int = 4
     """Time steps, at least 1."""
     connect: str = "add"
@@ -36,13 +37,17 @@ class ModelConfig:
     """Compute convolutions again in the backward pass instead of keeping their outputs: slower, far less memory."""
 
     def __post_init__(self) -> None:
+        checked("model.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
         require(self.T >= 1, "model.T", self.T, "an integer of at least 1")
         one_of("model.connect", self.connect, ("add", "and", "iand"))
         one_of("model.neuron", self.neuron, ("if", "lif", "plif"))
         one_of("model.reset", self.reset, ("hard", "soft"))
         one_of("model.surrogate", self.surrogate, ("triangle", "rectangle", "atan", "sigmoid"))
         one_of("model.scale", self.scale, ("area", "peak", "rms"))
-        require(math.isfinite(self.tau) and self.tau >= 1, "model.tau", self.tau, "a number of at least 1")
+        require(math.isfinite(self.tau) and self.tau >= 1, "model.tau", self.tau, "a number of at least 1, and finite")
         require(self.neuron != "plif" or self.tau > 1, "model.tau", self.tau, "a number above 1 with model.neuron plif")
         positive("model.v_th", self.v_th)
         positive("model.width", self.width)
@@ -77,11 +82,16 @@ class ChiConfig:
     width_max: float = 8.0
     """Widest width."""
     calibrate: bool = False
-    """Start chi from widths that put the first batch's coverage at the target, instead of from model.width."""
+    """Start chi from widths that put the first batch's coverage at the target, instead of from model.width. Widths
+    that init_from brings along come first."""
     self_check: bool = True
     """Compare the first χ with DeepSpeed's own full gradient and refuse to run where they differ."""
 
     def __post_init__(self) -> None:
+        checked("chi.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
         one_of("chi.policy", self.policy, ("fixed", "schedule", "chi", "mpd_agl", "ds_atgo"))
         one_of("chi.indicator", self.indicator, ("coverage", "participation", "chi", "firing_rate"))
         for name in ("target", "target_end"):
@@ -99,7 +109,7 @@ class ChiConfig:
             math.isfinite(self.width_max) and self.width_max > self.width_min,
             "chi.width_max",
             self.width_max,
-            f"a number above chi.width_min={self.width_min}",
+            f"a number above chi.width_min={self.width_min}, and finite",
         )
         positive("chi.width_end", self.width_end)
         holds_coverage = self.policy == "chi" and self.indicator == "coverage"

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from pipeline.config_checks import one_of, positive, require
+from pipeline.config_checks import checked, one_of, positive, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,10 @@ class OptimConfig:
     and the reported norms are of the gradient before it is clipped."""
 
     def __post_init__(self) -> None:
+        checked("optim.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
         one_of("optim.name", self.name, ("sgd", "adamw"))
         one_of("optim.schedule", self.schedule, ("cosine", "step", "constant"))
         for name in ("lr", "eps"):
@@ -56,7 +60,7 @@ class OptimConfig:
         )
         for name in ("weight_decay", "warmup_epochs", "clip"):
             got = getattr(self, name)
-            require(math.isfinite(got) and got >= 0, f"optim.{name}", got, "a number of at least 0")
+            require(math.isfinite(got) and got >= 0, f"optim.{name}", got, "a number of at least 0, and finite")
         require(0 < self.gamma <= 1, "optim.gamma", self.gamma, "a number in (0, 1]")
         rising = all(a < b < math.inf for a, b in zip((0.0, *self.milestones), self.milestones, strict=False))
         require(rising, "optim.milestones", self.milestones, "epochs above 0 that rise, as in 30,60,90")
@@ -117,6 +121,10 @@ class TrainConfig:
     alone must end within it: a compilation at the first step, the decoding of a slow file."""
 
     def __post_init__(self) -> None:
+        checked("train.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
         positive("train.epochs", self.epochs)
         one_of("train.loss", self.loss, ("ce", "tet"))
         require(0 <= self.tet_lambda <= 1, "train.tet_lambda", self.tet_lambda, "a number in [0, 1]")
@@ -131,7 +139,7 @@ class TrainConfig:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer of at least 1")
         got = self.eval_every_epochs
-        require(math.isfinite(got) and got >= 0, "train.eval_every_epochs", got, "a number of at least 0")
+        require(math.isfinite(got) and got >= 0, "train.eval_every_epochs", got, "a number of at least 0, and finite")
         fits = self.on_nonfinite == "stop" or self.nonfinite_skips > 0
         require(fits, "train.on_nonfinite", self.on_nonfinite, "stop, or skip(k) with k of at least 1, as 'skip(3)'")
         got = self.timeout_s

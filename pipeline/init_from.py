@@ -1,20 +1,25 @@
-"""Weights of another run or of the public codes as the start of a run, for fine-tuning.
+"""Weights of another run or of the public codes as the start of a run, for fine-tuning; of a run its widths too.
 
 What is read: a run's folder or one of its checkpoints, a safetensors file, or a file of torch.save (the original
 SEW-ResNet code's among them, with its weights under "model"). Names may be in any layout of snn/state_dicts.py. Every
-tensor has to fit, but for the classifier's, which starts anew where the number of classes differs.
+tensor has to fit, but for the classifier's, which starts anew where the number of classes differs. A checkpoint of ours
+also holds the widths that its layers had come to; a new run with the same layers, surrogate and model.width starts from
+them.
 """
 
 import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipeline import checkpoint_files
+from pipeline.config import Config, ModelConfig
+from pipeline.config_checks import LARGEST, SMALLEST
 from pipeline.errors import ConfigError
 from pipeline.snn import state_dicts
 from pipeline.snn.sew_resnet import SEWResNet
@@ -22,13 +27,56 @@ from pipeline.snn.sew_resnet import SEWResNet
 CLASSIFIER = ("fc.weight", "fc.bias")
 
 
-def load(network: SEWResNet, path: str) -> str:
-    """Puts the weights at `path` into `network`; what matched, in a line.
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    said: str
+    """What matched, in a line."""
+    widths: torch.Tensor | None
+    """`(L,)` float64, of the surrogates; None where they are not taken."""
+
+
+def load(network: SEWResNet, config: Config) -> Start:
+    """Puts the weights at `config.init_from` into `network`.
 
     Raises:
         ConfigError: nothing readable there, or a tensor is missing, left over or of another shape.
     """
-    weights = state_dicts.from_original(read(path))
+    path = config.init_from
+    saved = read(path)
+    said = _load_weights(network, _unwrapped(saved, path), path)
+    widths, why_not = _widths(saved, config.model, len(network.spiking_layers()))
+    if widths is None:
+        instead = "chi.calibrate" if config.chi.calibrate else f"model.width={config.model.width:g}"
+        return Start(f"{said}; widths start from {instead}, since {why_not}", None)
+    said += f"; widths {widths.min():.3g} to {widths.max():.3g}, with which that run ended"
+    return Start(f"{said}, and chi.calibrate is left out" if config.chi.calibrate else said, widths)
+
+
+def _widths(saved: object, model: ModelConfig, num_layers: int) -> tuple[torch.Tensor | None, str]:
+    """The widths in what was read, `(L,)`, or why they are none for a network of `model` with so many layers."""
+    controller = saved.get("controller") if isinstance(saved, Mapping) else None
+    log_width = controller.get("log_width") if isinstance(controller, Mapping) else None
+    if not isinstance(saved, Mapping) or not isinstance(log_width, torch.Tensor):
+        return None, "it holds weights alone"
+    if log_width.shape != (num_layers,):
+        return None, f"that run has {log_width.numel()} spiking layers and not {num_layers}"
+    config = saved.get("config")
+    before = config.get("model") if isinstance(config, Mapping) else None
+    before = before if isinstance(before, Mapping) else {}
+    for name in ("surrogate", "width"):  # to another shape a width means something else; another width was asked for
+        ours = getattr(model, name)
+        if before.get(name, ours) != ours:
+            return None, f"model.{name} was {before[name]!r} in that run and is {ours!r}"
+    widths = log_width.double().exp()
+    if not bool(((widths >= SMALLEST) & (widths <= LARGEST)).all()):
+        return None, "those of that run are not finite"
+    return widths, ""
+
+
+def _load_weights(network: SEWResNet, tensors: dict[str, torch.Tensor], path: str) -> str:
+    """Puts them in; what matched, in a line."""
+    weights = state_dicts.from_original(tensors)
     ours = network.state_dict()
     anew = all(name in weights for name in CLASSIFIER) and (
         weights["fc.weight"].shape[1:] == ours["fc.weight"].shape[1:]
@@ -48,8 +96,8 @@ def load(network: SEWResNet, path: str) -> str:
     return said
 
 
-def read(path: str) -> dict[str, torch.Tensor]:
-    """The state dict at `path`, on the CPU, whatever it is wrapped in."""
+def read(path: str) -> object:
+    """What lies at `path`, on the CPU: a state dict or what it is wrapped in."""
     try:
         if Path(path).is_dir():
             saved = checkpoint_files.load(Path(path)) if (Path(path) / "state.pt").exists() else None
@@ -65,7 +113,7 @@ def read(path: str) -> dict[str, torch.Tensor]:
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise ConfigError(f"init_from={path!r} cannot be read ({reason}); use a file of torch.save") from None
-    return _unwrapped(saved, path)
+    return saved
 
 
 def _unwrapped(saved: object, path: str) -> dict[str, torch.Tensor]:

@@ -19,12 +19,12 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline import source
+from pipeline import config_document, source
 from pipeline.config import Config
+from pipeline.config_document import config_of, flatten, foreign_keys
 from pipeline.errors import ConfigError
 
 # What may differ between the ranks of a run: each acts on its own, and none waits for another because of it.
@@ -60,15 +60,8 @@ FREE = OWN | {
     "train.timeout_s",
     "train.verify_every",
 }
+MEND = "remove the folder, or choose another --run_dir"
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "numpy", "prometheus-client")
-
-
-def flatten(config: dict, prefix: str = "") -> dict[str, object]:
-    """`{"data": {"path": p}}` as `{"data.path": p}`."""
-    flat = {}
-    for name, value in config.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def admit(config: Config, world_size: int) -> dict | None:
@@ -84,15 +77,9 @@ def admit(config: Config, world_size: int) -> dict | None:
         raise ConfigError(f"run_dir={config.run_dir!r} cannot be made ({error.strerror}); choose another") from None
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"run_dir={config.run_dir!r} is not writable; choose another, or change its permissions")
-    stored = _read(folder / "config.json")
+    stored = read_config(folder)
     if stored is not None:
-        before, now = flatten(stored), flatten(json.loads(json.dumps(config.to_dict())))
-        for name in sorted((before.keys() | now.keys()) - FREE):
-            if before.get(name) != now.get(name):
-                raise ConfigError(
-                    f"{name}={now.get(name)!r}, but the run in {config.run_dir} was started with "
-                    f"{before.get(name)!r}; use that value to go on with it, or another --run_dir"
-                )
+        refuse_differences(config, stored)
     ranks = (_read(folder / "run.json") or {}).get("world_size", world_size)
     if config.train.sync_bn and ranks != world_size:
         raise ConfigError(
@@ -100,6 +87,43 @@ def admit(config: Config, world_size: int) -> dict | None:
             f"started with, not world_size={world_size}; use as many, or another --run_dir"
         )
     return _read(folder / "summary.json")
+
+
+def read_config(folder: Path) -> dict | None:
+    """What config.json of a run's folder holds, see config_document.py; None where there is none."""
+    return config_document.read(folder / "config.json", MEND)
+
+
+def refuse_differences(config: Config, stored: dict) -> None:
+    """Raises ConfigError where the run in the folder, whose config.json holds `stored`, was started otherwise.
+
+    The message has every field that differs, but for those of FREE.
+    """
+    folder = config.run_dir
+    unknown, missing = foreign_keys(stored)
+    missing = [name for name in missing if name not in FREE]
+    if unknown or missing:
+        raise of_another_version(folder, unknown, missing)
+    before, now = flatten(stored), flatten(json.loads(json.dumps(config.to_dict())))
+    differing = [name for name in sorted(now.keys() - FREE) if before[name] != now[name]]
+    if differing:
+        ours = ", ".join(f"{name}={now[name]!r}" for name in differing)
+        one = len(differing) == 1
+        theirs = repr(before[differing[0]]) if one else ", ".join(f"{name}={before[name]!r}" for name in differing)
+        raise ConfigError(
+            f"{ours}, but the run in {folder} was started with {theirs}; use {'that value' if one else 'those values'} "
+            f"to go on with it, as --resume {folder} does, or start a new run with another --run_dir, from the weights "
+            f"and widths of this one with --init-from {folder}"
+        )
+
+
+def of_another_version(folder: str | Path, unknown: Sequence[str], missing: Sequence[str]) -> ConfigError:
+    """Why the run in `folder` cannot go on, by what `config_document.foreign_keys` found in its config.json."""
+    return ConfigError(
+        f"{folder}/config.json is of another version: {config_document.said(unknown, missing)}; go on with the version "
+        f"that wrote it (commit in {folder}/run.json), or start a new run with --recipe NAME --init-from {folder} "
+        "--run_dir NEW"
+    )
 
 
 def refuse_other_data(config: Config, data_identity: str) -> None:
@@ -130,24 +154,17 @@ def read(folder: Path) -> Stored:
     Raises:
         ConfigError: there is none, or it was written by another version of this program.
     """
-    config, about = _read(folder / "config.json"), _read(folder / "run.json")
-    if config is None or about is None:
+    document, about = read_config(folder), _read(folder / "run.json")
+    if document is None or about is None:
         raise ConfigError(f"{folder} holds no run (no config.json and run.json); name a run folder such as runs/digits")
+    unknown, _ = foreign_keys(document)
+    if unknown:
+        found = config_document.said(unknown, [])
+        raise ConfigError(f"{folder}/config.json is of another version: {found}; use the version that wrote it")
     try:
-        return Stored(folder, _config(Config, config), about, _read(folder / "summary.json"))
-    except TypeError as error:
-        raise ConfigError(f"{folder}/config.json is not of this version ({error})") from None
-
-
-def _config(kind: type, document: dict):
-    """`to_dict`'s inverse; fields that came after the document was written take their defaults."""
-    defaults = {field.name: field.default_factory for field in fields(kind)}
-    sections = {
-        name: _config(defaults[name], value)  # pyright: ignore[reportArgumentType]
-        for name, value in document.items()
-        if is_dataclass(defaults.get(name))
-    }
-    return kind(**{**document, **sections})
+        return Stored(folder, config_of(document), about, _read(folder / "summary.json"))
+    except ConfigError as error:
+        raise ConfigError(f"{folder}/config.json: {error}") from None
 
 
 def describe(
@@ -196,13 +213,16 @@ def write_json(path: Path, document: dict) -> None:
 
 def _read(path: Path) -> dict | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); change its permissions") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); remove the folder, or choose another --run_dir") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); {MEND}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} is not a JSON object; {MEND}")
+    return document
 
 
 def _version(package: str) -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.config import Config
+from pipeline.config_document import flatten
 from pipeline.errors import ConfigError
 from pipeline.metrics import layer_labels
-from pipeline.run_folder import flatten
 
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
 """By the option's name, which is the library's and the extra's too: the package."""

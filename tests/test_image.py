@@ -1,6 +1,7 @@
 """Dockerfile and .dockerignore: parsed, and where mounts can be made, built and started in a chroot (image.py)."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,3 +107,18 @@ def test_the_smoke_overlay_runs_in_the_image(image, tmp_path):
         assert done.returncode == 0, done.stdout[-4000:]
     assert (tmp_path / "runs/digits/summary.json").stat().st_uid == 10001
     assert "the CPU kernels could not be compiled" not in done.stdout
+
+
+def test_the_package_carries_its_licence(tmp_path):
+    """Its SPDX name and its text, in the metadata that an installer or a scanner reads."""
+    (tmp_path / "pipeline").mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "pipeline/__init__.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    build = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
+    folder = tmp_path / done.stdout.split()[-1]
+    metadata = (folder / "METADATA").read_text(encoding="utf-8")
+    assert "License-Expression: Apache-2.0\nLicense-File: LICENSE\n" in re.sub(r"(?m)^(?!License-).*\n", "", metadata)
+    text = (folder / "licenses" / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License\n" in text
+    assert "END OF TERMS AND CONDITIONS" in text

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BASE = {"pipeline", "pipeline.errors", "pipeline.cores"}
-CONFIG = BASE | {"pipeline.config", "pipeline.config_network", "pipeline.config_training"}
+CONFIG = BASE | {"pipeline.config", "pipeline.config_document", "pipeline.config_network", "pipeline.config_training"}
 MANIFEST = "pipeline.data.manifest"
 IMAGES = "pipeline.data.image_headers"
 
@@ -20,6 +20,7 @@ ALLOWED = {
     "pipeline.cores": set(),
     "pipeline.config": BASE | {"pipeline.config_checks", "pipeline.config_network", "pipeline.config_training"},
     "pipeline.config_checks": BASE,
+    "pipeline.config_document": BASE | {"pipeline.config"},
     "pipeline.config_network": BASE | {"pipeline.config_checks"},
     "pipeline.config_training": BASE | {"pipeline.config_checks"},
     "pipeline.data": CONFIG,
@@ -29,7 +30,7 @@ ALLOWED = {
     "pipeline.engine": CONFIG | {"pipeline.deepspeed_settings", "pipeline.snn"},
     "pipeline.checkpoint": CONFIG,
     "pipeline.ema": {"pipeline.checkpoint"},
-    "pipeline.init_from": CONFIG | {"pipeline.checkpoint_files", "pipeline.snn"},
+    "pipeline.init_from": CONFIG | {"pipeline.checkpoint_files", "pipeline.config_checks", "pipeline.snn"},
     "pipeline.checkpoint_files": BASE,
     "pipeline.checkpoint_writer": BASE | {"pipeline.checkpoint_files"},
     "pipeline.metrics": CONFIG,

@@ -1,6 +1,8 @@
 """The command line: what it accepts, and what a mistake looks like to the person who made it."""
 
 import dataclasses
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,9 +11,15 @@ from pathlib import Path
 import pytest
 
 from launch.devices import main, named_gpus, options
-from launch.options import field_docs, parse
+from launch.dry_run import report
+from launch.near_misses import ALIASES, answer
+from launch.options import field_docs, option_names, parse
+from launch.recipes import RECIPES
+from launch.train import main as train
 from pipeline.config import Config
+from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_USAGE, ConfigError
+from pipeline.snn.archs import ARCHS
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +52,20 @@ def vars_of(config: Config) -> list:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: --recipe"),
+        ([], "nothing to train; give one of --recipe NAME, --config FILE and --resume RUN (recipes: cifar10, digits, "),
+        (
+            ["--recipe", "digits", "--resume", "runs/a"],
+            "--recipe and --resume exclude each other; give one of --recipe",
+        ),
+        (["--config", "c.json", "--resume", "runs/a"], "--config and --resume exclude each other; give one of"),
+        (
+            ["--config", "/nowhere/c.json"],
+            "--config /nowhere/c.json: there is no such file; name the config.json of a run",
+        ),
+        (["--resume", "/nowhere"], "--resume /nowhere: there is no run (no config.json in it); name a run's folder"),
+        (["--resume", "a" * 5000], "cannot be read (File name too long)"),
+        (["digits"], "'digits' stands alone; did you mean --recipe digits?"),
+        (["--recipe", "digits", "2"], "'2' stands alone; a value follows an option, as in --train.epochs 2"),
         (["--recipe"], "argument --recipe: expected one argument; see --help"),
         (["--recipe", "digit"], "invalid choice: 'digit'"),
         (["--recipe", "digits", "--train.epoch", "2"], "--train.epoch is not an option; did you mean --train.epochs?"),
@@ -72,6 +93,78 @@ def test_a_mistake_is_named(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+NEAREST = """
+    --lr --learning-rate --learning_rate --base-lr --optimizer.lr --training.lr: --optim.lr
+    --data.batch_size --batch-size -b --bs --gradient_accumulation_steps: --data.global_batch or --data.micro_batch
+    --per_device_train_batch_size --training.local_batch_size --train_micro_batch_size_per_gpu: --data.micro_batch
+    --epochs --num-train-epochs --max_steps --training.steps --train.epoch --trian.epochs: --train.epochs
+    --model --arch -a --model.name --modle.arch --backbone --model_name_or_path: --model.arch
+    --num-workers -j --workers --dataloader_num_workers: --data.threads
+    --amp --fp16 --bf16 --mixed_precision --dtype --precison: --train.precision
+    --seed --training.seed --random-seed --initial-seed: --train.seed
+    --output-dir --output_dir --out-dir --logging_dir --save-dir --job.dump_folder --rundir: --run_dir
+    --resume-from --resume_from_checkpoint --auto-resume --ckpt-path --resme: --resume
+    --checkpoint: --resume or --model.checkpoint
+    --pretrained --finetune --initial-checkpoint --initfrom: --init_from
+    --weight_decay --weight-decay --wd: --optim.weight_decay
+    --T -T --time-steps --timesteps --time_step --Model.t: --model.T
+    --zero --zero-stage --zero_optimization.stage: --train.zero_stage
+    --opt --optimizer: --optim.name
+    --sched --lr_scheduler_type: --optim.schedule
+    --warmup --warmup-epochs --lr-warmup-epochs --lr_scheduler.warmup_steps: --optim.warmup_epochs
+    --clip-grad --max_grad_norm --training.max_norm: --optim.clip
+    --smoothing --label-smoothing: --train.label_smoothing
+    --model-ema --model-ema-decay: --train.ema_decay
+    --log-interval --logging_steps --print-freq --metrics.log_freq: --train.log_every
+    --save_steps --checkpoint.interval: --train.checkpoint_every
+    --sync-bn --sync-batchnorm --sync_batch_norm: --train.sync_bn
+    --gradient_checkpointing --grad-checkpointing: --model.checkpoint
+    --data --data-dir --data-path --dataset: --data.path
+    --img-size --input-size --image-size --data.image-size: --data.image_size
+    --hflip --no-flip --data.flips: --data.flip
+    --deepspeed --deepspeed.config --ds-config: --deepspeed_config
+    --v-threshold --vth: --model.v_th
+    --surrogate-function --surrogate_grad: --model.surrogate
+    --cnf --connect_f: --model.connect
+    --sgd_momentum --momentun: --optim.momentum
+    --dryrun --dry_run: --dry-run
+    --cfg --config-file: --config
+    --preset --recepie: --recipe
+    --report_to: --metrics.tensorboard or --metrics.wandb or --metrics.mlflow
+"""
+
+
+@pytest.mark.parametrize("line", NEAREST.strip().splitlines())
+def test_an_unknown_option_is_answered_with_the_one_that_was_meant(line):
+    words, _, meant = line.rpartition(": ")
+    first, *others = words.split()
+    for arguments in ([first, "1"], ["--recipe", "digits", f"{first}=1"]):
+        with pytest.raises(ConfigError) as caught:
+            parse(arguments)
+        assert str(caught.value) == f"{first} is not an option; did you mean {meant}?"
+    for word in others:
+        assert answer(word, option_names()) == meant, word
+
+
+def test_every_unknown_option_is_named_and_none_is_answered_with_help():
+    with pytest.raises(ConfigError) as caught:
+        parse(["--recipe", "digits", "--lr", "-1", "--xyzzy", "2", "--hepl", "--gpus", "2", "--num-classes", "10"])
+    said = str(caught.value)
+    assert said.startswith(
+        "--lr is not an option; did you mean --optim.lr? · --xyzzy is not an option; nothing is like it"
+    )
+    assert "--gpus is not an option; the launcher takes it, in front of launch/train.py" in said
+    assert "--num-classes is not an option; the data say the number of classes" in said
+    assert "--hepl is not an option" in said
+    assert "--help" not in said
+    assert "\n" not in said
+
+
+def test_every_name_of_others_stands_for_an_option_that_there_is():
+    assert {field for fields in ALIASES.values() for field in fields} <= set(option_names())
+    assert len(ALIASES) > 300
+
+
 def test_a_world_size_that_does_not_divide_the_batch_is_refused_with_those_that_do():
     config = parse(["--recipe", "digits"])
     assert [config.accumulation(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
@@ -94,6 +187,45 @@ def test_an_evaluation_is_due_once_the_samples_of_its_epochs_are_used():
     assert due(0.5, batch=30, samples=100, steps=10) == [2, 4, 5, 7, 9, 10]
     assert due(0.1, batch=30, samples=100, steps=3) == [1, 2, 3], "more often than by step is not"
     assert due(0, batch=30, samples=100, steps=20) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("WORLD_SIZE", value) for value in ("many", "0", "-1", "1e3", "", "٣", "9" * 30)),
+        ("RANK", "first"),
+        ("LOCAL_SIZE", "0"),
+        ("MASTER_PORT", "99999"),
+    ],
+)
+def test_a_launchers_variable_that_is_no_number_is_one_line(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    assert train(["--recipe", "digits"]) == EXIT_USAGE
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {name}={value!r} in the environment is not allowed; a launcher sets a number from ")
+    assert told.count("\n") == 1
+
+
+def test_a_rank_beyond_their_number_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(["--recipe", "digits"]) == EXIT_USAGE
+    assert "RANK=2 in the environment is not allowed with WORLD_SIZE=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("empty", ["train", "val"])
+def test_a_set_without_samples_is_one_line(empty, digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "data")
+    manifest = dataclasses.replace(Manifest.load(digits / empty), shards=())
+    (tmp_path / "data" / empty / "manifest.json").write_text(manifest.to_json())
+    words = ["--recipe", "digits", "--data.path", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]
+    assert train(words) == EXIT_USAGE
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: data.path='{tmp_path}/data': its split {empty} holds no samples")
+    assert told.count("\n") == 1
+    if empty == "train":
+        with pytest.raises(ConfigError, match="its split train holds no samples"):
+            report(parse(words), 2)
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -139,7 +271,13 @@ def test_a_certificate_that_cannot_be_read_ends_with_one_line_and_64(tmp_path, d
 def test_help_names_the_recipes_and_every_field():
     done = run("--help")
     assert done.returncode == 0
-    assert "digits" in done.stdout
+    for name, recipe in RECIPES.items():
+        _, _, said = done.stdout.partition(f"\n  {name}\n")
+        made = re.search(r"python -m data_prep [^\n]*(\\\n[^\n]*)? (data/\w+)\n|the data of (\w+)", said)
+        assert made
+        assert (made[2] or RECIPES[made[3]]().data.path) == recipe().data.path
+    for arch in ARCHS:
+        assert re.search(rf"\b{arch}\b", done.stdout)
     for section in vars_of(parse(["--recipe", "digits"])):
         if dataclasses.is_dataclass(section):
             for field in dataclasses.fields(section):

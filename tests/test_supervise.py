@@ -110,7 +110,7 @@ def test_sigterm_saves_and_the_next_start_finishes_as_if_nothing_had_been(digits
     assert process.returncode == EXIT_STOPPED, output
     assert "stopped on request after step" in output
     assert processes_with(str(run_dir)) == []
-    again = supervise(*words)
+    again = supervise(*words[: words.index("--")], "--", "--resume", str(run_dir))
     output, _ = again.communicate(timeout=200)
     assert again.returncode == EXIT_DONE, output
     assert_same_result(run_dir, straight)

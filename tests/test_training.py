@@ -127,9 +127,10 @@ def test_a_finished_run_says_so_and_trains_nothing(digits, straight):
 
 
 def test_another_configuration_in_its_folder_is_refused(digits, straight):
-    done = launch("launch/train.py", *arguments(digits, straight.run_dir), "--optim.lr", "0.2")
+    done = launch("launch/train.py", "--resume", str(straight.run_dir), "--optim.lr", "0.2", "--model.T", "2")
     assert done.returncode == 64
-    assert "error: optim.lr=0.2, but the run in" in done.output
+    differing = f"model.T=2, optim.lr=0.2, but the run in {straight.run_dir} was started with model.T=4, optim.lr=0.4;"
+    assert f"error: {differing}" in done.output
     assert done.output.count("error: ") == 1
     assert "Traceback" not in done.output
 
@@ -145,7 +146,8 @@ def test_a_run_killed_and_started_again_repeats_the_same_losses_bit_for_bit(digi
     own.write_text(json.dumps({"wall_clock_breakdown": True, "steps_per_print": 1, "comms_logger": {"enabled": True}}))
     # What only watches a run changes nothing that it computes.
     watched = ["--metrics.tensorboard", "true", "--train.profile_steps", "2", "--deepspeed_config", str(own)]
-    again = launch("launch/train.py", *arguments(digits, run_dir), *watched)
+    run_dir = run_dir.rename(tmp_path / "moved")
+    again = launch("launch/train.py", "--resume", str(run_dir), *watched)
     assert again.returncode == EXIT_DONE, again.output
     assert "resumed from the checkpoint after step 5" in again.output
     assert_same_result(run_dir, straight)
@@ -215,7 +217,10 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(digits, tmp_path):
 
 
 def test_a_run_starts_from_the_weights_of_another(digits, straight, tmp_path):
-    """With AdamW and TET, for two steps of next to no length: the weights must be the average that it was given."""
+    """With AdamW and TET, for two steps of next to no length: the weights must be the average that it was given.
+
+    The widths begin where the other's ended.
+    """
     settings = {
         "--init-from": straight.run_dir,
         "--train.epochs": 1.5 * 128 / Manifest.load(digits / "train").num_samples,
@@ -232,7 +237,10 @@ def test_a_run_starts_from_the_weights_of_another(digits, straight, tmp_path):
     assert theirs is not None
     given, taken = theirs["ema"]["parameters"], ours["model"]["parameters"]
     total = len(given) + len(ours["model"]["buffers"])
-    assert done.output.count(f"init_from: {total} of {total} tensors from {straight.run_dir}") == 1
+    last = theirs["controller"]["log_width"].exp()
+    said = f"widths {last.min():.3g} to {last.max():.3g}, with which that run ended, and chi.calibrate is left out\n"
+    assert done.output.count(f"init_from: {total} of {total} tensors from {straight.run_dir}; {said}") == 1
+    torch.testing.assert_close(ours["controller"]["start"], theirs["controller"]["log_width"])
     for name, tensor in given.items():
         assert torch.allclose(taken[name], tensor, rtol=0, atol=1e-9), name
     assert {slot: of.keys() for slot, of in ours["model"]["optimizer"].items()} == {

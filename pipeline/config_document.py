@@ -1,0 +1,91 @@
+"""A configuration as a JSON document, as config.json of a run's folder holds it: read, compared, made a `Config` again.
+
+A document may be of another version of this program, or written by hand: its keys are compared with those of today
+before anything is made of it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+SECTIONS: dict[str, type] = {
+    field.name: field.type for field in fields(Config) if is_dataclass(field.type) and isinstance(field.type, type)
+}
+NAMED = 12
+"""Keys, at most, that a message names of each kind."""
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, object]:
+    """`{"data": {"path": p}}` as `{"data.path": p}`."""
+    flat = {}
+    for name, value in config.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def read(path: Path, mend: str) -> dict | None:
+    """The document in a file, with the sections that it has; None where there is no file.
+
+    Args:
+        mend: what to do where the file holds something else, for the message.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); change its permissions") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); {mend}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} is not a configuration, which is a JSON object with sections; {mend}")
+    for name in SECTIONS:
+        if not isinstance(document.get(name, {}), dict):
+            raise ConfigError(f"{path}: {name}={document[name]!r:.80} is not allowed; use a JSON object; {mend}")
+    return document
+
+
+def names() -> set[str]:
+    """Of all fields, as `data.path`."""
+    top = {field.name for field in fields(Config)} - SECTIONS.keys()
+    return top | {f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in fields(kind)}
+
+
+def foreign_keys(document: dict) -> tuple[list[str], list[str]]:
+    """The document's keys that this version does not know, and those of this version that it lacks."""
+    there = document.keys() - SECTIONS.keys()
+    there |= {f"{name}.{key}" for name in SECTIONS for key in document.get(name, {})}
+    return sorted(there - names()), sorted(names() - there)
+
+
+def said(unknown: Sequence[str], missing: Sequence[str]) -> str:
+    """What `foreign_keys` found, in words."""
+    parts = [f"it has {_listed(unknown)}, which this version does not know"] if unknown else []
+    return " and ".join([*parts, f"it lacks {_listed(missing)}"] if missing else parts)
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+    return ", ".join(keys[:NAMED]) + more
+
+
+def config_of(document: dict) -> Config:
+    """`Config.to_dict`'s inverse, of a document whose keys are known; fields that it lacks take their defaults.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    sections = {name: kind(**_tuples(document.get(name, {}))) for name, kind in SECTIONS.items()}
+    return Config(**{"recipe": "", **document, **sections})
+
+
+def _tuples(section: dict) -> dict:
+    """JSON knows lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
