@@ -81,7 +81,7 @@ def progress_line(record: dict, num_steps: int, epoch: float, eta_s: float) -> s
     coverage = _range(record["layer_coverage_ratio"])
     parts = {
         "step": f"step {record['step']:>{len(str(num_steps))}}/{num_steps}",
-        "epoch": f"epoch {epoch:.{int(epoch < 9.95)}f}",
+        "epoch": f"epoch {epoch:>3.{int(epoch < 9.95)}f}",
         "loss": f"loss {_number(record['train_loss'], 6)}",
         "acc": f"acc {_number(100 * record['train_accuracy_ratio'], 4)}%",
         "χ": f"χ {_least(record['layer_chi']):.3f}",
@@ -118,7 +118,7 @@ def _number(value: float, places: int) -> str:
     for decimals in range(places - 2, -1, -1):
         if len(shown := f"{value:.{decimals}f}") <= places:
             # A number that is not 0 does not look like it.
-            return shown if float(shown) != 0 or value == 0 else f"{value:.0e}"
+            return shown.rjust(places) if float(shown) != 0 or value == 0 else f"{value:.0e}"
     return next((s for size, unit in _UNITS if len(s := f"{value / size:.0f}{unit}") <= places), f"{value:.0e}")
 
 

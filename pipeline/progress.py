@@ -68,8 +68,8 @@ class Progress:
             earlier = read_journal(run_dir / "metrics.jsonl")
             self._trackers = Trackers(config, layers, earlier)
             self.evaluated_step = max((r["step"] for r in earlier if "eval_loss" in r), default=-1)
-            if exporter.address:
-                self.say(f"metrics at {exporter.address}")
+            if exporter.said:
+                self.say(exporter.said)
 
     def say(self, line: str) -> None:
         if self._active:

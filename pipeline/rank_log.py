@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-
 COLOUR = re.compile("\033\\[[0-9;]*m")
 
 

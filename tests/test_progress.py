@@ -163,7 +163,7 @@ TYPICAL = {
 def test_a_line_of_progress_fits_and_says_what_matters_most(record, num_steps, epoch, eta_s):
     line = progress_line(record, num_steps, epoch, eta_s)
     assert len(line) <= COLUMNS == 110
-    shown = r"step +\d+/\d+  epoch \S+  loss +\S+  acc +\S+%  .*\S+ img/s  .*ETA \S+"
+    shown = r"step +\d+/\d+  epoch +\S+  loss +\S+  acc +\S+%  .*\S+ img/s  .*ETA \S+"
     assert re.fullmatch(shown, line), line
     assert "wait" in line or record["data_wait_ratio"] < 0.05
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from launch.devices import options
+from launch.devices import num_ranks
 from launch.options import parse
 from launch.recipes import RECIPES
 from pipeline import cores
@@ -29,7 +29,7 @@ def test_a_recipe_resolves_and_its_network_builds(name):
     gpus = GPUS.get(name, 8)
     settings = deepspeed_settings(config, gpus, 1)
     assert settings["train_batch_size"] == gpus * settings["train_micro_batch_size_per_gpu"]
-    assert options(name, gpus) == f"--num_gpus {gpus}"
+    assert num_ranks(config.data, gpus) == gpus
     with torch.device("meta"):
         network = sew_resnet.build(config.model, num_classes=CLASSES.get(name, 1000), image_size=config.data.image_size)
     millions = sum(p.numel() for p in network.parameters()) / 1e6
