@@ -2,11 +2,13 @@
 
 import argparse
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline import caches
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
 
 
@@ -37,6 +39,7 @@ def run_parser(name: str, description: str) -> Parser:
 
 def run(command: Callable[[list[str]], None]) -> int:
     """The exit code of `command`, which was given the command line."""
+    os.environ.update(caches.stand_ins(os.environ))
     try:
         command(sys.argv[1:])
     except (ConfigError, DataError) as error:

@@ -16,6 +16,7 @@ from launch.place import LOCAL, MASTER_PORT, Place
 from launch.ranks import NOT_BEGUN, Ranks, attend, why
 from launch.signals import Signals
 from launch.train import preflight, say_finished
+from pipeline import caches
 from pipeline.config import Config
 from pipeline.errors import (
     EXIT_DATA,
@@ -33,6 +34,9 @@ SAID = (EXIT_USAGE, EXIT_DATA, EXIT_INTERNAL, EXIT_STOPPED)
 
 def main(arguments: list[str]) -> int:
     signals = Signals()
+    os.environ.update(homeless := caches.stand_ins(os.environ))
+    if told := caches.line(homeless):
+        say(told)
     try:
         config, dry_run = options.command(arguments)
         place = runner.with_ranks(Place(nodes=1, rank=0, master=LOCAL, port=MASTER_PORT, slots=0), config, os.environ)

@@ -1,5 +1,6 @@
 """How DeepSpeed's launcher is started on a node: which ranks on which GPUs, the command, the environment."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -73,7 +74,9 @@ def included(place: Place) -> str:
 def environment(place: Place, environ: Mapping[str, str], **variables: str) -> dict[str, str]:
     """The launcher's and the ranks': ours, and the program can be imported wherever it lies."""
     path = environ.get("PYTHONPATH")
-    ranks = {**environ, **variables, "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT)}
+    # DeepSpeed looks for numactl, and fails at a folder that it may not look into, as of the user who was here before.
+    paths = [folder for folder in environ.get("PATH", os.defpath).split(":") if os.access(folder or ".", os.X_OK)]
+    ranks = {**environ, **variables, "PATH": ":".join(paths), "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT)}
     if MASK in ranks and not named_gpus(environ):
         ranks["DS_ACCELERATOR"] = "cpu"  # all GPUs are hidden, and the launcher would show them to the ranks again
     if place.without_gpu:

@@ -24,7 +24,7 @@ from launch.node_metrics import NodeMetrics
 from launch.place import MASTER_PORT, Place, resolve
 from launch.ranks import NOT_BEGUN, POLL_S, Ranks, attend, why
 from launch.signals import Signals
-from pipeline import run_folder, run_lock
+from pipeline import caches, run_folder, run_lock
 from pipeline.config import Config
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 from pipeline.exporter import USUAL_PORT
@@ -40,6 +40,7 @@ the usual --resolve-timeout, in which the other nodes wait for node 0."""
 
 def main(arguments: list[str]) -> int:
     signals = Signals()  # first of all: PID 1 would not hear a SIGTERM
+    os.environ.update(caches.stand_ins(os.environ))
     try:
         options_, train = command_line(arguments)
         config = options.parse(train)

@@ -17,7 +17,7 @@ from pathlib import Path
 from launch import ports
 from launch.options import command
 from launch.place import LOCAL, MASTER_PORT
-from pipeline import rank_log, run_folder, run_lock, trackers
+from pipeline import caches, rank_log, run_folder, run_lock, trackers
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.deepspeed_settings import deepspeed_settings
@@ -42,6 +42,7 @@ EXPECTED = typing.get_args(Expected)
 
 
 def main(arguments: list[str]) -> int:
+    os.environ.update(homeless := caches.stand_ins(os.environ))
     alone_without_launcher(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     # What is found is in our first line, on every rank.
@@ -51,6 +52,8 @@ def main(arguments: list[str]) -> int:
     if rank != 0:  # what these say is of the machine (no compiler, no bf16) or the run (a damaged checkpoint), once
         for name in ("pipeline.engine", "pipeline.snn", "pipeline.checkpoint_files"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    if rank == 0 and (told := caches.line(homeless)):
+        logging.getLogger("pipeline.caches").info(told)
     try:
         config, dry_run = command(arguments)
         if dry_run is not None:
