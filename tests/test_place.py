@@ -114,7 +114,7 @@ def test_ranks_take_the_gpus_that_the_environment_leaves_them(nodes, node):
     assert "CUDA_VISIBLE_DEVICES" not in environment(place, {"CUDA_VISIBLE_DEVICES": "2,5,6"})
 
 
-def test_hidden_gpus_stay_hidden_and_what_the_launcher_cannot_hide_is_refused(monkeypatch):
+def test_hidden_gpus_stay_hidden_and_what_the_launcher_cannot_hide_is_refused(monkeypatch, capsys):
     place, config = Place(nodes=1, rank=0, master="a", port=1, slots=2), parse(["--recipe", "digits"])
     cpu = {"DS_ACCELERATOR": "cpu"}
     assert with_ranks(place, config, cpu) == with_ranks(place, config, cpu | {"CUDA_VISIBLE_DEVICES": "-1"}) == place
@@ -128,6 +128,8 @@ def test_hidden_gpus_stay_hidden_and_what_the_launcher_cannot_hide_is_refused(mo
     with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES=GPU-8932f937 is not allowed, .* different indices"):
         with_ranks(place, config, {"CUDA_VISIBLE_DEVICES": "GPU-8932f937"})
     monkeypatch.setattr(runner, "count_gpus", lambda: 3)  # this machine may have none
+    assert with_ranks(replace(place, slots=0), config, {}).slots == 2
+    assert "8 micro-batches a step use 2 of 3 GPUs" in capsys.readouterr().err
     assert with_ranks(place, config, {"CUDA_VISIBLE_DEVICES": "4,1,0"}).gpus == (4, 1)
     assert with_ranks(replace(place, slots=0), config, {"CUDA_VISIBLE_DEVICES": "4,1,0"}).gpus == (4, 1)
     with pytest.raises(ConfigError, match="--slots 4 is not allowed with CUDA_VISIBLE_DEVICES=4,1,0, which leaves 3"):

@@ -36,6 +36,12 @@ def test_a_recipe_resolves_and_its_network_builds(name):
     assert millions == pytest.approx(MILLIONS.get(name, 21.8), rel=0.05)
 
 
+def test_the_digits_are_validated_a_few_times_on_the_way():
+    config = parse(["--recipe", "digits"])
+    due = [step for step in range(1, config.num_steps(1438)) if config.evaluates_after(step, 1438)]
+    assert 3 <= len(due) <= 5
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_its_command_and_what_to_expect(name):
     said = inspect.getdoc(RECIPES[name]) or ""
