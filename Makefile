@@ -9,8 +9,8 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-
 
 .PHONY: train test test-faults check monitor bench clean
 
-train: $(VENV)/installed $(if $(filter digits,$(RECIPE)),data/digits/val/manifest.json) ## train the digits, from shards to report
-	options=$$($(BIN)/python -m launch.devices $(RECIPE)) && $(BIN)/deepspeed $$options launch/train.py --recipe $(RECIPE)
+train: $(VENV)/installed $(if $(filter digits,$(RECIPE)),data/digits/val/manifest.json) ## train the digits, from shards to report; ARGS are options of launch/train.py
+	$(BIN)/python -m launch.local --recipe $(RECIPE) $(ARGS)
 
 data/digits/val/manifest.json: | $(VENV)/installed
 	$(BIN)/python -m data_prep digits data/digits

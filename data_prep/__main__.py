@@ -18,6 +18,7 @@ from data_prep.sources.imagenet import ImageNet
 from data_prep.sources.parquet import Parquet
 from data_prep.stores import Store, is_url, make_store
 from data_prep.verify import verify
+from pipeline import caches
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 
 EXIT_PIPE = 128 + signal.SIGPIPE
@@ -227,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    os.environ.update(caches.stand_ins(os.environ))
     try:
         return _run(_parser().parse_args(argv))
     except (ConfigError, DataError) as error:

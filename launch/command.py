@@ -1,11 +1,13 @@
 """What the commands share: one line for a mistake, and its exit code."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pipeline import caches
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
 
 
@@ -62,6 +64,7 @@ def run_parser(name: str, description: str) -> Parser:
 
 def run(command: Callable[[list[str]], None]) -> int:
     """The exit code of `command`, which was given the command line."""
+    os.environ.update(caches.stand_ins(os.environ))
     try:
         command(sys.argv[1:])
     except (ConfigError, DataError) as error:

@@ -1,17 +1,15 @@
-"""Prints the `deepspeed` launcher's device options for this machine:  deepspeed $(python -m launch.devices RECIPE) …
+"""The GPUs of this machine, and how many ranks a node has for them.
 
 All GPUs that the recipe's batch divides over, of those that CUDA_VISIBLE_DEVICES leaves, or two CPU ranks where there
 is no GPU. DeepSpeed's launcher takes the variable away and numbers GPUs itself, so they are named to it.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 
-from launch.recipes import RECIPES
 from pipeline.config import DataConfig
-from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError
+from pipeline.errors import EXIT_INTERNAL, ConfigError
 
 CPU_RANKS = 2
 MASK = "CUDA_VISIBLE_DEVICES"
@@ -40,7 +38,9 @@ def count_gpus() -> int:
         TorchError: it cannot be imported.
     """
     code = "import torch; print(torch.cuda.device_count())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    # In a session of its own, where Ctrl-C does not look like an import that fails.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode != 0:
         *_, reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise TorchError(f"torch cannot be imported by {sys.executable} ({reason}); install what it lacks")
@@ -65,39 +65,5 @@ def named_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     return tuple(map(int, indices))
 
 
-def options(recipe: str, num_gpus: int, gpus: tuple[int, ...] | None = None) -> str:
-    """The launcher's options; a GPU that the global batch cannot be divided over stays idle, and that is said.
-
-    Args:
-        num_gpus: that torch sees.
-        gpus: their indices, where CUDA_VISIBLE_DEVICES says them.
-    """
-    data = RECIPES[recipe]().data
-    used = num_ranks(data, num_gpus)
-    if num_gpus == 0:
-        return f"--num_accelerators {used}"
-    if used < num_gpus:
-        micro_batches = data.global_batch // data.micro_batch
-        print(f"{recipe}: {micro_batches} micro-batches a step use {used} of {num_gpus} GPUs", file=sys.stderr)
-    return f"--include localhost:{listed(gpus[:used])}" if gpus else f"--num_gpus {used}"
-
-
 def listed(gpus: tuple[int, ...]) -> str:
     return ",".join(map(str, gpus))
-
-
-def main(arguments: list[str]) -> int:
-    try:
-        recipe = " ".join(arguments)
-        if recipe not in RECIPES:
-            raise ConfigError(f"recipe {recipe!r} is not allowed; use one of {', '.join(sorted(RECIPES))}")
-        gpus = named_gpus(os.environ)
-        print(options(recipe, count_gpus(), gpus))
-    except (ConfigError, TorchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return EXIT_DONE
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

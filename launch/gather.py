@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from launch.hello import Hello, mark, refusal, unshared, why_not
-from launch.place import Place
+from launch.place import MASTER_PORT, Place
 from launch.signals import Signals
 from pipeline.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError
 
@@ -118,10 +118,11 @@ def gather(
 
 
 def _alone(place: Place, hello: Hello, seconds: float, signals: Signals) -> None:
-    """The only node: its ranks need the port all the same."""
+    """The only node: its ranks need a port all the same, but choose one where none was named (ports.py)."""
     if hello.problem:
         raise refusal(hello.problem, hello.code)
-    _listen(place, seconds, signals).close()
+    if place.port != MASTER_PORT:
+        _listen(place, seconds, signals).close()
 
 
 def _leave_mark(path: Path, hello: Hello) -> None:

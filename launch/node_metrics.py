@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch.signals import Signals
 from pipeline.config import Config
-from pipeline.exporter import FOLDER_VARIABLE, NodeServer, tls_of
+from pipeline.exporter import FOLDER_VARIABLE, USUAL_PORT, NodeServer, tls_of
 from pipeline.snapshots import Snapshot, snapshot_files
 
 ROUND_S = 120.0
@@ -22,22 +22,28 @@ STALLED_S = 3600.0
 
 
 class NodeMetrics:
-    """The node's port, open until `close()`.
+    """The node's port, open until `close()`; where `port` is None the usual one, or a free one where that is taken.
 
     Raises:
         ConfigError: the port is taken.
     """
 
-    def __init__(self, config: Config, node: int, folder: Path, host: str, port: int, signals: Signals) -> None:
+    def __init__(self, config: Config, node: int, folder: Path, host: str, port: int | None, signals: Signals) -> None:
         self._folder, self._stalled_s, self._signals = folder, STALLED_S + config.train.timeout_s, signals
         self._started: float | None = None
         self._own = Snapshot(folder, "supervisor", run=Path(config.run_dir).name, node=str(node))
         self._own.add("run_restarts", 0)
         self._own.write()
         self._server = NodeServer(
-            folder, host=host, port=port, ready=self._ready, healthy=self._healthy, tls=tls_of(config.metrics)
+            folder,
+            host=host,
+            port=USUAL_PORT if port is None else port,
+            or_any=port is None,
+            ready=self._ready,
+            healthy=self._healthy,
+            tls=tls_of(config.metrics),
         )
-        self.address = self._server.address
+        self.said = self._server.said
         self.variables = {FOLDER_VARIABLE: str(folder)}
         """For the ranks' environment."""
 

@@ -38,6 +38,8 @@ class Place:
     """Ranks on each node; 0 where nothing says it."""
     gpus: tuple[int, ...] = ()
     """Indices of the GPUs of this node's ranks; empty: from 0 on, or none."""
+    without_gpu: bool = False
+    """torch was asked, and sees none here."""
 
 
 def resolve(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> Place:

@@ -32,7 +32,7 @@ def digits() -> Config:
         model=ModelConfig(arch="sew_tiny", T=4),
         chi=ChiConfig(target=0.5, target_end=0.3),
         optim=OptimConfig(lr=0.4),
-        train=TrainConfig(precision=quick_precision(), epochs=30, checkpoint_every=50),
+        train=TrainConfig(precision=quick_precision(), epochs=30, checkpoint_every=50, eval_every_epochs=6),
     )
 
 

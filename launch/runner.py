@@ -1,5 +1,6 @@
-"""How a supervisor starts DeepSpeed's launcher on its node: which ranks on which GPUs, the command, the environment."""
+"""How DeepSpeed's launcher is started on a node: which ranks on which GPUs, the command, the environment."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from launch.devices import MASK, count_gpus, listed, named_gpus, num_ranks
 from launch.place import Place
 from pipeline.config import Config
+from pipeline.cores import NVIDIA
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -21,11 +23,15 @@ def with_ranks(place: Place, config: Config, environ: Mapping[str, str]) -> Plac
         ConfigError: CUDA_VISIBLE_DEVICES holds no indices, or leaves fewer GPUs than there shall be ranks.
         TorchError: torch has to be asked, and cannot be imported.
     """
-    named = named_gpus(environ)
-    if place.slots and not named:
+    named, told = named_gpus(environ), environ.get("DS_ACCELERATOR")
+    if place.slots and not named and (told or NVIDIA.exists()):
         return place
-    num_gpus = 0 if environ.get("DS_ACCELERATOR") == "cpu" else count_gpus()
+    num_gpus = 0 if told == "cpu" else count_gpus()
+    place = replace(place, without_gpu=num_gpus == 0 and not told)
     slots = place.slots or num_ranks(config.data, num_gpus, place.nodes)
+    if not place.slots and slots < num_gpus:
+        micro_batches = config.data.global_batch // config.data.micro_batch
+        print(f"{micro_batches} micro-batches a step use {slots} of {num_gpus} GPUs of a node", file=sys.stderr)
     if not named or num_gpus == 0:
         return replace(place, slots=slots)
     if slots > num_gpus:
@@ -53,7 +59,8 @@ def command(place: Place, hostfile_at: Path, train: Sequence[str]) -> list[str]:
         where += ["--num_accelerators", str(place.slots)]
     if place.gpus:
         where += ["--include", included(place)]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", *where, str(TRAIN), *train]
+    # At this level it leaves out one error, that a rank ended with an exit code, and whoever starts it says that.
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *where, str(TRAIN), *train]
 
 
 def included(place: Place) -> str:
@@ -67,9 +74,13 @@ def included(place: Place) -> str:
 def environment(place: Place, environ: Mapping[str, str], **variables: str) -> dict[str, str]:
     """The launcher's and the ranks': ours, and the program can be imported wherever it lies."""
     path = environ.get("PYTHONPATH")
-    ranks = {**environ, **variables, "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT)}
+    # DeepSpeed looks for numactl, and fails at a folder that it may not look into, as of the user who was here before.
+    paths = [folder for folder in environ.get("PATH", os.defpath).split(":") if os.access(folder or ".", os.X_OK)]
+    ranks = {**environ, **variables, "PATH": ":".join(paths), "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT)}
     if MASK in ranks and not named_gpus(environ):
         ranks["DS_ACCELERATOR"] = "cpu"  # all GPUs are hidden, and the launcher would show them to the ranks again
+    if place.without_gpu:
+        ranks["DS_ACCELERATOR"] = "cpu"  # each of the launcher's processes would find that out, and warn of it
     if place.gpus:
         del ranks[MASK]  # the launcher sets it anew; meeting it, it would say that it ignores it
     return ranks

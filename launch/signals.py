@@ -5,6 +5,8 @@ import signal
 import socket
 import time
 
+from pipeline.stops import AGAIN_S
+
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -22,23 +24,27 @@ class Signals:
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self.seen: list[int] = []
         """The stops that have come, in order."""
+        self.urgent = False
+        """SIGTERM or SIGINT has come again, `AGAIN_S` or more after the first: sooner it is the first, sent to a whole
+        process group and passed on. SIGUSR1 is a warning, as Slurm sends before its SIGTERM."""
+        self._asked_at: float | None = None
         self.looked_at = time.monotonic()
         """When somebody waited last: who goes round waits often."""
 
     def wait(self, seconds: float) -> None:
         """Returns after `seconds`, or sooner on a signal."""
         self.looked_at = time.monotonic()
-        if select.select([self._reader], [], [], seconds)[0]:
-            self.seen += [number for number in self._reader.recv(4096) if number in STOPS]
+        if not select.select([self._reader], [], [], seconds)[0]:
+            return
+        now, stops = time.monotonic(), [number for number in self._reader.recv(4096) if number in STOPS]
+        self.seen += stops
+        if any(number != signal.SIGUSR1 for number in stops):
+            self._asked_at = now if self._asked_at is None else self._asked_at
+            self.urgent = self.urgent or now - self._asked_at >= AGAIN_S
 
     @property
     def first(self) -> str:
         return signal.Signals(self.seen[0]).name
-
-    @property
-    def urgent(self) -> bool:
-        """SIGTERM or SIGINT has come twice. SIGUSR1 is a warning, as Slurm sends before its SIGTERM."""
-        return sum(number != signal.SIGUSR1 for number in self.seen) > 1
 
     def close(self) -> None:
         signal.set_wakeup_fd(self._wakeup)

@@ -1,12 +1,11 @@
 """Starts this node's ranks and looks after them, as PID 1 too:  python -m launch.supervise -- --recipe digits
 
-One a node. It finds its place (place.py), meets the other nodes (gather.py), runs DeepSpeed's launcher (ranks.py),
-passes a request to stop on to the ranks, starts them again when a rank or another node has died, serves /metrics,
+One a node. It finds its place (place.py), meets the other nodes (gather.py), runs DeepSpeed's launcher and passes a
+request to stop on to the ranks (ranks.py), starts them again when a rank or another node has died, serves /metrics,
 /healthz and /readyz, and ends with a rank's exit code. Only rank 0's summary.json in the run's folder is success.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,20 +22,14 @@ from launch.gather import SHOWN_S, MissingNodesError, gather
 from launch.hello import Hello, introduce, refusal
 from launch.node_metrics import NodeMetrics
 from launch.place import MASTER_PORT, Place, resolve
-from launch.ranks import Ranks
+from launch.ranks import NOT_BEGUN, POLL_S, Ranks, attend, why
 from launch.signals import Signals
-from pipeline import run_folder, run_lock
+from pipeline import caches, run_folder, run_lock
 from pipeline.config import Config
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
+from pipeline.exporter import USUAL_PORT
 from pipeline.stops import SUPERVISED
 
-POLL_S = 0.5
-ALONE_S = 15.0
-"""Ranks end together. When one has gone and others still run after so long, they wait for it in vain; longer than
-train.PATIENCE_S, in which a rank gives rank 0 time to speak."""
-NOT_BEGUN = 256 - signal.SIGTERM
-"""The launcher's code for a rank that a SIGTERM ended at once, since it had no step to save yet. One that trains leaves
-with 128 + SIGTERM on a second, and has lost what it had not saved."""
 FAREWELL_S = 60.0
 """For the ranks of other nodes to end and their supervisors to ask: a closed connection ends them in seconds. Longer
 than gather.LINGER_S."""
@@ -47,6 +40,7 @@ the usual --resolve-timeout, in which the other nodes wait for node 0."""
 
 def main(arguments: list[str]) -> int:
     signals = Signals()  # first of all: PID 1 would not hear a SIGTERM
+    os.environ.update(caches.stand_ins(os.environ))
     try:
         options_, train = command_line(arguments)
         config = options.parse(train)
@@ -90,13 +84,15 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
         "--grace", type=float, default=120, metavar="SECONDS", help="for ranks to save when asked to stop [120]"
     )
     parser.add_argument("--metrics-host", default="0.0.0.0", metavar="ADDRESS", help="to serve on [0.0.0.0]")
-    parser.add_argument("--metrics-port", type=int, default=9464, metavar="PORT", help="0 for any [9464]")
+    parser.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help=f"0 for any [{USUAL_PORT}, or any where it is taken]"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only show place, hostfile, command and configuration")
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     ours, train = arguments[:cut], arguments[cut + 1 :]
     known = parser.parse_args(ours)
     for name, least in (("max_restarts", 0), ("resolve_timeout", 0), ("grace", 0), ("metrics_port", 0)):
-        if not least <= getattr(known, name) < 1e6:
+        if not least <= (getattr(known, name) or 0) < 1e6:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(known, name)} is not allowed; use {least} or more")
     if not train:
         raise ConfigError(
@@ -105,11 +101,6 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
     if "--dry-run" in train:
         raise ConfigError("--dry-run stands before --, among the supervisor's own options")
     return known, train
-
-
-def why(ended: int) -> str:
-    """What the launcher's exit code says, in words."""
-    return "rank 0 left no summary.json" if ended == EXIT_DONE else f"exit code {ended}"
 
 
 def newest_checkpoint(folder: Path) -> str:
@@ -166,7 +157,7 @@ class Supervisor:
                 if self._place.nodes > 1:
                     self._tell(introduce(self._place, self._config).but(error))
                 raise
-            self._say(f"metrics at {metrics.address}")
+            self._say(metrics.said)
             code = None
             try:
                 code = self._run(scratch, metrics)
@@ -189,7 +180,7 @@ class Supervisor:
                 self._say("stopped on request before the ranks were started; run again to continue")
                 return EXIT_STOPPED
             metrics.ranks_run(True)
-            ended = self._attend(Ranks(command, environ))
+            ended = attend(Ranks(command, environ), self._signals, self._given.grace, self._say)
             metrics.ranks_run(False)
             if self._finished(SHOWN_S if ended == EXIT_DONE else 0):
                 break
@@ -217,39 +208,15 @@ class Supervisor:
         gather(self._place, hello, self._folder, self._given.resolve_timeout, self._signals, self._say)
 
     def _explain(self, ended: int, code: int) -> None:
-        """Says why there is no further try, where the ranks and `_attend` have not said it."""
-        if code == EXIT_INTERNAL and not self._signals.seen:
+        """Says why there is no further try, where the ranks and `attend` have not said it."""
+        if code != EXIT_INTERNAL:
+            return
+        if self._signals.seen:
+            if ended != EXIT_INTERNAL:
+                self._say(f"the ranks ended before they had stopped as asked ({why(ended)})")
+        else:
             times = f"{self._restarts} times without a new checkpoint"
             self._say(f"the ranks ended ({why(ended)}) and were started again {times}: given up")
-
-    def _attend(self, ranks: Ranks) -> int:
-        """From the launcher's start to its end, with no process left behind; the launcher's exit code."""
-        told: set[int] = set()
-        most, alone_since, asked_at = 0, None, None  # ranks seen at a time; since when fewer; when they were asked
-        try:
-            while (ended := ranks.poll()) is None:
-                self._signals.wait(POLL_S)
-                now, living = time.monotonic(), ranks.living()
-                most = max(most, len(living))
-                if len(living) == most:
-                    alone_since = None
-                elif alone_since is None:
-                    alone_since = now
-                if self._signals.seen:
-                    if asked_at is None:
-                        asked_at = now
-                        self._say(f"{self._signals.first} received: the ranks are to save and stop")
-                    ranks.send(signal.SIGTERM, living.keys() - told)  # once: twice would kill them
-                    told |= living.keys()
-                if asked_at is not None and (self._signals.urgent or now - asked_at > self._given.grace):
-                    self._say("killing the ranks; what they had not saved is lost")
-                    return EXIT_INTERNAL
-                if alone_since is not None and now - alone_since > ALONE_S:
-                    self._say(f"{most - len(living)} of {most} ranks have gone and the others wait: killing them")
-                    return EXIT_INTERNAL
-        finally:
-            ranks.close()
-        return ended
 
     def _tell(self, farewell: Hello) -> None:
         """Once more to the meeting, since the other nodes would wait there for this one: so they end as it does."""

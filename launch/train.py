@@ -8,15 +8,17 @@ import errno
 import logging
 import os
 import signal
-import socket
 import sys
 import traceback
 import typing
+from collections.abc import MutableMapping
 from pathlib import Path
 
+from launch import ports
 from launch.command import rank_variables
 from launch.options import command
-from pipeline import exporter, rank_log, run_folder, run_lock, trackers
+from launch.place import LOCAL, MASTER_PORT
+from pipeline import caches, rank_log, run_folder, run_lock, trackers
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.deepspeed_settings import deepspeed_settings
@@ -33,20 +35,28 @@ from pipeline.errors import (
 from pipeline.stops import Watch
 
 PATIENCE_S = 10
+LAUNCHED = frozenset(("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
+"""One of these is set by whatever launcher starts ranks."""
 Expected = CheckpointError | ConfigError | DataError | DivergedError | LostRankError | NonFiniteError
 EXPECTED = typing.get_args(Expected)
 
 
 def main(arguments: list[str]) -> int:
+    os.environ.update(homeless := caches.stand_ins(os.environ))
+    alone_without_launcher(os.environ)
     try:
         rank, world_size = rank_variables(os.environ)
     except ConfigError as error:
         return refuse(error, 0)
+    # What is found is in our first line, on every rank.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if rank != 0:  # what these say is of the machine (no compiler, no bf16) or the run (a damaged checkpoint), once
         for name in ("pipeline.engine", "pipeline.snn", "pipeline.checkpoint_files"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    if rank == 0 and (told := caches.line(homeless)):
+        logging.getLogger("pipeline.caches").info(told)
     try:
         config, dry_run = command(arguments)
         if dry_run is not None:
@@ -56,16 +66,12 @@ def main(arguments: list[str]) -> int:
         finished = preflight(config, world_size)
         if finished is not None:
             if rank == 0:
-                accuracy = 100 * finished["eval_accuracy_ratio"]
-                print(f"{config.run_dir} has finished: {accuracy:.2f} % on the validation split; nothing to do")
-                print(
-                    f"(see {config.run_dir}/report.html; remove the folder or choose another --run_dir to train again)"
-                )
+                say_finished(config, finished)
             return EXIT_DONE
         watch = Watch()
         if rank == 0:
             lock = run_lock.hold(config.run_dir)  # noqa: F841 until this process ends
-            check_ports(config)
+        ports.prepare(rank, config, arguments)
         rank_log.begin(Path(config.run_dir), rank)
         from pipeline.train import train  # torch is imported here, after everything cheap was checked
 
@@ -80,8 +86,15 @@ def main(arguments: list[str]) -> int:
         return EXIT_INTERNAL
 
 
+def alone_without_launcher(environ: MutableMapping[str, str]) -> None:
+    """Makes a process that no launcher has started the only rank."""
+    if not LAUNCHED & environ.keys():
+        only = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": LOCAL}
+        environ.update(only, MASTER_PORT=str(MASTER_PORT))
+
+
 def preflight(config: Config, world_size: int) -> dict | None:
-    """Checks config, data and folder; the summary of a run that has finished, else None."""
+    """Checks config, data and folder for so many ranks; the summary of a run that has finished, else None."""
     deepspeed_settings(config, world_size, num_parameters=0)
     train, validation = (Manifest.load(f"{config.data.path}/{split}") for split in ("train", "val"))  # of a URL too
     config.num_steps(train.num_samples)
@@ -99,22 +112,10 @@ def preflight(config: Config, world_size: int) -> dict | None:
     return finished
 
 
-def check_ports(config: Config) -> None:
-    """The metrics' and that on which the ranks meet; a supervisor, where there is one, has seen to both."""
-    if os.environ.get(exporter.FOLDER_VARIABLE):
-        return
-    exporter.listen(config.metrics.host, config.metrics.port).close()
-    if tls := exporter.tls_of(config.metrics):
-        tls.context()
-    port = os.environ.get("MASTER_PORT")
-    if port and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun's agent listens on it
-        try:
-            socket.create_server(("", int(port))).close()
-        except OSError as error:
-            raise ConfigError(
-                f"port {port}, on which the ranks meet, cannot be opened ({os.strerror(error.errno or 0)}), as where "
-                "another training runs; give the launcher a free one: deepspeed --master_port PORT …"
-            ) from None
+def say_finished(config: Config, summary: dict) -> None:
+    accuracy = 100 * summary["eval_accuracy_ratio"]
+    print(f"{config.run_dir} has finished: {accuracy:.2f} % on the validation split; nothing to do")
+    print(f"(see {config.run_dir}/report.html; remove the folder or choose another --run_dir to train again)")
 
 
 def refuse(error: Expected, rank: int) -> int:
@@ -128,4 +129,6 @@ def refuse(error: Expected, rank: int) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run can be saved, Ctrl-C just ends it
     raise SystemExit(main(sys.argv[1:]))

@@ -129,7 +129,7 @@ def prepare(config: Config, watch: Watch) -> Run:
     progress = Progress(
         config,
         rank=place.rank,
-        num_steps=config.num_steps(num_samples),
+        num_samples=num_samples,
         step=step,
         layers=neurons.names,
         exporter=exporter,

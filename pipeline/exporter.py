@@ -7,6 +7,7 @@ but prometheus-client beside the standard library.
 """
 
 import asyncio
+import errno
 import os
 import socket
 import ssl
@@ -28,6 +29,7 @@ from pipeline.scrapers import Scrapers
 from pipeline.snapshots import Families, snapshot_files
 
 FOLDER_VARIABLE = "CHISPIKE_METRICS_DIR"
+USUAL_PORT = MetricsConfig().port
 MAX_OPEN = 64
 """Connections at a time; a further one closes the oldest, so that slow clients never keep Prometheus out."""
 MAX_PER_SECOND = 50
@@ -65,8 +67,8 @@ def tls_of(metrics: MetricsConfig) -> Tls | None:
     return Tls(metrics.tls_cert, metrics.tls_key, metrics.tls_client_ca) if metrics.tls_cert else None
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """The server's socket, IPv4 or IPv6.
+def listen(host: str, port: int, *, or_any: bool = False) -> socket.socket:
+    """The server's socket, IPv4 or IPv6; with `or_any` on a free port where `port` is taken.
 
     Raises:
         ConfigError: the port is taken, or the host is not of this machine.
@@ -76,6 +78,8 @@ def listen(host: str, port: int) -> socket.socket:
         both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address[:2], family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
+        if or_any and getattr(error, "errno", None) == errno.EADDRINUSE:
+            return listen(host, 0)
         raise ConfigError(
             f"metrics.port={port} on {host} cannot be opened ({_reason(error)}); use another, or 0 for a free one"
         ) from None
@@ -96,6 +100,7 @@ class NodeServer:
     Args:
         folder: see `Snapshot`; it may be empty or come later.
         host, port: 0 takes a free port.
+        or_any: take a free port too where `port` is taken; `said` then tells of it.
         tls: serve https.
 
     Raises:
@@ -108,6 +113,7 @@ class NodeServer:
         *,
         host: str,
         port: int,
+        or_any: bool = False,
         ready: Callable[[], bool] | None = None,
         healthy: Callable[[], bool] | None = None,
         tls: Tls | None = None,
@@ -119,10 +125,13 @@ class NodeServer:
         self._text = b""
         self._scrapers = Scrapers()
         self._context = tls.context() if tls else None
-        self._socket = listen(host, port)
+        self._socket = listen(host, port, or_any=or_any)
         self._socket.setblocking(False)
         shown = f"[{host}]" if ":" in host else host
-        self.address = f"{'https' if tls else 'http'}://{shown}:{self._socket.getsockname()[1]}/metrics"
+        opened = self._socket.getsockname()[1]
+        self.address = f"{'https' if tls else 'http'}://{shown}:{opened}/metrics"
+        self.said = f"metrics at {self.address}" + (f" (port {port} is taken)" if opened != port != 0 else "")
+        """For people."""
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(lambda loop, context: None)  # a client's broken connection is its own affair
         self._accepting = self._loop.create_task(self._accept())

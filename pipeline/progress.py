@@ -1,5 +1,6 @@
 """What people see while a run goes on: rank 0 turns readings into records and hands them to metrics.py's sinks."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pipeline.chi.policies import Evidence
 from pipeline.config import Config
 from pipeline.data.loader import Figures
 from pipeline.errors import CheckpointError, NonFiniteError
-from pipeline.metrics import Journal, layer_labels, progress_line, read_journal
+from pipeline.metrics import Journal, coloured, layer_labels, progress_line, read_journal
 from pipeline.nonfinite import Skipped
 from pipeline.rank_metrics import RankMetrics
 from pipeline.trackers import Trackers
@@ -36,13 +37,25 @@ class Progress:
     """Rank 0's console and journal, and every rank's metrics for Prometheus."""
 
     def __init__(
-        self, config: Config, *, rank: int, num_steps: int, step: int, layers: Sequence[str], exporter: RankMetrics
+        self,
+        config: Config,
+        *,
+        rank: int,
+        num_samples: int,
+        step: int,
+        layers: Sequence[str],
+        exporter: RankMetrics,
     ) -> None:
         self._active = rank == 0
-        self._config, self._num_steps, self._layers = config, num_steps, layers
+        self._config, self._num_steps, self._layers = config, config.num_steps(num_samples), layers
+        self._num_samples = num_samples
         self._step = self._logged_step = step
         self._logged_at = time.monotonic()
         self._wait_s = self._aside_s = 0.0
+        self._correct: Tensor | None = None
+        self._judged = 0
+        """Of all samples since the last logged step: how many were classified correctly, which stays on the device,
+        of how many."""
         self._exporter = exporter
         self._decisions: list[tuple[int, Evidence, Tensor, float]] = []
         self._below = [False] * len(layers)
@@ -55,12 +68,12 @@ class Progress:
             earlier = read_journal(run_dir / "metrics.jsonl")
             self._trackers = Trackers(config, layers, earlier)
             self.evaluated_step = max((r["step"] for r in earlier if "eval_loss" in r), default=-1)
-            if exporter.address:
-                self.say(f"metrics at {exporter.address}")
+            if exporter.said:
+                self.say(exporter.said)
 
     def say(self, line: str) -> None:
         if self._active:
-            print(line, flush=True)
+            print(coloured(line, sys.stdout), flush=True)
 
     def _record(self, record: dict) -> None:
         self._journal.write(record)
@@ -96,6 +109,10 @@ class Progress:
             self._exporter.count(train_overflow_steps=1)
         self._show_saves()
         self._step = step.number
+        if self._active and not step.reading.nonfinite:  # whose logits say nothing
+            correct = step.reading.correct
+            self._correct = correct.clone() if self._correct is None else self._correct + correct
+            self._judged += self._config.data.global_batch
         if step.number % self._config.train.log_every and step.number != self._num_steps:
             return
         now = time.monotonic()
@@ -119,7 +136,7 @@ class Progress:
             "step": step.number,
             "train_last_step_timestamp_seconds": time.time(),
             "train_loss": reading.loss.item(),
-            "train_accuracy_ratio": reading.correct.item() / self._config.data.global_batch,
+            "train_accuracy_ratio": self._correct.item() / self._judged if self._correct is not None else float("nan"),
             "train_learning_rate": step.learning_rate,
             "train_grad_norm": reading.indicators.grad_norm.square().sum().sqrt().item(),
             "train_images_per_second": self._config.data.global_batch / step_s,
@@ -134,7 +151,9 @@ class Progress:
             "layer_firing_rate_ratio": layers["firing_rate"],
             "layer_gradient_norm": layers["grad_norm"],
         }
-        self.say(progress_line(record, self._num_steps, eta_s=step_s * (self._num_steps - step.number)))
+        self._correct, self._judged = None, 0
+        epoch = step.number * self._config.data.global_batch / self._num_samples
+        self.say(progress_line(record, self._num_steps, epoch, eta_s=step_s * (self._num_steps - step.number)))
         self._record(record)
         self.flush()
         self._exporter.publish({**record, "train_step": step.number})

@@ -6,10 +6,13 @@ the run: its lines are in the file.
 
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
+
+COLOUR = re.compile("\033\\[[0-9;]*m")
 
 
 class Tee:
@@ -25,7 +28,7 @@ class Tee:
                 self._console.write(text)
             except OSError:
                 self._shown = False
-        for line in text.splitlines(keepends=True):
+        for line in COLOUR.sub("", text).splitlines(keepends=True):
             if self._at_line_start:
                 self._file.write(time.strftime("%Y-%m-%d %H:%M:%S "))
             self._file.write(line)

@@ -16,7 +16,7 @@ from pipeline import __version__
 from pipeline.config import Config
 from pipeline.data.loader import Figures
 from pipeline.data.samples import REASONS
-from pipeline.exporter import FOLDER_VARIABLE, NodeServer, tls_of
+from pipeline.exporter import FOLDER_VARIABLE, USUAL_PORT, NodeServer, tls_of
 from pipeline.metric_table import METRICS
 from pipeline.metrics import layer_labels
 from pipeline.snapshots import Snapshot
@@ -52,7 +52,7 @@ class RankMetrics:
             folders: list = [None] * world_size
             torch.distributed.all_gather_object(folders, str(self._server.folder) if self._server else None)
             folder = folders[rank - local_rank]
-        self.address = self._server.address if self._server else None
+        self.said = self._server.said if self._server else None
         """None where another process serves."""
         self._layers = layer_labels(layers)
         self._snapshot = Snapshot(Path(folder), f"rank-{rank}", run=Path(config.run_dir).name, rank=str(rank))
@@ -150,7 +150,9 @@ def _serve(config: Config) -> NodeServer:
     """This node's server, over a folder of its own."""
     folder = Path(tempfile.mkdtemp(prefix="chispike-metrics-"))
     try:
-        return NodeServer(folder, host=config.metrics.host, port=config.metrics.port, tls=tls_of(config.metrics))
+        metrics = config.metrics
+        or_any = metrics.port == USUAL_PORT  # one that the user named was refused before, where it was taken
+        return NodeServer(folder, host=metrics.host, port=metrics.port, or_any=or_any, tls=tls_of(metrics))
     except BaseException:
         folder.rmdir()
         raise

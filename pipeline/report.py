@@ -7,9 +7,14 @@ shows them side by side (comparison.py).
 import argparse
 import html
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from pipeline import caches
+
+os.environ.update(caches.stand_ins(os.environ))  # before matplotlib looks for its home
 
 import matplotlib
 

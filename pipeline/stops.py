@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SUPERVISED = "CHISPIKE_SUPERVISED"
@@ -49,6 +49,7 @@ class Watch:
         """
         for number in REQUESTS:
             signal.signal(number, lambda *_: request())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)  # a launcher may be started without SIGINT
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)  # written to when a signal comes, not when handled
         self._request = request
 
@@ -70,14 +71,14 @@ class Watch:
         if now - self._seen.get(number, now) >= AGAIN_S:
             leave(128 + number, f"{name} came again: leaving at once, without a checkpoint")
         if not self._seen:
-            say(f"{name}: the run stops within two steps, with a checkpoint; once more (after {AGAIN_S:g} s), at once")
+            told(f"{name}: the run stops within two steps, with a checkpoint; once more (after {AGAIN_S:g} s), at once")
         self._seen.setdefault(number, now)
 
     def _left_alone(self) -> None:
         if self._request is None:
             leave(128 + signal.SIGTERM, "the launcher is gone before the run began")
         if not self._seen:  # else it died of what the rank has heard too
-            say("the launcher is gone: the run stops within two steps, with a checkpoint")
+            told("the launcher is gone: the run stops within two steps, with a checkpoint")
             self._request()
 
 
@@ -101,9 +102,14 @@ def launcher() -> tuple[int, int]:
         return parent, 0
 
 
-def say(line: str) -> None:
+def told(line: str) -> None:
+    """Says what all ranks of a node hear: on the console once, by the first, and in each one's log."""
+    say(line, sys.stderr if os.environ.get("LOCAL_RANK", "0") == "0" else sys.stdout)
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
     with contextlib.suppress(OSError):  # nobody reads any more
-        print(f"rank {os.environ.get('RANK', '0')}: {line}", file=sys.stderr, flush=True)
+        print(f"rank {os.environ.get('RANK', '0')}: {line}", file=stream or sys.stderr, flush=True)
 
 
 def leave(code: int, line: str) -> NoReturn:

@@ -217,7 +217,7 @@ def test_a_slow_rank_is_named_and_no_line_is_lost_with_the_console(digits, tmp_p
     process.wait(timeout=200)
     assert (run_dir / "summary.json").exists()
     first, second = ((run_dir / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d step 14/14 · loss", first, re.MULTILINE)
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d step 14/14  epoch", first, re.MULTILINE)
     assert re.search(r"^\S+ \S+ done: ", first, re.MULTILINE)
     assert (
         len(re.findall(r"^\S+ \S+ step \d+: [\d.]+ ms a step for data and forward passes", second, re.MULTILINE)) == 14

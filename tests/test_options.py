@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.devices import main, named_gpus, options
+from launch.devices import named_gpus
 from launch.dry_run import report
 from launch.near_misses import ALIASES, answer
 from launch.options import field_docs, option_names, parse
@@ -284,26 +284,15 @@ def test_help_names_the_recipes_and_every_field():
                 assert f".{field.name} " in done.stdout
 
 
-def test_launcher_options_for_a_machine(capsys):
-    assert options("digits", 0) == "--num_accelerators 2"
-    assert options("digits", 8) == "--num_gpus 8"
-    assert options("digits", 3) == "--num_gpus 2"
-    assert "use 2 of 3 GPUs" in capsys.readouterr().err
-    assert options("digits", 2, (5, 7)) == "--include localhost:5,7"
-    assert options("digits", 3, (4, 5, 7)) == "--include localhost:4,5"
-
-
-def test_an_unknown_recipe_is_one_line_and_make_goes_no_further(capsys):
-    assert main(["digts"]) == EXIT_USAGE
-    line = capsys.readouterr().err
-    assert line.startswith("error: recipe 'digts' is not allowed; use one of cifar10")
-    assert line.count("\n") == 1
-    for recipe in ("digits", "cifar10"):
-        planned = subprocess.run(["make", "-n", "train", f"RECIPE={recipe}"], cwd=ROOT, capture_output=True, text=True)
-        (training,) = [line for line in planned.stdout.splitlines() if "launch/train.py" in line]
-        stopped = training.replace(".venv/bin/python -m launch.devices", "false").replace(".venv/bin/deepspeed", "echo")
-        assert subprocess.run(["sh", "-c", stopped], capture_output=True).stdout == b""
-        assert ("data_prep digits" in planned.stdout) == (recipe == "digits")  # others have data of their own
+@pytest.mark.parametrize("recipe", ["digits", "cifar10"])
+def test_make_packs_the_digits_alone_and_trains_any_recipe_with_any_options(recipe, tmp_path):
+    """In a folder that holds nothing else: what a checkout's data/ and runs/ hold is of no account."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "-n", "train", f"RECIPE={recipe}", "ARGS=--train.epochs 2"]
+    planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert f".venv/bin/python -m launch.local --recipe {recipe} --train.epochs 2\n" in planned
+    assert ("data_prep digits" in planned) == (recipe == "digits")  # others have data of their own
 
 
 @pytest.mark.parametrize(

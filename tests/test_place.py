@@ -114,15 +114,22 @@ def test_ranks_take_the_gpus_that_the_environment_leaves_them(nodes, node):
     assert "CUDA_VISIBLE_DEVICES" not in environment(place, {"CUDA_VISIBLE_DEVICES": "2,5,6"})
 
 
-def test_hidden_gpus_stay_hidden_and_what_the_launcher_cannot_hide_is_refused(monkeypatch):
+def test_hidden_gpus_stay_hidden_and_what_the_launcher_cannot_hide_is_refused(monkeypatch, capsys):
     place, config = Place(nodes=1, rank=0, master="a", port=1, slots=2), parse(["--recipe", "digits"])
-    assert with_ranks(place, config, {}) == place
-    assert with_ranks(place, config, {"CUDA_VISIBLE_DEVICES": "-1"}) == place
+    cpu = {"DS_ACCELERATOR": "cpu"}
+    assert with_ranks(place, config, cpu) == with_ranks(place, config, cpu | {"CUDA_VISIBLE_DEVICES": "-1"}) == place
     assert environment(place, {"CUDA_VISIBLE_DEVICES": "-1"})["DS_ACCELERATOR"] == "cpu"
     assert "DS_ACCELERATOR" not in environment(place, {})
+    monkeypatch.setattr(runner, "count_gpus", lambda: 0)
+    monkeypatch.setattr(runner, "NVIDIA", Path("/nowhere"))
+    for slots in (0, 2):  # else DeepSpeed would warn of it in every process
+        found = with_ranks(replace(place, slots=slots), config, {})
+        assert (found.slots, environment(found, {})["DS_ACCELERATOR"]) == (2, "cpu")
     with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES=GPU-8932f937 is not allowed, .* different indices"):
         with_ranks(place, config, {"CUDA_VISIBLE_DEVICES": "GPU-8932f937"})
     monkeypatch.setattr(runner, "count_gpus", lambda: 3)  # this machine may have none
+    assert with_ranks(replace(place, slots=0), config, {}).slots == 2
+    assert "8 micro-batches a step use 2 of 3 GPUs" in capsys.readouterr().err
     assert with_ranks(place, config, {"CUDA_VISIBLE_DEVICES": "4,1,0"}).gpus == (4, 1)
     assert with_ranks(replace(place, slots=0), config, {"CUDA_VISIBLE_DEVICES": "4,1,0"}).gpus == (4, 1)
     with pytest.raises(ConfigError, match="--slots 4 is not allowed with CUDA_VISIBLE_DEVICES=4,1,0, which leaves 3"):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from launch.devices import options
+from launch.devices import num_ranks
 from launch.options import parse
 from launch.recipes import RECIPES
 from pipeline import cores
@@ -29,11 +29,17 @@ def test_a_recipe_resolves_and_its_network_builds(name):
     gpus = GPUS.get(name, 8)
     settings = deepspeed_settings(config, gpus, 1)
     assert settings["train_batch_size"] == gpus * settings["train_micro_batch_size_per_gpu"]
-    assert options(name, gpus) == f"--num_gpus {gpus}"
+    assert num_ranks(config.data, gpus) == gpus
     with torch.device("meta"):
         network = sew_resnet.build(config.model, num_classes=CLASSES.get(name, 1000), image_size=config.data.image_size)
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     assert millions == pytest.approx(MILLIONS.get(name, 21.8), rel=0.05)
+
+
+def test_the_digits_are_validated_a_few_times_on_the_way():
+    config = parse(["--recipe", "digits"])
+    due = [step for step in range(1, config.num_steps(1438)) if config.evaluates_after(step, 1438)]
+    assert 3 <= len(due) <= 5
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch import gather
-from launch.supervise import ALONE_S, FAREWELL_S, LEASE_S, command_line, main, verdict
+from launch.ranks import ALONE_S
+from launch.supervise import FAREWELL_S, LEASE_S, command_line, main, verdict
 from launch.train import PATIENCE_S, refuse
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, LostRankError
 from tests.conftest import free_port

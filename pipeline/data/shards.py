@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline import caches
 from pipeline.data.cache import Cache, Held
 from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, read_samples
 from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote
@@ -55,7 +56,7 @@ class Shards:
         self._cache = None
         if is_remote(folder):
             remote = Remote(folder, retries=retries, timeout_s=timeout_s)
-            self._cache = Cache(cache_dir or default_cache(), remote, capacity_bytes=cache_bytes)
+            self._cache = Cache(cache_dir or str(caches.folder()), remote, capacity_bytes=cache_bytes)
         sizes = [shard.num_samples for shard in self.manifest.shards]
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._starts = self._ends - np.asarray(sizes, dtype=np.int64)
@@ -151,11 +152,6 @@ def max_open(files_per_shard: int) -> int:
         return MAX_OPEN
     ours = limit - max(_RESERVED_FILES, limit // 4)
     return min(MAX_OPEN, max(8, ours // files_per_shard))
-
-
-def default_cache() -> str:
-    """`$XDG_CACHE_HOME/chispike`, which is `~/.cache/chispike` where nothing else is set."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "chispike")
 
 
 def _descriptor(path: str) -> int:

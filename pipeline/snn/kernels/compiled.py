@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline import caches
 from pipeline.snn import surrogate
 from pipeline.snn.kernels.reference import Rule, Tally
 
@@ -48,11 +49,6 @@ _SIGNATURES = {
 }
 
 
-def cache_dir() -> Path:
-    """Where compiled kernels are kept: `chispike` in XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chispike"
-
-
 @functools.cache
 def _machine() -> str:
     """What -march=native depends on: a home directory may be shared by different machines."""
@@ -71,7 +67,7 @@ def _library(options: tuple[str, ...]) -> ctypes.CDLL | None:
     """The kernels for these macros, compiled unless they are in the cache; None, said once, where that fails."""
     compiler = os.environ.get("CXX") or "g++"
     key = hashlib.sha256("\n".join((_SOURCE.read_text(), compiler, *_FLAGS, *options, _machine())).encode())
-    path = cache_dir() / f"cpu-{key.hexdigest()[:20]}.so"
+    path = caches.folder() / f"cpu-{key.hexdigest()[:20]}.so"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +94,7 @@ def _unavailable(error: OSError | subprocess.CalledProcessError) -> None:
             "the CPU kernels could not be compiled, so spiking layers run the slower reference: %s; install g++ (or "
             "set CXX) and make %s writable",
             _told[0],
-            cache_dir(),
+            caches.folder(),
         )
 
 

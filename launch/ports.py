@@ -1,0 +1,132 @@
+"""The ports of a rank's run: where it shows its metrics, and where the ranks meet.
+
+What the user names is taken, or refused where it cannot be had. Where nothing is named several runs share a machine:
+for metrics a free port stands in for the usual one, and the ranks of one node meet on a free one that rank 0 chooses.
+The launcher gives the others MASTER_PORT and nothing else, so rank 0 tells them through a socket of the kernel's own
+name space, which is named after their launcher and needs no file.
+"""
+
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from launch.place import MASTER_PORT
+from pipeline import exporter
+from pipeline.config import Config
+from pipeline.errors import ConfigError, LostRankError
+
+LOOK_S = 0.1
+TRIES = 100
+
+
+def prepare(rank: int, config: Config, arguments: Sequence[str]) -> None:
+    """Looks at both ports on rank 0, and puts the one where the ranks meet into every rank's MASTER_PORT.
+
+    Raises:
+        ConfigError: a port that the user named cannot be opened; a certificate that cannot be read.
+        LostRankError: rank 0 was not heard of within train.timeout_s.
+    """
+    chosen = chosen_by_rank_0()
+    if rank != 0:
+        if chosen:
+            os.environ["MASTER_PORT"] = _heard(config.train.timeout_s)
+        return
+    supervised = os.environ.get(exporter.FOLDER_VARIABLE)
+    if not supervised:
+        check_metrics(config, arguments)
+    if chosen:
+        os.environ["MASTER_PORT"] = str(free_port())
+        tell_others(int(os.environ["WORLD_SIZE"]) - 1)
+    elif not supervised:
+        check_named()
+
+
+def check_metrics(config: Config, arguments: Sequence[str]) -> None:
+    named = any(word.partition("=")[0] == "--metrics.port" for word in arguments)
+    or_any = not named and config.metrics.port == exporter.USUAL_PORT
+    exporter.listen(config.metrics.host, config.metrics.port, or_any=or_any).close()
+    if tls := exporter.tls_of(config.metrics):
+        tls.context()
+
+
+def check_named() -> None:
+    """Of the port that the launcher was given, or where ranks of several nodes meet."""
+    port = os.environ.get("MASTER_PORT")
+    if port is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens on it
+        return
+    try:
+        socket.create_server(("", int(port))).close()
+    except OSError as error:
+        raise ConfigError(
+            f"port {port}, on which the ranks meet, cannot be opened ({os.strerror(error.errno or 0)}), as where "
+            "another training runs; give the launcher a free one, the same on every node: deepspeed --master_port "
+            "PORT … (on a single node leave the option out, and a free one is taken)"
+        ) from None
+
+
+def chosen_by_rank_0() -> bool:
+    """Whether the ranks may meet on any port: all are of one node, and MASTER_PORT is what launchers take unasked."""
+    one_node = os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE")
+    return one_node and os.environ.get("MASTER_PORT") == str(MASTER_PORT)
+
+
+def tell_others(others: int) -> None:
+    """Tells so many ranks of this node where to meet, in a thread, as they come."""
+    if not others:
+        return
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        server.bind(meeting())
+    except OSError as error:
+        raise ConfigError(
+            f"the ranks cannot agree on a port ({os.strerror(error.errno or 0)}); name a free one: deepspeed "
+            "--master_port PORT …"
+        ) from None
+    server.listen(others)
+    threading.Thread(target=_tell, args=(server, others), name="port", daemon=True).start()
+
+
+def _tell(server: socket.socket, others: int) -> None:
+    with server:
+        for _ in range(others):
+            connection, _ = server.accept()
+            with connection, suppress(OSError):  # a rank that is gone need not know
+                connection.sendall(os.environ["MASTER_PORT"].encode())
+
+
+def _heard(seconds: float) -> str:
+    end = time.monotonic() + seconds
+    while True:
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:  # rank 0 is not there yet
+            connection.connect(meeting())
+            if port := connection.recv(16).decode():
+                return port
+        if time.monotonic() > end:
+            raise LostRankError("rank 0 has not begun within train.timeout_s; look for its own last words above")
+        time.sleep(LOOK_S)
+
+
+def meeting() -> str:
+    """The socket's name: of this launcher process and no other, in any container of the machine."""
+    parent = os.getppid()
+    began = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    return f"\0chispike {os.readlink('/proc/self/ns/pid')} {parent} {began}"
+
+
+def free_port() -> int:
+    """One that nobody listens on, below those that the system gives to connections: so it is still free some seconds
+    later, when the ranks have imported torch and open it.
+    """
+    with suppress(OSError, ValueError):
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        below = range(max(1024, first - 16384), first)
+        for port in random.SystemRandom().sample(below, min(TRIES, len(below))):
+            with suppress(OSError), socket.create_server(("", port)):
+                return port
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
