@@ -61,7 +61,8 @@ def _classes(result: dict) -> str:
         seen = [kind for kind in classes if kind["num_samples"]]
         worst = sorted(seen, key=lambda kind: kind["accuracy_ratio"])[:SHOWN]
         rows = [[_name(kind["name"]), str(kind["num_samples"]), percent(kind["accuracy_ratio"])] for kind in worst]
-        return f"the {len(rows)} least recognised of {len(classes)} classes\n" + grid([["", "samples", "right"], *rows])
+        least = f"the {len(rows)} least recognised of {len(classes)} classes\n"
+        return least + grid([["", "samples", "right"], *rows]) + _confused(result["confused"])
     columns = [str(label) for label in range(len(classes))]
     rows = [["class", *columns, "samples", "right"]]
     for label, (kind, counts) in enumerate(zip(classes, result["confusion"], strict=True)):
@@ -69,6 +70,17 @@ def _classes(result: dict) -> str:
         cells = [str(count) if count else "·" for count in counts]
         rows.append([name, *cells, str(kind["num_samples"]), percent(kind["accuracy_ratio"])])
     return "confusion: a row for each class, a column for each answer\n" + grid(rows)
+
+
+def _confused(pairs: list[dict]) -> str:
+    """What a confusion matrix would show, where there are too many classes for one."""
+    if not pairs:
+        return ""
+    rows = [
+        [_name(pair["class"]), _name(pair["answered"]), str(pair["num_samples"]), percent(pair["of_class_ratio"])]
+        for pair in pairs
+    ]
+    return "\n\nmost often confused\n" + grid([["class", "answer", "samples", "of the class"], *rows])
 
 
 def _layers(energy: dict) -> str:
