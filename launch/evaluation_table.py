@@ -6,7 +6,7 @@ NAME_WIDTH = 24
 
 def table(result: dict) -> str:
     """Everything that `launch.evaluate` found, in a few blocks."""
-    blocks = [_header(result), _figures(result), _classes(result), _layers(result["energy"])]
+    blocks = [_header(result), _figures(result), classes_of(result), _layers(result["energy"])]
     return "\n\n".join(blocks)
 
 
@@ -55,7 +55,8 @@ def _name(name: str) -> str:
     return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…"
 
 
-def _classes(result: dict) -> str:
+def classes_of(result: dict) -> str:
+    """The confusion matrix; of many classes those least recognised, and the pairs most often confused."""
     classes = result["classes"]
     if len(classes) > SHOWN:
         seen = [kind for kind in classes if kind["num_samples"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import evaluate
+from launch import evaluate, evaluation_table
 from launch.evaluation_table import grid
 from pipeline.config import ModelConfig
 from pipeline.data.manifest import Manifest
@@ -57,6 +57,10 @@ def test_the_newest_checkpoint_gives_the_figures_of_the_run(run, digits, tmp_pat
         assert [kind["name"], *cells] in [line.split()[: len(cells) + 1] for line in done.stdout.splitlines()]
     kept = run / "evaluations" / f"step-{STEPS:08d}-val.json"
     assert json.loads(kept.read_text()) == result
+    pair = result["confused"][0]
+    wrong = confusion.clone().fill_diagonal_(0)
+    assert pair["num_samples"] == wrong.max() == confusion[int(pair["class"]), int(pair["answered"])]
+    assert f"<th>{pair['class']} → {pair['answered']}<td>{pair['num_samples']}<" in (run / "report.html").read_text()
 
 
 def test_another_checkpoint_split_number_of_steps_and_size(run, digits, tmp_path, capsys):
@@ -149,6 +153,23 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run):
     state = run / "checkpoints" / "step-00000010" / "state.pt"
     state.write_bytes(state.read_bytes()[:-1])
     assert "step-00000010 is damaged (its hash does not match)" in refusal(DataError, run, "--checkpoint", 10)
+
+
+def test_the_worst_confusions_are_told_by_class_name():
+    confusion = torch.tensor([[5, 3, 0], [1, 2, 3], [0, 0, 0]])
+    pairs = evaluate.confused(confusion, ("cat", "dog", "owl"))
+    assert [(pair["class"], pair["answered"], pair["num_samples"]) for pair in pairs] == [
+        ("dog", "owl", 3),  # a larger share of its class than cat → dog
+        ("cat", "dog", 3),
+        ("dog", "cat", 1),
+    ]
+    assert [pair["of_class_ratio"] for pair in pairs] == [3 / 6, 3 / 8, 1 / 6]
+    assert evaluate.confused(torch.eye(3, dtype=torch.int64), ("cat", "dog", "owl")) == []
+    many = evaluate.confused(torch.ones(40, 40, dtype=torch.int64), [f"c{label}" for label in range(40)])
+    assert len(many) == evaluate.PAIRS
+    kinds = [{"name": f"c{label}", "num_samples": 40, "accuracy_ratio": 1 / 40} for label in range(40)]
+    text = evaluation_table.classes_of({"classes": kinds, "confusion": None, "confused": many})
+    assert "most often confused\nclass  answer  samples  of the class\nc0         c1" in text
 
 
 def test_columns_of_a_table_stand_under_one_another():
