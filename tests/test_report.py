@@ -152,8 +152,8 @@ def test_the_scale_of_chi_is_0_to_1_and_what_is_below_its_alert_is_red():
     assert "0.2 alert" in [tick.get_text() for tick in bar.get_yticklabels()]
 
     def is_red(value: float) -> bool:
-        red, green, blue, _ = mesh.to_rgba(value)
-        return red > 2 * max(green, blue) * 0.75 and red > green + 0.2
+        red, green, blue, _ = mesh.to_rgba(np.array([value]))[0]
+        return red > green + 0.2 and red > blue + 0.2
 
     assert [is_red(value) for value in (0.0, 0.1, 0.19, 0.21, 0.5, 0.9, 1.0)] == [True] * 3 + [False] * 4
 
@@ -176,7 +176,7 @@ def test_names_of_layers_can_be_read_on_a_phone(num_layers):
     axes = figure.axes[0]
     ticks = axes.get_yticklabels()
     assert [tick.get_text()[:10] for tick in ticks] == [label[:10] for label in labels]
-    assert all(tick.get_fontsize() / 72 * pixels >= 9 for tick in ticks)
+    assert all(float(tick.get_fontsize()) / 72 * pixels >= 9 for tick in ticks)
     rows = axes.get_position().height * figure.get_figheight() * pixels / num_layers
     assert rows >= 9, "the names would cover one another"
     assert axes.get_position().width > 0.35, "the names leave no room"
