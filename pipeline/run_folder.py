@@ -60,7 +60,8 @@ FREE = OWN | {
     "train.timeout_s",
     "train.verify_every",
 }
-PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "numpy", "prometheus-client")
+PACKAGES = ("torch", "deepspeed", "nvidia-dali", "webdataset", "numpy", "prometheus-client")
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # DALI has a name for each CUDA, and one of them is installed
 
 
 def flatten(config: dict, prefix: str = "") -> dict[str, object]:
@@ -162,7 +163,7 @@ def describe(
     """Writes config.json and run.json."""
     folder = Path(config.run_dir)
     description = {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(),
         "seed": config.train.seed,
         "data_identity": data_identity,
@@ -205,11 +206,19 @@ def _read(path: Path) -> dict | None:
         raise ConfigError(f"{path} is not JSON ({error}); remove the folder, or choose another --run_dir") from None
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
+def _versions() -> dict[str, str]:
+    """Version by the name of each package that matters, "absent" where it is not installed."""
+    found = {}
+    for package in PACKAGES:
+        for name in DALI if package == "nvidia-dali" else (package,):
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            break
+        else:
+            found[package] = "absent"
+    return found
 
 
 def _commit() -> str:

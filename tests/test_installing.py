@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from pipeline import run_folder
 from tests.conftest import ROOT
 
 ALONE = """
@@ -149,3 +150,15 @@ def test_the_dali_for_cuda_12_has_the_pinned_version():
     pinned = re.search(r"^nvidia-dali-cuda130==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert pinned
     assert f"nvidia-dali-cuda120=={pinned[1]}" in page
+
+
+@pytest.mark.parametrize(("installed", "said"), [(["cuda130"], "cuda130"), (["cuda120"], "cuda120"), ([], None)])
+def test_a_run_says_which_dali_it_has(installed, said, tmp_path, monkeypatch):
+    for name in installed:
+        about = tmp_path / f"nvidia_dali_{name}-9.8.7.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvidia-dali-{name}\nVersion: 9.8.7\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    versions = run_folder._versions()
+    dali = {name: version for name, version in versions.items() if "dali" in name}
+    assert dali == ({f"nvidia-dali-{said}": "9.8.7"} if said else {"nvidia-dali": "absent"})
