@@ -8,6 +8,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -155,12 +156,24 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
         "image_size": config.data.image_size,
         "precision": precision,
         "device": device.type,
-        **numbers(detail, manifest.classes, network),
+        **numbers(detail, manifest.classes, shown_names(manifest), network),
     }
 
 
-def numbers(detail: "Detail", classes: tuple[str, ...], network) -> dict:
-    """The figures of an evaluation, ready for JSON: an undefined number is null."""
+def shown_names(manifest: Manifest) -> list[str]:
+    """What to call each class: its display name, where the manifest has one; with its own name where two are alike."""
+    shown = getattr(manifest, "display_names", ()) or manifest.classes
+    alike = Counter(shown)
+    return [f"{name} ({own})" if alike[name] > 1 else name for name, own in zip(shown, manifest.classes, strict=True)]
+
+
+def numbers(detail: "Detail", classes: Sequence[str], shown: Sequence[str], network) -> dict:
+    """The figures of an evaluation, ready for JSON: an undefined number is null.
+
+    Args:
+        classes: names by label, as the run knows them.
+        shown: what to call them.
+    """
     confusion = detail.confusion
     counts, hits = confusion.sum(1).tolist(), confusion.diagonal().tolist()
     feeds = {id(layer.weight): layer.name for layer in network.spiking_layers()}
@@ -183,11 +196,11 @@ def numbers(detail: "Detail", classes: tuple[str, ...], network) -> dict:
         "eval_top5_accuracy_ratio": detail.top5,
         "eval_loss": detail.loss if math.isfinite(detail.loss) else None,
         "classes": [
-            {"name": name, "num_samples": count, "accuracy_ratio": hit / count if count else None}
-            for name, count, hit in zip(classes, counts, hits, strict=True)
+            {"name": name, "shown": text, "num_samples": count, "accuracy_ratio": hit / count if count else None}
+            for name, text, count, hit in zip(classes, shown, counts, hits, strict=True)
         ],
         "confusion": confusion.tolist() if len(classes) <= SHOWN else None,
-        "confused": confused(confusion, classes),
+        "confused": confused(confusion, shown),
         "energy": {
             "microjoule": detail.energy.microjoule,
             "num_samples": detail.num_measured,

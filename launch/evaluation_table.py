@@ -61,13 +61,13 @@ def classes_of(result: dict) -> str:
     if len(classes) > SHOWN:
         seen = [kind for kind in classes if kind["num_samples"]]
         worst = sorted(seen, key=lambda kind: kind["accuracy_ratio"])[:SHOWN]
-        rows = [[_name(kind["name"]), str(kind["num_samples"]), percent(kind["accuracy_ratio"])] for kind in worst]
+        rows = [[_name(kind["shown"]), str(kind["num_samples"]), percent(kind["accuracy_ratio"])] for kind in worst]
         least = f"the {len(rows)} least recognised of {len(classes)} classes\n"
         return least + grid([["", "samples", "right"], *rows]) + _confused(result["confused"])
     columns = [str(label) for label in range(len(classes))]
     rows = [["class", *columns, "samples", "right"]]
     for label, (kind, counts) in enumerate(zip(classes, result["confusion"], strict=True)):
-        name = kind["name"] if kind["name"] == str(label) else f"{label} {_name(kind['name'])}"
+        name = kind["shown"] if kind["shown"] == str(label) else f"{label} {_name(kind['shown'])}"
         cells = [str(count) if count else "·" for count in counts]
         rows.append([name, *cells, str(kind["num_samples"]), percent(kind["accuracy_ratio"])])
     return "confusion: a row for each class, a column for each answer\n" + grid(rows)

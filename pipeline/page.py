@@ -88,12 +88,12 @@ def table(pairs: dict) -> str:
     return f"<table>{rows}</table>"
 
 
-def columns(head: Sequence[str], rows: Mapping[str, Sequence]) -> str:
-    """A row for each name, a column for each of `head`, which is HTML."""
+def columns(head: Sequence[str], rows: Mapping[str, Sequence] | Sequence[tuple[str, Sequence]]) -> str:
+    """A row for each name, of which some may be alike in a sequence; a column for each of `head`, which is HTML."""
     top = "".join(f"<th>{cell}" for cell in ["", *head])
     lines = "".join(
         f"<tr><th>{html.escape(name)}" + "".join(f"<td>{html.escape(str(cell))}" for cell in cells)
-        for name, cells in rows.items()
+        for name, cells in (rows.items() if isinstance(rows, Mapping) else rows)
     )
     return f'<div class="wide"><table><thead><tr>{top}</thead><tbody>{lines}</tbody></table></div>'
 
@@ -148,11 +148,13 @@ def layer_map(
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", nbins=4)
-    axes.set_title(" · ".join(filter(None, (LAYER_MAPS[name], _shortened(of)))), loc="left", fontsize=11)
+    axes.set_title(
+        " · ".join(filter(None, (LAYER_MAPS[name], _shortened(of)))), loc="left", fontsize=11, parse_math=False
+    )
     if np.isnan(values).all():
         axes.text(0.5, 0.5, "not defined for this surrogate", transform=axes.transAxes, ha="center", va="center")
         return figure
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, anchor=(0.0, 1.0))
     bar.ax.tick_params(labelsize=8)
     if name == "layer_chi":
         bar.ax.axhline(CHI_ALERT, color="black", linewidth=1.5)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from pipeline import comparison, page
 from pipeline.chi import guards
 from pipeline.config import ChiConfig
-from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_USAGE
+from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_USAGE, first_line
 from pipeline.metrics import layer_labels, read_journal
 
 LAYERS = f"""<p>Rows are spiking layers, the first on top. χ is the proportion of a layer's weights with a non-zero
@@ -57,8 +57,10 @@ def curves(run_dir: Path) -> dict[str, Figure]:
 
 
 def _course(records: Sequence[dict], name: str, factor: float) -> tuple[list[int], np.ndarray]:
-    """Steps and values; NaN where a value was not finite."""
-    return [record["step"] for record in records], factor * np.array([record[name] for record in records], dtype=float)
+    """Steps and values; NaN where a record has none, or none that was finite."""
+    return [record["step"] for record in records], factor * np.array(
+        [record.get(name) for record in records], dtype=float
+    )
 
 
 def layer_maps(run_dir: Path, layers: Sequence[str]) -> dict[str, Figure]:
@@ -91,10 +93,10 @@ def _evaluation(result: dict) -> str:
     weights = ", averaged weights" if result["weights"] == "ema" else ""
     said = f"Split {result['split']} after step {result['step']}{weights}: {accuracy:.2f} % of "
     said += f"{result['num_samples']:,} samples right, loss " + ("not finite" if loss is None else f"{loss:.4f}") + "."
-    rows = {
-        f"{pair['class']} → {pair['answered']}": (pair["num_samples"], f"{100 * pair['of_class_ratio']:.1f} %")
+    rows = [
+        (f"{pair['class']} → {pair['answered']}", (pair["num_samples"], f"{100 * pair['of_class_ratio']:.1f} %"))
         for pair in result.get("confused", ())
-    }
+    ]
     text = f"<p>{html.escape(said)}"
     if "confused" not in result:
         return f"{text} Evaluate again to see which classes were confused.</p>"
@@ -161,19 +163,34 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     run_dir = options.runs[0]
     for folder in options.runs:
-        if not (folder / "run.json").exists() or not training_records(folder):
-            print(f"{folder} holds no run with a logged step; name a run folder such as runs/digits", file=sys.stderr)
+        if problem := _problem(folder):
+            print(problem, file=sys.stderr)
             return EXIT_USAGE
     if len(options.runs) > 1 and options.replay:
         print("--replay looks at one run; name one", file=sys.stderr)
         return EXIT_USAGE
-    if len(options.runs) > 1:
-        print(comparison.write(options.runs, options.out or run_dir.parent / "comparison.html"))
-        return EXIT_DONE
     if options.replay:
         return replay(run_dir)
-    print(write(run_dir))
+    try:
+        several = len(options.runs) > 1
+        page_of = options.out or run_dir.parent / "comparison.html"
+        print(comparison.write(options.runs, page_of) if several else write(run_dir))
+    except OSError as error:
+        print(f"{error.filename} cannot be written ({error.strerror}); choose another place", file=sys.stderr)
+        return EXIT_USAGE
     return EXIT_DONE
+
+
+def _problem(folder: Path) -> str:
+    """Why this folder has no report, in one line; empty where it can have one."""
+    if not (folder / "run.json").exists() or not training_records(folder):
+        return f"{folder} holds no run with a logged step; name a run folder such as runs/digits"
+    for name in ("run.json", "config.json"):
+        try:
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{folder / name} cannot be read ({first_line(error)}); name another run folder"
+    return ""
 
 
 if __name__ == "__main__":

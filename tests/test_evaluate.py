@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch import evaluate, evaluation_table
+from launch import evaluate, evaluation_table, model_card
 from launch.evaluation_table import grid
 from pipeline.config import ModelConfig
 from pipeline.data.manifest import Manifest
@@ -167,9 +168,30 @@ def test_the_worst_confusions_are_told_by_class_name():
     assert evaluate.confused(torch.eye(3, dtype=torch.int64), ("cat", "dog", "owl")) == []
     many = evaluate.confused(torch.ones(40, 40, dtype=torch.int64), [f"c{label}" for label in range(40)])
     assert len(many) == evaluate.PAIRS
-    kinds = [{"name": f"c{label}", "num_samples": 40, "accuracy_ratio": 1 / 40} for label in range(40)]
+    kinds = [{"name": "n01", "shown": f"c{label}", "num_samples": 40, "accuracy_ratio": 1 / 40} for label in range(40)]
     text = evaluation_table.classes_of({"classes": kinds, "confusion": None, "confused": many})
+    assert ["c19", "40", "2.50", "%"] in [line.split() for line in text.splitlines()]
+    assert "n01" not in text
     assert "most often confused\nclass  answer  samples  of the class\nc0         c1" in text
+
+
+def test_classes_are_called_by_their_display_names():
+    named = SimpleNamespace(classes=("n1", "n2", "n3"), display_names=("crane", "owl", "crane"))
+    shown = evaluate.shown_names(named)  # pyright: ignore[reportArgumentType]
+    assert shown == ["crane (n1)", "owl", "crane (n3)"], "ImageNet has two classes of one name"
+    plain = SimpleNamespace(classes=("0", "1"), display_names=())
+    assert evaluate.shown_names(plain) == ["0", "1"]  # pyright: ignore[reportArgumentType]
+    confusion = torch.tensor([[5, 0, 3], [0, 2, 0], [0, 1, 4]])
+    kinds = [
+        {"name": name, "shown": text, "num_samples": 9, "accuracy_ratio": 0.5}
+        for name, text in zip(named.classes, shown, strict=True)
+    ]
+    text = evaluation_table.classes_of({"classes": kinds, "confusion": confusion.tolist()})
+    assert "0 crane (n1)" in text
+    assert "1 owl" in text
+    about = {"num_classes": 3, "classes": list(named.classes)}
+    card = model_card.classes_of(about, {"classes": kinds})
+    assert "| 0 | n1: crane (n1) | 9 | 50.00 % |" in card
 
 
 def test_columns_of_a_table_stand_under_one_another():

@@ -97,6 +97,14 @@ def test_runs_of_one_name_are_told_apart_by_their_path(runs, tmp_path):
     assert [run.name for run in comparison.read([runs[0], Path(other)])] == [str(runs[0]), str(other)]
 
 
+def test_a_folder_may_have_any_name(runs, tmp_path):
+    odd = Path(shutil.copytree(runs[0], tmp_path / "a$_{b$ <i>&amp; % χ"))
+    text = comparison.write([runs[0], odd], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert html.escape(odd.name) in text
+    assert "<i>" not in text
+    assert report.main([str(odd)]) == 0
+
+
 def test_twelve_runs_have_twelve_colours(runs):
     assert len({run.colour for run in comparison.read([runs[0]] * 12)}) == 12
 
@@ -116,6 +124,16 @@ def test_one_run_has_its_report_and_a_folder_without_a_run_is_named(runs, tmp_pa
     assert report.main([str(runs[0]), str(tmp_path)]) == 64
     assert f"{tmp_path} holds no run with a logged step" in capsys.readouterr().err
     assert report.main([*map(str, runs), "--replay"]) == 64
+    for name, content, said in (("run.json", "{", "cannot be read"), ("config.json", None, "cannot be read (")):
+        capsys.readouterr()
+        damaged = Path(shutil.copytree(runs[0], tmp_path / f"damaged-{name}"))
+        (damaged / name).write_text(content) if content else (damaged / name).unlink()
+        assert report.main([str(runs[0]), str(damaged)]) == 64
+        told = capsys.readouterr().err
+        assert f"{damaged / name} {said}" in told
+        assert told.count("\n") == 1
+    assert report.main([*map(str, runs), "--out", str(tmp_path / "nowhere/page.html")]) == 64
+    assert "cannot be written (No such file or directory); choose another place" in capsys.readouterr().err
 
 
 def test_the_curves_of_a_run_with_its_evaluations_joined(runs):
