@@ -29,7 +29,9 @@ check: $(VENV)/installed-dev ## lint, format, types
 
 monitor: ## Prometheus, with our rules, on a training of this machine
 	@command -v prometheus >/dev/null || { echo "there is no Prometheus; run: sudo apt install prometheus" >&2; exit 1; }
-	@echo "reads the training at 127.0.0.1:9464 (make train); look at http://127.0.0.1:$(MONITOR_PORT)/graph and /classic/alerts"
+	@echo "reads the training at 127.0.0.1:9464 (make train); its graphs:"
+	@$(PYTHON) k8s/monitoring/picture.py --link --url http://127.0.0.1:$(MONITOR_PORT)
+	@echo "its alerts: http://127.0.0.1:$(MONITOR_PORT)/alerts, or with Debian's Prometheus /classic/alerts"
 	@mkdir -p build/prometheus
 	prometheus --config.file=k8s/monitoring/prometheus.yml --storage.tsdb.path=build/prometheus \
 		--web.listen-address=127.0.0.1:$(MONITOR_PORT) --log.level=warn

@@ -3,6 +3,7 @@
     python -m benchmarks.chi_study run STAGE --scratch DIR [--limit N]   the runs of a stage that nobody has done yet
     python -m benchmarks.chi_study table STAGE                           what came of them, arm by arm
     python -m benchmarks.chi_study report [--json FILE] [--plot FILE]    the final figures
+    python -m benchmarks.chi_study plot [--plot FILE]                    the README's picture
 
 DIR holds CIFAR-10 as shards (`python -m data_prep imagefolder cifar10-images.tar.gz DIR/cifar10`) and what the runs
 share. Several processes may run the same stage: each takes the next run that is free. Every finished run is a line of
@@ -23,6 +24,7 @@ from benchmarks import table as results
 from benchmarks.chi_study_arms import STAGES
 
 RUNS = Path(__file__).parent / "results/chi_study_runs.jsonl"
+PICTURE = Path(__file__).parents[1] / "docs/chi-starts.png"
 
 
 def key_of(setting: dict) -> str:
@@ -113,15 +115,17 @@ def report(json_path: str | None, plot_path: str | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("run", "table", "report"))
+    parser.add_argument("what", choices=("run", "table", "report", "plot"))
     parser.add_argument("stage", nargs="?", choices=tuple(STAGES))
     parser.add_argument("--scratch", type=Path, default=Path("build/chi_study"))
     parser.add_argument("--limit", type=int, help="do at most this many runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write the final figures here")
-    parser.add_argument("--plot", metavar="FILE", help="draw the sweep and the final runs here")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw here: report the sweep and the final runs, plot the picture"
+    )
     arguments = parser.parse_args()
-    if arguments.what != "report" and arguments.stage is None:
+    if arguments.what in ("run", "table") and arguments.stage is None:
         parser.error(f"{arguments.what} needs a stage: {', '.join(STAGES)}")
     if arguments.what == "run":
         import torch
@@ -132,6 +136,10 @@ def main() -> None:
         table(arguments.stage)
     if arguments.what == "report":
         report(arguments.json, arguments.plot)
+    if arguments.what == "plot":
+        from benchmarks import chi_study_report
+
+        chi_study_report.first_picture(finished(), arguments.plot or PICTURE)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What the final stage of the χ study says: means, intervals, paired tests, the plot."""
 
 from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -8,6 +10,8 @@ from scipy import stats
 from benchmarks.table import row
 
 CHI, BASELINE, FIXED, RIVAL = "chi", "atan", "best fixed", "rival"
+FINAL_RATE, CHOSEN = 0.2, "chi 0.6 to 0.2"
+"""Learning rate and course of the target that were frozen before the test split was read."""
 
 
 def by_arm(records: list[dict]) -> dict[str, dict[int, float]]:
@@ -112,12 +116,67 @@ def plot(every: list[dict], path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def dots(axes, arms: dict[str, dict[int, float]]) -> None:
+def first_picture(every: list[dict], path: str | Path) -> None:
+    """Accuracy over the width at the start, fixed against steered, and the final runs beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(1.35, 1))
+    fixed, steered = sweep(every), steered_starts(every)
+    half = single_run(every)
+    left.errorbar(
+        [width for width, _ in fixed], [value for _, value in fixed], half, fmt="o-", capsize=4,
+        label="fixed: one width for all layers, one run each\n(bars: the spread of single runs)",
+    )  # fmt: skip
+    for number, (widths, value) in enumerate(steered):
+        name = f"steered by coverage, {len(steered)} runs: each bar spans\nthe widths that its 9 layers started from"
+        left.plot([min(widths), max(widths)], [value, value], "|-", color="C3", linewidth=2.5, alpha=0.8,
+                  label=None if number else name)  # fmt: skip
+    left.set_xscale("log", base=2)
+    left.set_xticks([width for width, _ in fixed], [f"{width:g}" for width, _ in fixed])
+    left.set_ylim(37, 54)
+    left.set(xlabel="width of the surrogate at the start", ylabel="accuracy on held-out images, %")
+    left.legend(frameon=False, fontsize=9, loc="lower center")
+    left.set_title("Steered runs need no sweep", loc="left", fontsize=11, fontweight="bold")
+    arms = by_arm([record for record in every if record["stage"] == "final"])
+    shown = {FIXED: "best fixed\nwidth, 1.0", CHI: "steered, from\nany widths", BASELINE: "atan", RIVAL: "MPD-AGL"}
+    dots(right, {f"{name}\nn = {len(arms[arm])}": arms[arm] for arm, name in shown.items()}, ["C0", "C3", "0.5", "0.5"])
+    right.tick_params(axis="x", labelsize=8.5)
+    right.set(ylabel="accuracy on test images, %")
+    right.set_title("… and end level with the swept width", loc="left", fontsize=11, fontweight="bold")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def sweep(every: list[dict]) -> list[tuple[float, float]]:
+    """Width and held-out accuracy in % of the fixed widths, at the learning rate of the final runs."""
+    runs = [r for r in every if r["stage"] == "rates" and r["lr"] == FINAL_RATE and r["arm"].startswith("fixed")]
+    return sorted((r["width"], 100 * r["accuracy"]) for r in runs)
+
+
+def steered_starts(every: list[dict]) -> list[tuple[list[float], float]]:
+    """Starting widths by layer and held-out accuracy in % of the runs of the course that was chosen."""
+    from benchmarks.chi_study_run import start_widths
+
+    runs = [r for r in every if r["stage"] == "confirm" and r["arm"] == CHOSEN]
+    return [(start_widths(r["seed"], len(r["course"][0]["widths"])), 100 * r["accuracy"]) for r in runs]
+
+
+def single_run(every: list[dict]) -> float:
+    """Half of the interval that holds 95 % of single runs, in points: from the final runs at the best fixed width."""
+    values = list(by_arm([record for record in every if record["stage"] == "final"])[FIXED].values())
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1))
+
+
+def dots(axes, arms: dict[str, dict[int, float]], colours: Sequence[str] = ()) -> None:
     """Every run of an arm, with mean and 95 % interval."""
     for place, by_seed in enumerate(arms.values()):
         values = np.array(list(by_seed.values()))
         jitter = np.random.default_rng(0).uniform(-0.12, 0.12, len(values))
-        axes.plot(place + jitter, values, "o", alpha=0.5)
+        axes.plot(place + jitter, values, "o", alpha=0.5, color=colours[place] if colours else None)
         mean, half = interval(values)
         axes.errorbar(place, mean, half, color="black", capsize=6, marker="_")
     axes.set_xticks(range(len(arms)), list(arms))

@@ -105,6 +105,12 @@ def accuracy(network: torch.nn.Module, images: Tensor, labels: Tensor, precision
     return hits / len(labels)
 
 
+def start_widths(seed: int, num_layers: int) -> list[float]:
+    """The widths, one for each layer, from which a run of this seed starts where its setting names none."""
+    drawn = torch.rand(num_layers, generator=torch.Generator().manual_seed(1000 + seed))
+    return [START[0] * (START[1] / START[0]) ** u for u in drawn.tolist()]
+
+
 def run(setting: Setting, shards: Path, cache: Path) -> dict:
     """Trains one network and returns the setting with what came of it."""
     began = time.monotonic()
@@ -118,10 +124,8 @@ def run(setting: Setting, shards: Path, cache: Path) -> dict:
     )
     network = sew_resnet.build(model, num_classes=10, image_size=setting.image_size)
     layers = network.spiking_layers()
-    starts = torch.rand(len(layers), generator=torch.Generator().manual_seed(1000 + setting.seed))
-    for layer, u in zip(layers, starts.tolist(), strict=True):
-        drawn_width = START[0] * (START[1] / START[0]) ** u
-        layer.neuron.width = drawn_width if setting.width is None else setting.width
+    for layer, width in zip(layers, start_widths(setting.seed, len(layers)), strict=True):
+        layer.neuron.width = width if setting.width is None else setting.width
     optimizer = torch.optim.SGD(network.parameters(), lr=setting.lr, momentum=MOMENTUM)
     steps = setting.epochs * (setting.num_images // setting.batch)
     pilot = chi.attach(network, optimizer, steps=steps, **setting.policy)

@@ -8,6 +8,8 @@ import dataclasses
 import math
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +23,13 @@ from pipeline.data.remote import is_remote, join
 from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.evaluate import Detail
     from pipeline.trained import Trained
 
 MEASURED = 512  # samples whose operations are counted, of a larger split: it takes several times a forward pass
+PAIRS = 12  # of classes that were confused
 PAUSE_S = 10.0  # between two lines of progress
 
 
@@ -53,11 +58,11 @@ def main(arguments: list[str]) -> None:
             f"{options.run} tells {checkpoint.num_classes} apart; use data of the same classes"
         )
     result = evaluated(checkpoint, config, manifest, options)
-    print(table(result))
     if options.json:
         write(options.json, result)
     if config == stored.config and checkpoint.weights == config.evaluated_weights:
         keep(result, options.run)
+    print(table(result))
 
 
 def override(config: Config, options) -> Config:
@@ -151,12 +156,24 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
         "image_size": config.data.image_size,
         "precision": precision,
         "device": device.type,
-        **numbers(detail, manifest, network),
+        **numbers(detail, manifest.classes, shown_names(manifest), network),
     }
 
 
-def numbers(detail: "Detail", manifest: Manifest, network) -> dict:
-    """The figures of an evaluation, ready for JSON: an undefined number is null."""
+def shown_names(manifest: Manifest) -> list[str]:
+    """What to call each class: its display name, where the manifest has one; with its own name where two are alike."""
+    shown = manifest.shown
+    alike = Counter(shown)
+    return [f"{name} ({own})" if alike[name] > 1 else name for name, own in zip(shown, manifest.classes, strict=True)]
+
+
+def numbers(detail: "Detail", classes: Sequence[str], shown: Sequence[str], network) -> dict:
+    """The figures of an evaluation, ready for JSON: an undefined number is null.
+
+    Args:
+        classes: names by label, as the run knows them.
+        shown: what to call them.
+    """
     confusion = detail.confusion
     counts, hits = confusion.sum(1).tolist(), confusion.diagonal().tolist()
     feeds = {id(layer.weight): layer.name for layer in network.spiking_layers()}
@@ -179,16 +196,40 @@ def numbers(detail: "Detail", manifest: Manifest, network) -> dict:
         "eval_top5_accuracy_ratio": detail.top5,
         "eval_loss": detail.loss if math.isfinite(detail.loss) else None,
         "classes": [
-            {"name": name, "display_name": shown, "num_samples": n, "accuracy_ratio": hit / n if n else None}
-            for name, shown, n, hit in zip(manifest.classes, manifest.shown, counts, hits, strict=True)
+            {"name": name, "display_name": text, "num_samples": count, "accuracy_ratio": hit / count if count else None}
+            for name, text, count, hit in zip(classes, shown, counts, hits, strict=True)
         ],
-        "confusion": confusion.tolist() if len(counts) <= SHOWN else None,
+        "confusion": confusion.tolist() if len(classes) <= SHOWN else None,
+        "confused": confused(confusion, shown),
         "energy": {
             "microjoule": detail.energy.microjoule,
             "num_samples": detail.num_measured,
             "layers": layers,
         },
     }
+
+
+def confused(confusion: "Tensor", classes: Sequence[str]) -> list[dict]:
+    """The pairs of a class and a wrong answer that came most often, at most PAIRS of them.
+
+    Args:
+        confusion: `(K, K)`, samples by class (rows) and answer.
+        classes: their K names.
+    """
+    totals, wrong = confusion.sum(1).tolist(), confusion.clone().fill_diagonal_(0).flatten()
+    times = {at: int(wrong[at]) for at in wrong.nonzero().flatten().tolist()}
+    # Of pairs that came equally often the one of the smaller class is the worse; then the order of the classes counts.
+    worst = sorted(times, key=lambda at: (-times[at], totals[at // len(classes)]))[:PAIRS]
+    return [
+        {
+            "class": classes[label],
+            "answered": classes[answer],
+            "num_samples": times[at],
+            "of_class_ratio": times[at] / totals[label],
+        }
+        for at in worst
+        for label, answer in [divmod(at, len(classes))]
+    ]
 
 
 def write(path: Path, document: dict) -> None:
@@ -199,11 +240,18 @@ def write(path: Path, document: dict) -> None:
 
 
 def keep(result: dict, run: Path) -> None:
-    """Writes RUN/evaluations/step-STEP-SPLIT.json; says so where the folder cannot be written."""
+    """Writes RUN/evaluations/step-STEP-SPLIT.json, and RUN/report.html again, which shows it.
+
+    Says so where the folder cannot be written.
+    """
+    from pipeline import report  # matplotlib is imported here
+
     path = run_folder.evaluation_path(run, result["step"], result["split"])
     try:
         path.parent.mkdir(exist_ok=True)
         run_folder.write_json(path, result)
+        if report.training_records(run):
+            report.write(run)
     except OSError as error:
         print(f"{path} is not kept ({error.strerror})", file=sys.stderr)
 

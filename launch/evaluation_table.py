@@ -6,7 +6,7 @@ NAME_WIDTH = 24
 
 def table(result: dict) -> str:
     """Everything that `launch.evaluate` found, in a few blocks."""
-    blocks = [_header(result), _figures(result), _classes(result), _layers(result["energy"])]
+    blocks = [_header(result), _figures(result), classes_of(result), _layers(result["energy"])]
     return "\n\n".join(blocks)
 
 
@@ -56,25 +56,37 @@ def shown(kind: dict) -> str:
     return kind.get("display_name", kind["name"])
 
 
-def _name(kind: dict) -> str:
-    name = shown(kind)
+def _name(name: str) -> str:
     return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…"
 
 
-def _classes(result: dict) -> str:
+def classes_of(result: dict) -> str:
+    """The confusion matrix; of many classes those least recognised, and the pairs most often confused."""
     classes = result["classes"]
     if len(classes) > SHOWN:
         seen = [kind for kind in classes if kind["num_samples"]]
         worst = sorted(seen, key=lambda kind: kind["accuracy_ratio"])[:SHOWN]
-        rows = [[_name(kind), str(kind["num_samples"]), percent(kind["accuracy_ratio"])] for kind in worst]
-        return f"the {len(rows)} least recognised of {len(classes)} classes\n" + grid([["", "samples", "right"], *rows])
+        rows = [[_name(shown(kind)), str(kind["num_samples"]), percent(kind["accuracy_ratio"])] for kind in worst]
+        least = f"the {len(rows)} least recognised of {len(classes)} classes\n"
+        return least + grid([["", "samples", "right"], *rows]) + _confused(result["confused"])
     columns = [str(label) for label in range(len(classes))]
     rows = [["class", *columns, "samples", "right"]]
     for label, (kind, counts) in enumerate(zip(classes, result["confusion"], strict=True)):
-        name = kind["name"] if shown(kind) == str(label) else f"{label} {_name(kind)}"
+        name = kind["name"] if shown(kind) == str(label) else f"{label} {_name(shown(kind))}"
         cells = [str(count) if count else "·" for count in counts]
         rows.append([name, *cells, str(kind["num_samples"]), percent(kind["accuracy_ratio"])])
     return "confusion: a row for each class, a column for each answer\n" + grid(rows)
+
+
+def _confused(pairs: list[dict]) -> str:
+    """What a confusion matrix would show, where there are too many classes for one."""
+    if not pairs:
+        return ""
+    rows = [
+        [_name(pair["class"]), _name(pair["answered"]), str(pair["num_samples"]), percent(pair["of_class_ratio"])]
+        for pair in pairs
+    ]
+    return "\n\nmost often confused\n" + grid([["class", "answer", "samples", "of the class"], *rows])
 
 
 def _layers(energy: dict) -> str:

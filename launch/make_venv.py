@@ -1,7 +1,8 @@
 """Makes a virtual environment with pip in it:  python3 launch/make_venv.py .venv
 
-Nothing but the standard library. Debian and Ubuntu ship Python without `ensurepip` (it is in python3-venv); there pip's
-own wheel is taken from the package index, checked against its hash, and installs itself.
+Nothing but the standard library, and nothing that an older Python could not read. Debian and Ubuntu ship Python without
+`ensurepip` (it is in python3-venv); there pip's own wheel is taken from the package index, checked against its hash,
+and installs itself.
 """
 
 import hashlib
@@ -16,7 +17,10 @@ import venv
 from pathlib import Path
 from urllib.parse import urljoin
 
-OLDEST, NEWEST = (3, 10), (3, 13)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pipeline
+
 PIP_WHEEL = "pip-26.3-py3-none-any.whl"
 PIP_SHA256 = "f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13"
 DEFAULT_INDEX = "https://pypi.org/simple"
@@ -45,11 +49,8 @@ def fetch_pip(folder: Path) -> Path:
 
 
 def main(target: str) -> int:
-    if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        print(
-            f"error: Python {sys.version.split()[0]} is not supported; use 3.10 to 3.13, as in: make PYTHON=python3.12",
-            file=sys.stderr,
-        )
+    if pipeline.unsupported():
+        print(f"error: {pipeline.unsupported()}", file=sys.stderr)
         return 64
     has_ensurepip = importlib.util.find_spec("ensurepip") is not None
     venv.create(target, with_pip=has_ensurepip, clear=True, symlinks=True)

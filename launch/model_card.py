@@ -32,7 +32,7 @@ def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path) ->
         "## Result\n" + _result(about["metrics"], evaluation),
         "## To load it\n" + _loading(stored, about, weights),
         "## Images\n" + _images(stored),
-        "## Classes\n" + _classes(about, evaluation),
+        "## Classes\n" + classes_of(about, evaluation),
         "## Layers\n" + _layers(stored, about["step"], evaluation),
         "## Training\n" + _training(stored, about),
         "## Configuration\n```json\n" + json.dumps(about["config"], indent=2, ensure_ascii=False) + "\n```",
@@ -90,7 +90,8 @@ def _images(stored: Stored) -> str:
     )
 
 
-def _classes(about: dict, evaluation: dict | None) -> str:
+def classes_of(about: dict, evaluation: dict | None) -> str:
+    """The classes by label, with what is shown for each where that is another word."""
     names = about["classes"] or (evaluation and [kind["name"] for kind in evaluation["classes"]])
     if not names:
         return f"{about['num_classes']}; their names are in the manifest of the data."
@@ -98,8 +99,12 @@ def _classes(about: dict, evaluation: dict | None) -> str:
     if evaluation is None:
         return _rows(["label", "class"], *([i, name] for i, name in enumerate(names[:LISTED]))) + rest
     kinds = enumerate(evaluation["classes"][:LISTED])
-    rows = [[i, shown(kind), kind["num_samples"], percent(kind["accuracy_ratio"])] for i, kind in kinds]
+    rows = [[i, _called(kind), kind["num_samples"], percent(kind["accuracy_ratio"])] for i, kind in kinds]
     return _rows(["label", "class", "validation samples", "right"], *rows) + rest
+
+
+def _called(kind: dict) -> str:
+    return kind["name"] if shown(kind) == kind["name"] else f"{kind['name']}: {shown(kind)}"
 
 
 def _layers(stored: Stored, step: int, evaluation: dict | None) -> str:

@@ -8,16 +8,18 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from pipeline import page
 from pipeline.config_document import flatten
-from pipeline.metrics import rate_decimals, read_journal
-from pipeline.page import columns, document, picture
+from pipeline.metrics import layer_labels, rate_decimals, read_journal
 from pipeline.run_folder import FREE
 
+COMPARED = {"layer_surrogate_width": 3, "layer_coverage_ratio": 3, "layer_chi": 3}
+"""What is compared by layer, and its decimals in the table."""
 SMOOTHING = 0.05  # of the logged steps: the window of the running mean of a training curve
 
 
@@ -36,19 +38,28 @@ def write(folders: Sequence[Path], path: Path) -> Path:
     runs = read(folders)
     head = [f'<span style="color: {run.colour}">■</span> {html.escape(run.name)}' for run in runs]
     differing = differences(runs)
-    text = document(
+    layers = (
+        "<p>Maps of one indicator have one scale, whatever the run. The table has the last logged step of each run.</p>"
+    )
+    text = page.document(
         f"{len(runs)} runs",
         "<h2>Results</h2>",
-        columns(head, results(runs)),
+        page.columns(head, results(runs)),
         "<h2>What differs</h2>",
-        columns(head, differing) if differing else "<p>Nothing: settings, data, versions and commit are the same.</p>",
+        page.columns(head, differing)
+        if differing
+        else "<p>Nothing: settings, data, versions and commit are the same.</p>",
         "<h2>Learning</h2>",
-        "<p>Training in lines, a running mean over the values of single batches; validation in dots. Below, of all "
+        "<p>Training in thin lines, a running mean over the values of single batches; validation in dots. Then, of all "
         "spiking layers, the mean firing rate and the geometric mean of the surrogates' widths.</p>",
-        picture(curves(runs), "loss, accuracy, firing rate and width of the runs"),
+        f"<p>{' &nbsp; '.join(head)}</p>",
+        page.gallery(curves(runs)),
+        "<h2>Layers</h2>",
+        layers,
+        *(page.gallery(layer_maps(runs, name)) for name in COMPARED),
+        layer_table(runs, head),
     )
-    path.write_text(text, encoding="utf-8")
-    return path
+    return page.write(path, text)
 
 
 def read(folders: Sequence[Path]) -> list[Run]:
@@ -112,11 +123,14 @@ def results(runs: Sequence[Run]) -> dict[str, list[str]]:
     }
 
 
-def curves(runs: Sequence[Run]) -> Figure:
-    """Loss and accuracy above, mean firing rate and width below; over images where the batches differ."""
-    figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharex=True)
-    (loss, accuracy), (rate, width) = grid
+def curves(runs: Sequence[Run]) -> dict[str, Figure]:
+    """Loss, accuracy, mean firing rate and mean width, a picture each; over images where the batches differ."""
     by_step = len({run.config["data.global_batch"] for run in runs}) == 1
+    panels = {
+        name: page.panel()
+        for name in ("cross-entropy, nats", "top-1 accuracy, %", "mean firing rate", "mean width of the surrogates")
+    }
+    loss, accuracy, rate, width = (axes for _, axes in panels.values())
     for run in runs:
         scale = 1 if by_step else run.config["data.global_batch"]
         steps = np.array([record["step"] for record in run.training]) * scale
@@ -127,20 +141,39 @@ def curves(runs: Sequence[Run]) -> Figure:
         ):
             values = factor * _values(run.training, key)
             axes.plot(steps, values, color=run.colour, alpha=0.2, linewidth=0.8)
-            axes.plot(steps, running_mean(values), color=run.colour, label=run.name)
-            axes.plot(at, factor * _values(run.evaluations, dots), "o", color=run.colour, markeredgecolor="white")
+            axes.plot(steps, running_mean(values), color=run.colour, linewidth=1)
+            axes.plot(at, factor * _values(run.evaluations, dots), "o-", color=run.colour, markeredgecolor="white")
         rate.plot(steps, _layer_means(run, "layer_firing_rate_ratio"), color=run.colour)
         width.plot(steps, np.exp(_layer_means(run, "layer_surrogate_width", np.log)), color=run.colour)
-    loss.set(ylabel="cross-entropy, nats", ylim=(0, None))
-    accuracy.set(ylabel="top-1 accuracy, %")
-    rate.set(ylabel="mean firing rate", ylim=(0, None))
-    width.set(ylabel="mean width")
-    for axes in (rate, width):
-        axes.set_xlabel("step" if by_step else "images")
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
-    return figure
+    for name, (_, axes) in panels.items():
+        axes.set(xlabel="step" if by_step else "images", ylabel=name)
+    for axes in (loss, rate):
+        axes.set_ylim(bottom=0)
+    return {f"{name} of the runs": figure for name, (figure, _) in panels.items()}
+
+
+def layer_maps(runs: Sequence[Run], name: str) -> dict[str, Figure]:
+    """A map of this indicator for each run, with one scale of colours."""
+    scale = page.scale_of(name, [page.layer_values(run.training, name) for run in runs])
+    return {
+        f"{page.LAYER_MAPS[name]} by layer and step, run {number}: {run.name}": page.layer_map(
+            run.training, layer_labels(run.about["layers"]), name, scale, of=run.name
+        )
+        for number, run in enumerate(runs, 1)
+    }
+
+
+def layer_table(runs: Sequence[Run], head: Sequence[str]) -> str:
+    """Every layer's values at each run's last logged step, the runs side by side, as HTML; `-` where a run lacks it."""
+    labels = [layer_labels(run.about["layers"]) for run in runs]
+    rows = {label: [] for label in dict.fromkeys(label for of in labels for label in of)}
+    for name, decimals in COMPARED.items():
+        for run, of in zip(runs, labels, strict=True):
+            values = dict(zip(of, run.training[-1][name], strict=True))
+            for label, cells in rows.items():
+                cells.append(_number(values.get(label), decimals))
+    top = [f"{page.LAYER_MAPS[name]}<br>{run}" for name in COMPARED for run in head]
+    return page.columns(top, dict(sorted(rows.items())))
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

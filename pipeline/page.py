@@ -1,36 +1,86 @@
-"""Pieces of a page: one HTML file, pictures inside, opens without a network."""
+"""Pieces of a page: one HTML file, pictures inside, opens without a network, readable on a phone too."""
 
 import base64
 import html
 import io
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-img { max-width: 100% } th { text-align: left; font-weight: 600; padding-right: 2rem } td { padding-right: 2rem }
-thead th { border-bottom: 1px solid #bbb; white-space: nowrap } table { border-collapse: collapse }
+img { width: 100%; height: auto; display: block } h1, p, li, td { overflow-wrap: anywhere }
+th, td { padding-right: 1.2rem; text-align: left; vertical-align: top } th { font-weight: 600 }
+table { border-collapse: collapse } thead th { border-bottom: 1px solid #bbb }
 pre { background: #f5f5f5; padding: 1rem; overflow-x: auto }
-.wide { overflow-x: auto }
+.wide { overflow-x: auto } .wide td, .wide thead th { white-space: nowrap }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1rem }
+.gallery { margin-bottom: 1rem }
 """
+PANEL_INCH, RESOLUTION = 4.4, 180
+"""Width of a picture of a gallery, and its pixels an inch: shown at the width of a phone its letters stay readable."""
+CHI_ALERT = 0.2
+"""χ of a layer below which SnnChiLow of k8s/monitoring/rules.yml fires."""
+LAYER_MAPS = {
+    "layer_chi": "χ",
+    "layer_coverage_ratio": "coverage",
+    "layer_surrogate_width": "surrogate width",
+    "layer_firing_rate_ratio": "firing rate",
+    "layer_participation_ratio": "participation",
+    "layer_gradient_norm": "log₁₀ of the gradient's norm",
+}
+"""Names of a record's values by layer, and what a page calls them."""
+NAME_LENGTH = 26
+"""Letters of a layer's name, at most, beside a map."""
 
 
 def document(title: str, *parts: str) -> str:
     """The page of these parts, which are HTML; the title is text."""
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title>\n<style>{STYLE}</style>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>"
+    )
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
     return f'<!doctype html><html lang="en">{head}\n{body}\n</html>\n'
+
+
+def write(path: Path, text: str) -> Path:
+    """Writes a page at once: a reader finds the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
 
 
 def picture(figure: Figure, text: str) -> str:
     """The figure as an image, `text` in its place for who cannot see it; closes the figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=RESOLUTION)
     plt.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+
+
+def gallery(figures: Mapping[str, Figure]) -> str:
+    """The figures by the text that stands for each: beside one another where the page is wide enough."""
+    return f'<div class="gallery">{"".join(picture(figure, text) for text, figure in figures.items())}</div>'
+
+
+def panel(height: float = 2.9) -> tuple[Figure, Axes]:
+    """One picture of a gallery, `height` inches high."""
+    figure, axes = plt.subplots(figsize=(PANEL_INCH, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def table(pairs: dict) -> str:
@@ -38,15 +88,93 @@ def table(pairs: dict) -> str:
     return f"<table>{rows}</table>"
 
 
-def columns(head: Sequence[str], rows: Mapping[str, Sequence]) -> str:
-    """A row for each name, a column for each of `head`, which is HTML."""
+def columns(head: Sequence[str], rows: Mapping[str, Sequence] | Sequence[tuple[str, Sequence]]) -> str:
+    """A row for each name, of which some may be alike in a sequence; a column for each of `head`, which is HTML."""
     top = "".join(f"<th>{cell}" for cell in ["", *head])
     lines = "".join(
         f"<tr><th>{html.escape(name)}" + "".join(f"<td>{html.escape(str(cell))}" for cell in cells)
-        for name, cells in rows.items()
+        for name, cells in (rows.items() if isinstance(rows, Mapping) else rows)
     )
     return f'<div class="wide"><table><thead><tr>{top}</thead><tbody>{lines}</tbody></table></div>'
 
 
 def points(lines: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{html.escape(line)}" for line in lines) + "</ul>"
+
+
+def layer_values(records: Sequence[dict], name: str) -> np.ndarray:
+    """`(L, records)`: what the records say of every layer; NaN where it is not defined."""
+    values = np.array([record[name] for record in records], dtype=float).T
+    if name == "layer_gradient_norm":
+        return np.log10(np.where(values > 0, values, np.nan))
+    return values
+
+
+def scale_of(name: str, values: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Least and greatest value of a map's colours: of χ always 0 and 1, else of all that is given."""
+    finite = np.concatenate([of[np.isfinite(of)] for of in values])
+    if name == "layer_chi":
+        return 0.0, 1.0
+    if finite.size == 0:
+        return 0.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    # A value that never moved is one colour in the middle of its scale.
+    return (
+        (low, high) if high - low > 1e-6 * abs(high) else (low - 0.1 * (abs(low) or 1), high + 0.1 * (abs(high) or 1))
+    )
+
+
+def layer_map(
+    records: Sequence[dict], labels: Sequence[str], name: str, scale: tuple[float, float], of: str = ""
+) -> Figure:
+    """One indicator by layer (rows, the first on top) and step (columns).
+
+    Args:
+        records: of logged steps, in order; `name` is one of `LAYER_MAPS`.
+        labels: of the layers, `(L,)`.
+        scale: see `scale_of`.
+        of: what the title says behind the indicator.
+    """
+    values = layer_values(records, name)
+    steps = [record["step"] for record in records]
+    figure, axes = plt.subplots(figsize=(PANEL_INCH, max(1.9, 0.22 * len(labels) + 0.8)), layout="constrained")
+    edges = np.concatenate(([min(steps[0] - 1, 0)], steps))
+    axes.set_facecolor("#ddd")  # seen where a value is not defined
+    mesh = axes.pcolormesh(
+        edges, np.arange(len(labels) + 1), np.ma.masked_invalid(values), cmap=_colours(name), norm=Normalize(*scale)
+    )
+    axes.set_yticks(np.arange(len(labels)) + 0.5, [_shortened(label) for label in labels], fontsize=8)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("step")
+    axes.locator_params(axis="x", nbins=4)
+    axes.set_title(
+        " · ".join(filter(None, (LAYER_MAPS[name], _shortened(of)))), loc="left", fontsize=11, parse_math=False
+    )
+    if np.isnan(values).all():
+        axes.text(0.5, 0.5, "not defined for this surrogate", transform=axes.transAxes, ha="center", va="center")
+        return figure
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, anchor=(0.0, 1.0))
+    bar.ax.tick_params(labelsize=8)
+    if name == "layer_chi":
+        bar.ax.axhline(CHI_ALERT, color="black", linewidth=1.5)
+        ticks = [0.0, CHI_ALERT, 0.5, 1.0]
+        bar.set_ticks(ticks, labels=[f"{tick:g} alert" if tick == CHI_ALERT else f"{tick:g}" for tick in ticks])
+    return figure
+
+
+def _colours(name: str) -> Colormap:
+    """Viridis; of χ, what lies below its alert is red."""
+    viridis = plt.get_cmap("viridis")
+    if name != "layer_chi":
+        return viridis
+    colours = viridis(np.linspace(0, 1, 256))
+    low = round(CHI_ALERT * 256)
+    colours[:low] = plt.get_cmap("Reds_r")(np.linspace(0.05, 0.5, low))
+    return ListedColormap(colours)
+
+
+def _shortened(label: str) -> str:
+    """A long name without its middle: its number and what kind of neuron it is stay."""
+    half = NAME_LENGTH // 2
+    return label if len(label) <= NAME_LENGTH else f"{label[:half]}…{label[-(half - 1) :]}"

@@ -61,7 +61,8 @@ FREE = OWN | {
     "train.verify_every",
 }
 MEND = "remove the folder, or choose another --run_dir"
-PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "webdataset", "numpy", "prometheus-client")
+PACKAGES = ("torch", "deepspeed", "nvidia-dali", "webdataset", "numpy", "prometheus-client")
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # DALI has a name for each CUDA, and one of them is installed
 
 
 def admit(config: Config, world_size: int) -> dict | None:
@@ -179,7 +180,7 @@ def describe(
     """Writes config.json and run.json."""
     folder = Path(config.run_dir)
     description = {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(),
         "seed": config.train.seed,
         "data_identity": data_identity,
@@ -225,11 +226,19 @@ def _read(path: Path) -> dict | None:
     return document
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
+def _versions() -> dict[str, str]:
+    """Version by the name of each package that matters, "absent" where it is not installed."""
+    found = {}
+    for package in PACKAGES:
+        for name in DALI if package == "nvidia-dali" else (package,):
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            break
+        else:
+            found[package] = "absent"
+    return found
 
 
 def _commit() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import evaluate
+from launch import evaluate, evaluation_table, model_card
 from launch.evaluation_table import grid, table
 from pipeline.config import ModelConfig
 from pipeline.data.manifest import Manifest
@@ -57,6 +57,10 @@ def test_the_newest_checkpoint_gives_the_figures_of_the_run(run, digits, tmp_pat
         assert [kind["name"], *cells] in [line.split()[: len(cells) + 1] for line in done.stdout.splitlines()]
     kept = run / "evaluations" / f"step-{STEPS:08d}-val.json"
     assert json.loads(kept.read_text()) == result
+    pair = result["confused"][0]
+    wrong = confusion.clone().fill_diagonal_(0)
+    assert pair["num_samples"] == wrong.max() == confusion[int(pair["class"]), int(pair["answered"])]
+    assert f"<th>{pair['class']} → {pair['answered']}<td>{pair['num_samples']}<" in (run / "report.html").read_text()
 
 
 def test_another_checkpoint_split_number_of_steps_and_size(run, digits, tmp_path, capsys):
@@ -99,7 +103,9 @@ def test_classes_are_shown_as_they_are_called():
     network = sew_resnet.build(ModelConfig(T=1), num_classes=2, image_size=8).eval()
     batch = Batch(torch.randn(2, 3, 8, 8), torch.arange(2), torch.ones(2, dtype=torch.bool), 0)
     manifest = Manifest(split="val", classes=("n01", "n02"), shards=(), display_names=("goldfish", "crane"))
-    result = evaluate.numbers(evaluate_in_detail(network, [batch], num_classes=2), manifest, network)
+    result = evaluate.numbers(
+        evaluate_in_detail(network, [batch], num_classes=2), manifest.classes, evaluate.shown_names(manifest), network
+    )
     named = [(kind["name"], kind["display_name"]) for kind in result["classes"]]
     assert named == [("n01", "goldfish"), ("n02", "crane")]
     how = {"data": "d", "split": "val", "T": 1, "image_size": 8, "precision": "fp32", "device": "cpu"}
@@ -164,6 +170,46 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(run):
     state = run / "checkpoints" / "step-00000010" / "state.pt"
     state.write_bytes(state.read_bytes()[:-1])
     assert "step-00000010 is damaged (its hash does not match)" in refusal(DataError, run, "--checkpoint", 10)
+
+
+def test_the_worst_confusions_are_told_by_class_name():
+    confusion = torch.tensor([[5, 3, 0], [1, 2, 3], [0, 0, 0]])
+    pairs = evaluate.confused(confusion, ("cat", "dog", "owl"))
+    assert [(pair["class"], pair["answered"], pair["num_samples"]) for pair in pairs] == [
+        ("dog", "owl", 3),  # a larger share of its class than cat → dog
+        ("cat", "dog", 3),
+        ("dog", "cat", 1),
+    ]
+    assert [pair["of_class_ratio"] for pair in pairs] == [3 / 6, 3 / 8, 1 / 6]
+    assert evaluate.confused(torch.eye(3, dtype=torch.int64), ("cat", "dog", "owl")) == []
+    many = evaluate.confused(torch.ones(40, 40, dtype=torch.int64), [f"c{label}" for label in range(40)])
+    assert len(many) == evaluate.PAIRS
+    kinds = [
+        {"name": "n01", "display_name": f"c{label}", "num_samples": 40, "accuracy_ratio": 1 / 40} for label in range(40)
+    ]
+    text = evaluation_table.classes_of({"classes": kinds, "confusion": None, "confused": many})
+    assert ["c19", "40", "2.50", "%"] in [line.split() for line in text.splitlines()]
+    assert "n01" not in text
+    assert "most often confused\nclass  answer  samples  of the class\nc0         c1" in text
+
+
+def test_classes_are_called_by_their_display_names():
+    named = Manifest(split="val", classes=("n1", "n2", "n3"), shards=(), display_names=("crane", "owl", "crane"))
+    shown = evaluate.shown_names(named)
+    assert shown == ["crane (n1)", "owl", "crane (n3)"], "ImageNet has two classes of one name"
+    plain = Manifest(split="val", classes=("0", "1"), shards=())
+    assert evaluate.shown_names(plain) == ["0", "1"]
+    confusion = torch.tensor([[5, 0, 3], [0, 2, 0], [0, 1, 4]])
+    kinds = [
+        {"name": name, "display_name": text, "num_samples": 9, "accuracy_ratio": 0.5}
+        for name, text in zip(named.classes, shown, strict=True)
+    ]
+    text = evaluation_table.classes_of({"classes": kinds, "confusion": confusion.tolist()})
+    assert "0 crane (n1)" in text
+    assert "1 owl" in text
+    about = {"num_classes": 3, "classes": list(named.classes)}
+    card = model_card.classes_of(about, {"classes": kinds})
+    assert "| 0 | n1: crane (n1) | 9 | 50.00 % |" in card
 
 
 def test_columns_of_a_table_stand_under_one_another():

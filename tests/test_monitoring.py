@@ -105,6 +105,43 @@ def test_the_picture_shows_panels_that_the_dashboards_have(tmp_path):
         picture.draw(str(tmp_path / "no.png"), f"http://127.0.0.1:{free_port()}", 1, "watched")
 
 
+def graphs(link: str) -> list[dict[str, str]]:
+    """The graphs that a link to Prometheus opens."""
+    fields = urllib.parse.parse_qs(urllib.parse.urlsplit(link).query, strict_parsing=True)
+    numbers = sorted({name.partition(".")[0] for name in fields})
+    return [{key: fields[f"{number}.{key}"][0] for key in ("expr", "tab", "range_input")} for number in numbers]
+
+
+def test_make_monitor_prints_a_link_with_the_graphs_filled_in(tmp_path):
+    """By a Python that has nothing but its standard library, as before the first `make train`."""
+    (tmp_path / "prometheus").write_text("#!/bin/sh\necho started on $3\n")
+    (tmp_path / "prometheus").chmod(0o755)
+    bare = f"PYTHON={sys.executable} -I -S"
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(MONITORING, tmp_path / "k8s/monitoring")
+    done = subprocess.run(
+        ["make", "monitor", bare, "MONITOR_PORT=12345"],
+        cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (link,) = [line for line in done.stdout.splitlines() if line.startswith("http://127.0.0.1:12345/graph?")]
+    assert "started on --web.listen-address=127.0.0.1:12345" in done.stdout
+    assert not set(link) & set("()+ {}"), "a terminal would cut the link there"
+    shown = [graph["expr"] for graph in graphs(link)]
+    assert not any(unknown_metrics(expression) for expression in shown)
+    read = " ".join(shown)
+    assert all(name in read for name in ("train_loss", "min by (run) (snn_layer_chi)", "width", "images_per_second"))
+    assert {(graph["tab"], graph["range_input"]) for graph in graphs(link)} == {("0", "30m")}
+
+
+def test_prometheus_parses_the_graphs_of_the_link(tmp_path):
+    shown = [graph["expr"] for graph in graphs(script("picture").link("http://there", 30))]
+    assert len(shown) == 4
+    rules = [{"record": f"shown:{number}", "expr": expression} for number, expression in enumerate(shown)]
+    (tmp_path / "shown.yml").write_text(yaml.safe_dump({"groups": [{"name": "shown", "rules": rules}]}))
+    promtool("check", "rules", str(tmp_path / "shown.yml"))
+
+
 def lost(ours: object, theirs: object, path: str = "") -> set[str]:
     """Where `theirs` lacks or changes what `ours` has; without positions in lists."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -241,6 +278,8 @@ def test_every_panel_has_data_from_a_run_that_prometheus_scrapes(digits, tmp_pat
             and not prometheus.ask(filled(expression))
         ]
         assert empty == []
+        for expression in script("picture").GRAPHS:
+            assert prometheus.ask(re.sub(r"\bsnn_\w+", r"last_over_time(\g<0>[5m])", expression)), expression
         assert [one["metric"]["alertname"] for one in prometheus.ask('ALERTS{severity="critical"}')] == []
         picture = tmp_path / "watched.png"
         for run, code, said in (("watched", 0, ""), ("other", 1, "holds nothing of run 'other' within 30 minutes")):

@@ -1,8 +1,11 @@
-"""Draws panels of the Grafana dashboards without Grafana:  python k8s/monitoring/picture.py FILE.png [--run RUN]
+"""Panels of the Grafana dashboards without Grafana:  python k8s/monitoring/picture.py FILE.png [--run RUN]
 
 Queries, titles, units and legends are those of the dashboards' files; the data come from a Prometheus. Nothing but
-matplotlib beside the standard library.
+matplotlib beside the standard library, and not even that for `--link`, which prints an address: Prometheus' own page
+with the graphs that one looks at first already asked for.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -12,13 +15,11 @@ import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import FuncFormatter
 
 DASHBOARDS = Path(__file__).parent / "grafana/dashboards"
 PANELS = (
@@ -32,6 +33,13 @@ PANELS = (
     ("layers", "Firing rate: neuron-steps that spike"),
     ("data", "Where the time goes"),
 )
+GRAPHS = (
+    "snn_train_loss",
+    "min by (run) (snn_layer_chi)",
+    "snn_layer_surrogate_width",
+    "snn_train_images_per_second",
+)
+"""What the link's graphs show, one expression each."""
 SCRAPE_S = 5
 """scrape_interval of prometheus.yml: more points than that there are not."""
 MOST_POINTS = 300
@@ -43,6 +51,16 @@ Series = list[tuple[str, dict[int, float]]]
 def panel(dashboard: str, title: str) -> dict:
     panels = json.loads((DASHBOARDS / f"{dashboard}.json").read_text(encoding="utf-8"))["panels"]
     return next(one for one in panels if one["title"] == title)
+
+
+def link(url: str, minutes: float) -> str:
+    """The address of Prometheus' page of graphs with `GRAPHS` in it, over the last `minutes`."""
+    fields = {}
+    for number, expression in enumerate(GRAPHS):
+        graph = {"expr": expression, "tab": 0, "range_input": f"{max(1, round(minutes))}m"}
+        fields |= {f"g{number}.{name}": value for name, value in graph.items()}
+    # In a terminal a plus sign or a bracket would end the link.
+    return f"{url}/graph?{urllib.parse.urlencode(fields, quote_via=urllib.parse.quote)}"
 
 
 def filled(expression: str, run: str, step: int) -> str:
@@ -89,6 +107,8 @@ def stack(axis: Axes, one: dict, series: Series) -> None:
 
 def history(axis: Axes, one: dict, series: Series) -> None:
     """A row for each layer, its first layer at the top, and a scale that says what the colours mean."""
+    from matplotlib.ticker import MaxNLocator
+
     series = sorted(series, key=lambda one: one[0], reverse=True)
     rows = [list(values.values()) for _, values in series]
     mesh = axis.pcolormesh(
@@ -104,12 +124,20 @@ def history(axis: Axes, one: dict, series: Series) -> None:
 
 
 def formatter(one: dict) -> FuncFormatter:
+    from matplotlib.ticker import FuncFormatter
+
     percent = one["fieldConfig"]["defaults"]["unit"] == "percentunit"
     return FuncFormatter(lambda value, _: f"{100 * value:.3g} %" if percent else f"{value:,.4g}")
 
 
 def draw(path: str, url: str, minutes: float, run: str) -> None:
     """Raises SystemExit, in one line, where Prometheus is not there or holds nothing of the run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
     end = int(time.time())
     panels = [panel(*where) for where in PANELS]
     found = [read(one, url, run, end - int(60 * minutes), end) for one in panels]
@@ -144,9 +172,15 @@ def draw(path: str, url: str, minutes: float, run: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", help="of the PNG")
+    parser.add_argument("path", nargs="?", help="of the PNG")
+    parser.add_argument("--link", action="store_true", help="draw nothing, print the address of Prometheus' own graphs")
     parser.add_argument("--url", default="http://127.0.0.1:9095", help="of Prometheus")
     parser.add_argument("--minutes", type=float, default=30, help="how far to look back")
     parser.add_argument("--run", default=".+", help="name of the run, a regular expression")
     options = parser.parse_args()
+    if options.link:
+        print(link(options.url, options.minutes))
+        raise SystemExit(0)
+    if options.path is None:
+        parser.error("give the path of the PNG, or --link")
     draw(options.path, options.url, options.minutes, options.run)

@@ -1,0 +1,59 @@
+"""What README.md says of the χ study is what its committed runs say; its picture is drawn from them."""
+
+import re
+
+import pytest
+
+from benchmarks import chi_study, chi_study_report
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def every() -> list[dict]:
+    return chi_study.finished()
+
+
+def test_the_claims_of_the_first_page_are_those_of_the_runs(every):
+    page = re.sub(r"\s+", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    arms = chi_study_report.by_arm([record for record in every if record["stage"] == "final"])
+    for arm, said in (
+        (chi_study_report.FIXED, r"five swept widths \((\S+) ± (\S+) points, (\d+) pairs\)"),
+        (chi_study_report.BASELINE, r"ahead of atan, which SEW-ResNet uses, by (\S+) ± (\S+?)\. "),
+    ):
+        difference = chi_study_report.paired(arms, chi_study_report.CHI, arm)
+        mean, half = chi_study_report.interval(difference)
+        found = re.search(said, page)
+        assert found, said
+        assert found[1] == f"{mean:.2f}".replace("-", "−")
+        assert found[2] == f"{half:.2f}"
+        assert len(difference) == (int(found[3]) if arm == chi_study_report.FIXED else 10)
+    fixed = dict(chi_study_report.sweep(every))
+    best = max(fixed, key=fixed.__getitem__)
+    lost = [fixed[best] - fixed[width] for width in (best / 4, best * 4)]
+    assert "off by a factor of four costs 6 to 11 points" in page
+    assert 6 < min(lost) < max(lost) < 11
+    (runs,) = re.findall(r"test accuracy of (\d+), (\d+), (\d+) and (\d+) runs\]", page)
+    assert sorted(map(int, runs)) == sorted(len(by_seed) for by_seed in arms.values())
+
+
+def test_steered_runs_are_shown_over_the_widths_that_their_layers_started_from(every):
+    from benchmarks.chi_study_run import START
+
+    starts = chi_study_report.steered_starts(every)
+    assert len(starts) == 3
+    fixed = dict(chi_study_report.sweep(every))
+    assert list(fixed) == [0.25, 0.5, 1, 2, 4]
+    for widths, accuracy in starts:
+        assert len(widths) == 9
+        assert START[0] <= min(widths) < 0.6
+        assert 1.4 < max(widths) <= START[1]
+        assert accuracy > max(fixed.values()) - chi_study_report.single_run(every)
+    assert len({tuple(widths) for widths, _ in starts}) == 3, "the start goes with the seed"
+
+
+def test_the_picture_is_drawn_by_its_command(every, tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    monkeypatch.setattr("sys.argv", ["chi_study", "plot", "--plot", str(path)])
+    chi_study.main()
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert chi_study.PICTURE.name in (ROOT / "README.md").read_text(encoding="utf-8")
