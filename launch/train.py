@@ -43,11 +43,11 @@ EXPECTED = typing.get_args(Expected)
 
 def main(arguments: list[str]) -> int:
     os.environ.update(homeless := caches.stand_ins(os.environ))
-    alone_without_launcher(os.environ)
     try:
         rank, world_size = rank_variables(os.environ)
     except ConfigError as error:
         return refuse(error, 0)
+    alone_without_launcher(os.environ)
     # What is found is in our first line, on every rank.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
