@@ -32,6 +32,8 @@ from pipeline.snn.neurons import NeuronState, bind
 from pipeline.step_trace import Trace
 from pipeline.stops import Watch
 
+IMAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+"""What the images of each precision are stored as."""
 STOP, UNSAVED = SIGNALS.index("stop"), SIGNALS.index("unsaved")
 
 
@@ -69,12 +71,14 @@ def prepare(config: Config, watch: Watch) -> Run:
         rank=place.rank,
         world_size=place.world_size,
         device=place.device,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision],
+        dtype=IMAGES[config.train.precision],
     )
     saved = checkpoint_files.load_to_resume(Path(config.run_dir))
     agree(config, saved["step"] if saved else 0, loader.manifest.identity, place.device)
     classes = len(loader.manifest.classes)
     model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)
+    if config.train.precision == "fp64":
+        model.double()  # before weights are read into it
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
@@ -186,7 +190,7 @@ def begin(
     if not config.chi.calibrate:
         return controller
     batches = evaluation_batches(config.data, rank=0, world_size=1, device=place.device, split="train")
-    images = next(batches).images
+    images = next(batches).images.to(IMAGES[config.train.precision])
     batches.close()
     widths = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, controller.log_width))
     dist.broadcast(widths, 0)

@@ -150,6 +150,8 @@ def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
         dist_init_required=False,
     )
     set_timeouts(config.train.timeout_s)
+    if config.train.precision == "fp64":
+        reduce_in_doubles(engine)
     if config.train.precision == "fp16" and config.train.zero_stage == 0:
         scale_the_loss(engine)
     return engine
@@ -185,6 +187,14 @@ def scale_the_loss(engine) -> None:
     """
     backward = engine.backward
     engine.backward = lambda loss: backward(loss * engine.optimizer.loss_scale)
+
+
+def reduce_in_doubles(engine) -> None:
+    """DeepSpeed 0.19 refuses gradients in fp64, and would send them in fp32."""
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    accelerator.supported_dtypes = lambda: [torch.float64]
+    engine.communication_data_type = torch.float64
 
 
 def normalise_as_one(neurons: NeuronState, world_size: int) -> None:
