@@ -68,9 +68,10 @@ def report(config: Config, ranks: int) -> list[str]:
 def memory(config: Config, network: sew_resnet.SEWResNet, num_parameters: int, ranks: int) -> dict[str, int]:
     """Bytes on each of `ranks` ranks, by what they hold.
 
-    Parameters and gradients are fp32, or what precision says with fp16 and fp64. ZeRO ≥ 1 and fp16 hold fp32 masters apart from them,
-    ZeRO ≥ 1 the update's gradient in fp32 too; what a stage shares is divided by the ranks. The bucket is the flat copy
-    of all gradients that is reduced. Under bf16 autocast the weights' bf16 copies live as long as the activations.
+    Parameters and gradients are fp32, with precision fp16 or fp64 of that kind. ZeRO ≥ 1 and fp16 hold fp32 masters
+    apart from them, ZeRO ≥ 1 the update's gradient in fp32 too; what a stage shares is divided by the ranks. The bucket
+    is the flat copy of all gradients that is reduced. Under bf16 autocast the weights' bf16 copies live as long as the
+    activations.
     """
     stage, precision = config.train.zero_stage, config.train.precision
     number = {"fp16": 2, "fp64": 8}.get(precision, 4)

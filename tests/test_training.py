@@ -201,6 +201,37 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
     assert ours[11] == pytest.approx(theirs[11], rel=1e-6)
 
 
+def test_potentials_are_looked_at_before_each_decision_and_after_a_resume(digits, tmp_path):
+    """ds_atgo's widths and the amplitudes of scale rms, through the loop; step 3 lies between two decisions."""
+    run_dir = tmp_path / "run"
+    settings = {
+        "--chi.policy": "ds_atgo",
+        "--chi.calibrate": "false",
+        "--model.scale": "rms",
+        "--train.epochs": 5.5 * 128 / Manifest.load(digits / "train").num_samples,
+        "--train.checkpoint_every": 3,
+    }
+    words = [*arguments(digits, run_dir), *(str(word) for pair in settings.items() for word in pair)]
+    done = launch("launch/train.py", *words, ranks=1)
+    assert done.returncode == EXIT_DONE, done.output
+    made = decisions(run_dir)[1:]
+    assert [record["step"] for record in made] == [2, 4, 6]
+    spreads = [record["decision_spread"] for record in made]
+    assert all(0.2 < spread < 5 for layers in spreads for spread in layers), "root mean squares of h - v_th = -1 ± 1"
+    first = load_newest(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
+    (run_dir / "summary.json").unlink()
+    again = launch("launch/train.py", *words, ranks=1)
+    assert again.returncode == EXIT_DONE, again.output
+    assert "resumed from the checkpoint after step 3" in again.output
+    assert decisions(run_dir)[1:] == made
+    second = load_newest(run_dir)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first["neurons"]["amplitudes"], second["neurons"]["amplitudes"])
+    assert not torch.all(first["neurons"]["amplitudes"] == 1)
+
+
 def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(digits, tmp_path):
     run_dir = tmp_path / "run"
     process = start("launch/train.py", *arguments(digits, run_dir))
