@@ -8,7 +8,6 @@ config_network.py, those for the optimizer and the run in config_training.py.
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from pipeline.config_checks import positive, require
 from pipeline.config_network import ChiConfig, ModelConfig
@@ -182,12 +181,6 @@ class Config:
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps in the run over a split of `num_samples`."""
         return math.ceil(self.train.epochs * num_samples / self.data.global_batch)
-
-    def evaluates_after(self, step: int, num_samples: int) -> bool:
-        """Whether `step`, from 1, is the first by which the samples of another `train.eval_every_epochs` are used."""
-        used = Fraction(self.data.global_batch, num_samples)  # epochs a step; exact, as floats would not be
-        every = Fraction(str(self.train.eval_every_epochs))
-        return every > 0 and step * used // every > (step - 1) * used // every
 
     @property
     def evaluated_weights(self) -> str:

@@ -8,12 +8,11 @@ import torch
 
 from launch.options import parse
 from pipeline.chi.allreduce import Reading
-from pipeline.chi.controller import start
 from pipeline.chi.indicator import PER_LAYER, Indicators
 from pipeline.data.loader import Figures
 from pipeline.exporter import FOLDER_VARIABLE
 from pipeline.metrics import read_journal
-from pipeline.progress import Progress, Step
+from pipeline.progress import Progress
 from pipeline.rank_metrics import RankMetrics
 
 LAYERS = ["first", "second"]
@@ -29,7 +28,16 @@ def begin(tmp_path, monkeypatch):
         exporter = RankMetrics(
             config, rank=0, local_rank=0, world_size=1, layers=LAYERS, num_steps=100, identity="0" * 64
         )
-        return Progress(config, rank=0, num_steps=100, step=step, layers=LAYERS, exporter=exporter)
+        return Progress(
+            config,
+            rank=0,
+            num_steps=100,
+            step=step,
+            layers=LAYERS,
+            figures=lambda: Figures(0.0, 0, 0, {}, 16),
+            loss_scale=lambda: None,
+            exporter=exporter,
+        )
 
     return after
 
@@ -38,23 +46,23 @@ def journal(folder: Path) -> list[dict]:
     return read_journal(folder / "metrics.jsonl")
 
 
-def step(number: int) -> Step:
+def reading() -> Reading:
     halves = {name: torch.full((2,), 0.5, dtype=torch.float64) for name in PER_LAYER}
-    reading = Reading(
+    return Reading(
         indicators=Indicators(**halves, network_chi=torch.tensor(1.0)),
         loss=torch.tensor(2.0),
         correct=torch.tensor(64),
-        signals=torch.zeros(3),
+        flags=torch.zeros(3),
+        widths=torch.ones(2),
         skipped=False,
     )
-    return Step(number, reading, torch.ones(2), 0.1, None, Figures(0.0, 0, 0, {}, 16))
 
 
 def test_a_run_that_begins_anew_begins_an_empty_journal(begin, tmp_path):
     """It was killed before its first checkpoint."""
     for _ in range(2):
         progress = begin(0)
-        progress.began(start(torch.ones(2)))
+        progress.began(torch.zeros(2))
         progress.close()
     assert journal(tmp_path) == [{"step": 0, "decision_log_width": [0.0, 0.0]}]
 
@@ -71,7 +79,7 @@ def test_the_last_evaluation_is_written_once(begin, tmp_path):
 def test_an_end_between_two_logged_steps_shows_the_last_save_and_all_steps(begin, tmp_path):
     progress = begin(0)
     for number in range(1, 8):
-        progress.step(step(number))
+        progress.step(number, reading(), None, 0.1)
     progress.saved(7, 1.5)
     progress.close()
     shown = json.loads((tmp_path / "rank-0.json").read_text())

@@ -51,8 +51,8 @@ def assert_same_result(run_dir: Path, straight: Finished) -> None:
     # A save averages the running statistics over ranks: with one save more, as before a stop, they round otherwise.
     for name, value in theirs["ema"]["buffers"].items():
         torch.testing.assert_close(ours["ema"]["buffers"][name], value, rtol=1e-5, atol=1e-6)
-    assert torch.equal(ours["controller"]["log_width"], theirs["controller"]["log_width"])
-    assert torch.unique(ours["controller"]["log_width"]).numel() > 1, "the widths were steered"
+    assert torch.equal(ours["widths"]["log_width"], theirs["widths"]["log_width"])
+    assert torch.unique(ours["widths"]["log_width"]).numel() > 1, "the widths were steered"
 
 
 def test_the_metrics_port_serves_what_prometheus_reads(straight):
@@ -96,7 +96,7 @@ def test_the_widths_follow_from_the_journal_alone(straight):
     assert done.returncode == EXIT_DONE, done.stdout + done.stderr
     last = load_newest(straight.run_dir)
     assert last is not None
-    widths = " ".join(f"{width:.4f}" for width in last["controller"]["log_width"].exp().tolist())
+    widths = " ".join(f"{width:.4f}" for width in last["widths"]["log_width"].exp().tolist())
     lines = done.stdout.splitlines()
     made = len(decisions(straight.run_dir)) - 1
     assert lines[-2].endswith(widths)
@@ -228,8 +228,8 @@ def test_potentials_are_looked_at_before_each_decision_and_after_a_resume(digits
     second = load_newest(run_dir)
     assert first is not None
     assert second is not None
-    assert torch.equal(first["neurons"]["amplitudes"], second["neurons"]["amplitudes"])
-    assert not torch.all(first["neurons"]["amplitudes"] == 1)
+    assert torch.equal(first["widths"]["amplitudes"], second["widths"]["amplitudes"])
+    assert not torch.all(first["widths"]["amplitudes"] == 1)
 
 
 def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(digits, tmp_path):

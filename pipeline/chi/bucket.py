@@ -3,7 +3,7 @@
 DeepSpeed flattens all gradients into one fp32 bucket and reduces it once per optimizer step, in `allreduce_bucket` of
 the engine (ZeRO-0) or of its optimizer (ZeRO-1). The carrier replaces that method on the instance:
 
-    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers: spikes, covered neuron-steps, signals; and
+    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers: spikes, covered neuron-steps, flags; and
                                       the loss, with ds_atgo and scale rms 4 bytes a layer more
        ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 24 bytes a layer
     reduced g_0 | g_1 | …  → gradient_sums, the same on every rank
