@@ -25,9 +25,8 @@ from benchmarks import table
 from benchmarks.table import row
 from pipeline.chi import bucket
 from pipeline.chi.allreduce import Tap
-from pipeline.chi.controller import start, steer
 from pipeline.chi.limbs import pack
-from pipeline.chi.spread import Spread
+from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.engine import build, join, leave
 from pipeline.snn import readout, sew_resnet
@@ -50,8 +49,7 @@ class Side:
             self.tap = Tap(self.engine, layers, self.neurons)
             sums = bucket.gradient_sums
             bucket.gradient_sums = lambda gradient: self.timed(sums, gradient)
-            self.spread = Spread(config.chi, layers, self.neurons)
-            self.controller = start(self.neurons.widths)
+            self.widths = Widths(config.chi, layers, self.neurons)
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(MICRO, 3, image_size, image_size, generator=generator).bfloat16()
         self.labels = torch.randint(1000, (MICRO,), generator=generator)
@@ -80,9 +78,7 @@ class Side:
         return result
 
     def _steer(self) -> None:
-        evidence = self.spread.evidence(self.tap.read().indicators)
-        self.controller, _ = steer(self.config.chi, self.controller, evidence, 0.5)
-        self.neurons.widths.copy_(self.controller.widths)
+        self.widths.step(self.tap.read().indicators, 0.5)
 
     def count(self) -> Counter:
         """Collectives and host reads of one step."""

@@ -62,7 +62,7 @@ def left(run_dir: Path) -> dict:
     tensors |= {f"buffer {name}": t for name, t in state["model"]["buffers"].items()}
     for slot, of in state["model"]["optimizer"].items():
         tensors |= {f"{slot} {name}": t for name, t in of.items()}
-    tensors["widths"] = state["controller"]["log_width"]
+    tensors["widths"] = state["widths"]["log_width"]
     return {"tensors": tensors, "losses": [(r["step"], r["train_loss"]) for r in records]}
 
 

@@ -68,24 +68,26 @@ def report(config: Config, ranks: int) -> list[str]:
 def memory(config: Config, network: sew_resnet.SEWResNet, num_parameters: int, ranks: int) -> dict[str, int]:
     """Bytes on each of `ranks` ranks, by what they hold.
 
-    Parameters and gradients are fp32, fp16 with precision fp16. ZeRO ≥ 1 and fp16 hold fp32 masters apart from them,
-    ZeRO ≥ 1 the update's gradient in fp32 too; what a stage shares is divided by the ranks. The bucket is the flat copy
-    of all gradients that is reduced. Under bf16 autocast the weights' bf16 copies live as long as the activations.
+    Parameters and gradients are fp32, with precision fp16 or fp64 of that kind. ZeRO ≥ 1 and fp16 hold fp32 masters
+    apart from them, ZeRO ≥ 1 the update's gradient in fp32 too; what a stage shares is divided by the ranks. The bucket
+    is the flat copy of all gradients that is reduced. Under bf16 autocast the weights' bf16 copies live as long as the
+    activations.
     """
     stage, precision = config.train.zero_stage, config.train.precision
-    number = 2 if precision == "fp16" else 4
+    number = {"fp16": 2, "fp64": 8}.get(precision, 4)
     share = num_parameters / (ranks if stage else 1)
+    kept = max(4, number)
     slots = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
     masters = 4 * share if stage or precision == "fp16" else 0
     side = config.data.image_size
-    itemsize = 4 if precision == "fp32" else 2
+    itemsize = {"fp32": 4, "fp64": 8}.get(precision, 2)
     layers = footprint.of(network, (config.data.micro_batch, network.in_channels, side, side), itemsize)
     parts = {
         "parameters": number * num_parameters / (ranks if stage == 3 else 1),
         "gradients": number * num_parameters / (ranks if stage >= 2 else 1) + (4 * share if stage else 0),
         "gradient bucket": number * num_parameters,
-        f"optimizer ({config.optim.name}, ZeRO-{stage})": masters + 4 * slots * share,
-        "moving average of weights": 4 * share if config.train.ema_decay else 0,
+        f"optimizer ({config.optim.name}, ZeRO-{stage})": masters + kept * slots * share,
+        "moving average of weights": kept * share if config.train.ema_decay else 0,
         "bf16 copies of weights": 2 * num_parameters if precision == "bf16" else 0,
         "activations kept for the backward pass": layers.kept_bytes,
         "the largest layer's backward pass": layers.working_bytes,

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--split", default="val", help="the shard set in it [val]")
     parser.add_argument("--T", type=int, help="time steps [the run's]")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images [the run's]")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="arithmetic [the run's]")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "fp64"), help="arithmetic [the run's]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     options = parser.parse_args(arguments)
     stored = run_folder.read(options.run)
@@ -123,7 +123,8 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
     if precision == "fp16" and device.type == "cpu":
         print("the CPU does not compute in fp16: fp32 is used", file=sys.stderr)
         precision = "fp32"
-    network = checkpoint.network.to(device, torch.float16 if precision == "fp16" else torch.float32)
+    weights = {"fp16": torch.float16, "fp64": torch.float64}.get(precision, torch.float32)
+    network = checkpoint.network.to(device, weights)
     total, began = manifest.num_samples, time.monotonic()
     where = f"{join(config.data.path, options.split)}: {total} samples, {precision} on {device.type}"
     print(f"evaluating {options.run} after step {checkpoint.step} on {where}", file=sys.stderr, flush=True)

@@ -3,36 +3,49 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
-from pipeline import checkpoint, checkpoint_files, init_from, run_folder, source
+from pipeline import checkpoint_files, init_from, run_folder, source
+from pipeline.checkpoint import EngineState
 from pipeline.checkpoint_writer import Writer
-from pipeline.chi.allreduce import SIGNALS, Tap
-from pipeline.chi.calibrate import calibrated_widths
-from pipeline.chi.controller import ControllerState, start, targets_at
-from pipeline.chi.host import Later
-from pipeline.chi.spread import Spread
+from pipeline.chi.allreduce import Tap
+from pipeline.chi.widths import Widths
 from pipeline.config import Config
 from pipeline.config_document import flatten
 from pipeline.data.evaluation import evaluation_batches
 from pipeline.data.loader import Loader
 from pipeline.ema import Ema
-from pipeline.engine import Place, build, join, normalise_as_one, of_rank_0
+from pipeline.engine import Place, build, join, loss_scale, normalise_as_one, of_rank_0
 from pipeline.errors import ConfigError
+from pipeline.flags import Flags
 from pipeline.nonfinite import NonFinite
 from pipeline.pace import Pace
 from pipeline.progress import Progress
 from pipeline.rank_metrics import RankMetrics
 from pipeline.replicas import Replicas
+from pipeline.schedule import Schedule
 from pipeline.snn import sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
+from pipeline.snn.sew_resnet import SpikingLayer
+from pipeline.step_stats import StepStats
 from pipeline.step_trace import Trace
 from pipeline.stops import Watch
 
-STOP, UNSAVED = SIGNALS.index("stop"), SIGNALS.index("unsaved")
+IMAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+"""What the images of each precision are stored as."""
+
+
+class Stateful(Protocol):
+    """A part of a run that a checkpoint holds."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> None: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,23 +54,53 @@ class Run:
 
     config: Config
     place: Place
+    schedule: Schedule
     loader: Loader
     engine: DeepSpeedEngine
     ema: Ema
-    neurons: NeuronState
-    tap: Tap
-    signals: Later
     nonfinite: NonFinite
-    pace: Pace
-    replicas: Replicas
-    spread: Spread
-    controller: ControllerState
-    progress: Progress
+    widths: Widths
+    stats: StepStats
+    flags: Flags
+    log: Progress
     trace: Trace
+    straggler: Pace
+    replicas: Replicas
     writer: Writer
     step: int
-    num_steps: int
-    num_samples: int
+    """Optimizer steps that were made."""
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """Everything that a checkpoint holds, by its name there: saving and resuming walk this list."""
+        return {
+            "loader": self.loader,
+            "model": EngineState(self.engine),
+            "ema": self.ema,
+            "widths": self.widths,
+            "nonfinite": self.nonfinite,
+        }
+
+    @property
+    def after_step(self) -> tuple:
+        """Parts with something to do after every step, or every few."""
+        return self.ema, self.trace, self.straggler, self.replicas
+
+    def state_dict(self) -> dict:
+        """The checkpoint after `step`. A collective."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return {"step": self.step, "config": self.config.to_dict(), **parts}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Goes on from a checkpoint, of any number of ranks. A collective."""
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.step = saved["step"]
+
+    def close(self) -> None:
+        """Ends the threads and closes the files of all parts."""
+        for part in (self.trace, self.writer, self.log, self.loader):
+            part.close()
 
 
 def prepare(config: Config, watch: Watch) -> Run:
@@ -69,12 +112,15 @@ def prepare(config: Config, watch: Watch) -> Run:
         rank=place.rank,
         world_size=place.world_size,
         device=place.device,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision],
+        dtype=IMAGES[config.train.precision],
     )
     saved = checkpoint_files.load_to_resume(Path(config.run_dir))
-    agree(config, saved["step"] if saved else 0, loader.manifest.identity, place.device)
+    step = saved["step"] if saved else 0
+    agree(config, step, loader.manifest.identity, place.device)
     classes = len(loader.manifest.classes)
     model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)
+    if config.train.precision == "fp64":
+        model.double()  # before weights are read into it
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
@@ -84,30 +130,10 @@ def prepare(config: Config, watch: Watch) -> Run:
         if place.rank == 0:
             print(said, flush=True)
     engine = build(config, model, place.world_size)
-    ema = Ema(engine, config.train.ema_decay)
     neurons, layers = bind(model), model.spiking_layers()
-    spread = Spread(config.chi, layers, neurons)
     if config.train.sync_bn:
         normalise_as_one(neurons, place.world_size)
-    tap = Tap(
-        engine,
-        layers,
-        neurons,
-        spread=spread,
-        has_coverage=config.model.surrogate in ("triangle", "rectangle"),
-        self_check=config.chi.self_check,
-        skips=True,
-    )
-    controller, step = start(neurons.widths), 0
-    if saved is not None:
-        loader.load_state_dict(saved["loader"])
-        checkpoint.scatter(engine, saved["model"])
-        ema.scatter(saved.get("ema"))
-        controller, step = ControllerState.from_dict(saved["controller"], place.device), saved["step"]
-        neurons.widths.copy_(controller.widths)
-        neurons.load(saved["neurons"])
-        spread.prepare(controller.count)
-    num_samples = loader.manifest.num_samples
+    schedule = Schedule(config, loader.manifest.num_samples)
     if place.rank == 0:
         run_folder.describe(
             config,
@@ -117,89 +143,106 @@ def prepare(config: Config, watch: Watch) -> Run:
             num_parameters=num_parameters,
             world_size=place.world_size,
         )
+    run = assembled(config, place, loader, engine, neurons, layers, schedule, step)
+    if saved is not None:
+        run.load_state_dict(saved)
+        run.log.say(f"resumed from the checkpoint after step {step}")
+    else:
+        if widths is not None:
+            run.widths.start_from(widths.to(place.device))
+        elif config.chi.calibrate:
+            calibrate(run)
+        run.log.began(run.widths.controller.log_width)
+    watch.on_request(run.flags.ask_to_stop)  # all ranks hear of it with the next all-reduce
+    return run
+
+
+def assembled(
+    config: Config,
+    place: Place,
+    loader: Loader,
+    engine: DeepSpeedEngine,
+    neurons: NeuronState,
+    layers: list[SpikingLayer],
+    schedule: Schedule,
+    step: int,
+) -> Run:
+    """The parts around an engine, for a run that goes on after `step`."""
+    network = cast(nn.Module, engine.module)
+    widths = Widths(config.chi, layers, neurons)
+    tap = Tap(
+        engine,
+        layers,
+        neurons,
+        spread=widths.stats,
+        has_coverage=config.model.surrogate in ("triangle", "rectangle"),
+        self_check=config.chi.self_check,
+        skips=True,
+    )
+    nonfinite = NonFinite(
+        network,
+        loader,
+        micro_batch=config.data.micro_batch,
+        skips=config.train.nonfinite_skips,
+        fp16=config.train.precision == "fp16",
+        world_size=place.world_size,
+    )
+    flags = Flags(tap.flags, loader, place.world_size)
     exporter = RankMetrics(
         config,
         rank=place.rank,
         local_rank=place.local_rank,
         world_size=place.world_size,
         layers=neurons.names,
-        num_steps=config.num_steps(num_samples),
+        num_steps=schedule.num_steps,
         identity=loader.manifest.identity,
     )
-    progress = Progress(
+    log = Progress(
         config,
         rank=place.rank,
-        num_samples=num_samples,
+        num_samples=loader.manifest.num_samples,
         step=step,
         layers=neurons.names,
+        figures=loader.figures,
+        loss_scale=lambda: loss_scale(engine),
         exporter=exporter,
     )
-    if step == 0:
-        controller = begin(config, engine, neurons, widths, place)
-        progress.began(controller)
-    else:
-        progress.say(f"resumed from the checkpoint after step {step}")
     writer = Writer(
         Path(config.run_dir),
         active=place.rank == 0,
         keep=config.train.keep_checkpoints,
         step=step,
         best=of_rank_0(checkpoint_files.best(Path(config.run_dir), step)),
-        on_failure=lambda: tap.signals.__setitem__(UNSAVED, 1),
-        on_saved=progress.saved,
+        on_failure=flags.report_unsaved,
+        on_saved=log.saved,
     )
-    watch.on_request(lambda: tap.signals.__setitem__(STOP, 1))  # all ranks hear of it with the next all-reduce
+    every = config.train.log_every
     return Run(
         config=config,
         place=place,
+        schedule=schedule,
         loader=loader,
         engine=engine,
-        ema=ema,
-        neurons=neurons,
-        tap=tap,
-        signals=Later(tap.signals),
-        nonfinite=NonFinite(
-            model,
-            loader,
-            micro_batch=config.data.micro_batch,
-            skips=config.train.nonfinite_skips,
-            fp16=config.train.precision == "fp16",
-            world_size=place.world_size,
-            in_a_row=saved.get("nonfinite_in_a_row", 0) if saved else 0,
-        ),
-        pace=Pace(model, place.device, every=config.train.log_every, step=step, say=progress.say),
-        replicas=Replicas(engine, config.train.verify_every),
-        spread=spread,
-        controller=controller,
-        progress=progress,
+        ema=Ema(engine, config.train.ema_decay),
+        nonfinite=nonfinite,
+        widths=widths,
+        stats=StepStats(tap, nonfinite, flags),
+        flags=flags,
+        log=log,
         trace=Trace(Path(config.run_dir), config.train.profile_steps if place.rank == 0 else 0, step),
+        straggler=Pace(network, place.device, every=every, step=step, waited=lambda: loader.wait_s, say=log.say),
+        replicas=Replicas(engine, config.train.verify_every),
         writer=writer,
         step=step,
-        num_steps=config.num_steps(num_samples),
-        num_samples=num_samples,
     )
 
 
-def begin(
-    config: Config, engine: DeepSpeedEngine, neurons: NeuronState, widths: torch.Tensor | None, place: Place
-) -> ControllerState:
-    """The controller of a run that is not resumed, from another run's `widths`, `(L,)`, where there are any.
-
-    Else from the configuration's; where these are calibrated, all ranks look at the same images.
-    """
-    if widths is not None:
-        neurons.widths.copy_(widths)
-    controller = start(neurons.widths if widths is None else widths.to(neurons.widths.device))
-    if widths is not None or not config.chi.calibrate:
-        return controller
-    batches = evaluation_batches(config.data, rank=0, world_size=1, device=place.device, split="train")
-    images = next(batches).images
+def calibrate(run: Run) -> None:
+    """The widths of a run that is not resumed, from the same images on every rank."""
+    batches = evaluation_batches(run.config.data, rank=0, world_size=1, device=run.place.device, split="train")
+    images = next(batches).images.to(IMAGES[run.config.train.precision])
     batches.close()
-    calibrated = calibrated_widths(engine, images, neurons, targets_at(config.chi, 0.0, controller.log_width))
-    dist.broadcast(calibrated, 0)
-    controller = start(calibrated.clamp(config.chi.width_min, config.chi.width_max))
-    neurons.widths.copy_(controller.widths)
-    return controller
+    run.widths.calibrate(run.engine, images, lambda widths: dist.broadcast(widths, 0))
 
 
 def agree(config: Config, step: int, data_identity: str, device: torch.device) -> None:

@@ -33,33 +33,72 @@ def average_buffers(engine) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-def gather(engine) -> dict[str, dict]:
-    """Full fp32 parameters, optimizer state and buffers by name, on the CPU. A collective: every rank calls it."""
-    slots = _slots(engine)
-    if engine.zero_optimization_stage() in (1, 2):
-        # DeepSpeed links parameters to their state after its first group's first step, when other groups have none.
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-    optimizer: dict[str, dict[str, torch.Tensor]] = {slot: {} for slot in slots}
-    fp32 = masters(engine)
-    for name, parameter in engine.module.named_parameters():
+class EngineState:
+    """The part of a checkpoint that is an engine's: weights, optimizer, loss scale. Every call is a collective.
+
+    Args:
+        engine: a DeepSpeed engine of any ZeRO stage; what is loaded may come from another number of ranks.
+    """
+
+    def __init__(self, engine) -> None:
+        self._engine = engine
+
+    def state_dict(self) -> dict[str, dict]:
+        """Full fp32 parameters, optimizer state and buffers by name, on the CPU."""
+        engine, slots = self._engine, _slots(self._engine)
+        if engine.zero_optimization_stage() in (1, 2):
+            # DeepSpeed links parameters to their state after its first group's first step, when other groups have none.
+            engine.optimizer._hp_optimizer_states_linked = False
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
+        optimizer: dict[str, dict[str, torch.Tensor]] = {slot: {} for slot in slots}
+        fp32 = masters(engine)
+        for name, parameter in engine.module.named_parameters():
+            if engine.zero_optimization_stage() == 0:
+                state = {slot: engine.optimizer.state[fp32[parameter]].get(slot) for slot in slots}
+            else:
+                state = {slot: safe_get_full_optimizer_state(parameter, slot) for slot in slots}
+            for slot, tensor in state.items():
+                if tensor is not None:
+                    optimizer[slot][name] = tensor.detach().cpu().clone()
+        return {
+            **gather_weights(engine),
+            "optimizer": optimizer,
+            "updates": _updates(engine),
+            "loss_scale": _loss_scale(engine),
+        }
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Puts `state_dict`'s result back, before the engine's first step."""
+        engine = self._engine
+        for name, buffer in engine.module.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        for name, value in state.get("loss_scale", {}).items():
+            setattr(_scaler(engine), name, value)
         if engine.zero_optimization_stage() == 0:
-            state = {slot: engine.optimizer.state[fp32[parameter]].get(slot) for slot in slots}
-        else:
-            state = {slot: safe_get_full_optimizer_state(parameter, slot) for slot in slots}
-        for slot, tensor in state.items():
-            if tensor is not None:
-                optimizer[slot][name] = tensor.detach().cpu().clone()
-    return {
-        **gather_weights(engine),
-        "optimizer": optimizer,
-        "updates": _updates(engine),
-        "loss_scale": _loss_scale(engine),
-    }
+            fp32 = masters(engine)
+            for name, parameter in engine.module.named_parameters():
+                parameter.data.copy_(state["parameters"][name])
+                master = fp32[parameter]
+                master.data.copy_(state["parameters"][name])
+                slots = {slot: of[name].to(parameter.device) for slot, of in state["optimizer"].items() if name in of}
+                if slots:
+                    engine.optimizer.state[master].update(slots, **_step(state))
+            return
+        if engine.zero_optimization_stage() == 3:
+            _scatter_partitions(engine, state)
+            return
+        optimizer = engine.optimizer
+        _begin_state(optimizer, optimizer.single_partition_of_fp32_groups, state)
+        optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in engine.module.named_parameters():
+            safe_set_full_fp32_param(parameter, state["parameters"][name].to(parameter.device))
+            for slot, of in state["optimizer"].items():
+                safe_set_full_optimizer_state(parameter, of[name].to(parameter.device), slot)
+        optimizer.update_lp_params()
 
 
 def gather_weights(engine) -> dict[str, dict[str, torch.Tensor]]:
-    """The part of `gather` that a network computes with: full fp32 parameters and buffers."""
+    """The part of an engine's state that a network computes with: full fp32 parameters and buffers."""
     average_buffers(engine)
     fp32, parameters = masters(engine), {}
     for name, parameter in engine.module.named_parameters():
@@ -68,35 +107,6 @@ def gather_weights(engine) -> dict[str, dict[str, torch.Tensor]]:
         parameters[name] = value.detach().cpu().clone()
     buffers = {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
     return {"parameters": parameters, "buffers": buffers}
-
-
-def scatter(engine, state: dict[str, dict]) -> None:
-    """Puts `gather`'s result back into an engine of any world size, before its first step."""
-    for name, buffer in engine.module.named_buffers():
-        buffer.copy_(state["buffers"][name])
-    for name, value in state.get("loss_scale", {}).items():
-        setattr(_scaler(engine), name, value)
-    if engine.zero_optimization_stage() == 0:
-        fp32 = masters(engine)
-        for name, parameter in engine.module.named_parameters():
-            parameter.data.copy_(state["parameters"][name])
-            master = fp32[parameter]
-            master.data.copy_(state["parameters"][name])
-            slots = {slot: of[name].to(parameter.device) for slot, of in state["optimizer"].items() if name in of}
-            if slots:
-                engine.optimizer.state[master].update(slots, **_step(state))
-        return
-    if engine.zero_optimization_stage() == 3:
-        _scatter_partitions(engine, state)
-        return
-    optimizer = engine.optimizer
-    _begin_state(optimizer, optimizer.single_partition_of_fp32_groups, state)
-    optimizer._lazy_init_hp_params_optimizer_state()
-    for name, parameter in engine.module.named_parameters():
-        safe_set_full_fp32_param(parameter, state["parameters"][name].to(parameter.device))
-        for slot, of in state["optimizer"].items():
-            safe_set_full_optimizer_state(parameter, of[name].to(parameter.device), slot)
-    optimizer.update_lp_params()
 
 
 def _slots(engine) -> list[str]:

@@ -21,6 +21,9 @@ from pipeline.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
+FORMAT = 2
+"""Of the dict in state.pt; an older one is converted when it is read."""
+
 
 def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
     """Writes a checkpoint from rank 0; when it returns, the checkpoint is on the disk whole.
@@ -33,7 +36,7 @@ def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
     final, unfinished = root / f"step-{step:08d}", temporary(root, step)
     sweep(run_dir)
     unfinished.mkdir()
-    torch.save(state, unfinished / "state.pt")
+    torch.save({"format": FORMAT, **state}, unfinished / "state.pt")
     digest = _digest(unfinished / "state.pt")
     (unfinished / "state.sha256").write_text(digest + "\n")
     for path in (unfinished / "state.pt", unfinished / "state.sha256", unfinished):
@@ -150,11 +153,31 @@ def _read(folder: Path) -> dict:
     try:
         expected = (folder / "state.sha256").read_text().strip()
         if _digest(folder / "state.pt") == expected:
-            return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            return converted(torch.load(folder / "state.pt", map_location="cpu", weights_only=True), folder)
         reason = "its hash does not match"
     except OSError as error:
         reason = error.strerror or str(error)
     raise DataError(f"checkpoint {folder} is damaged ({reason})")
+
+
+def converted(state: dict, folder: Path) -> dict:
+    """A checkpoint's dict in today's format.
+
+    Raises:
+        ConfigError: a newer version of this program wrote it.
+    """
+    written = state.get("format", 1)
+    if written > FORMAT:
+        raise ConfigError(
+            f"checkpoint {folder} is of format {written}, and this version reads up to {FORMAT}; use the version that "
+            "wrote it, or a newer one"
+        )
+    if written == 1:  # the controller and the neurons apart, and no name for the steps that were not finite
+        state = dict(state)
+        state["widths"] = {**state.pop("controller"), **state.pop("neurons")}
+        state["nonfinite"] = {"in_a_row": state.pop("nonfinite_in_a_row", 0)}
+        state = {"ema": None, **state, "format": FORMAT}
+    return state
 
 
 def _digest(path: Path) -> str:

@@ -3,7 +3,7 @@
     begin(step, state)      waits for the one before, then returns at once: training goes on while a thread writes
     wait()                  until it is on the disk: before a stop, before the end, before it is marked as the best
 
-Nothing is lost silently: what the thread fails with is told to all ranks by the next step's signals (`on_failure`),
+Nothing is lost silently: what the thread fails with is told to all ranks by the next step's flags (`on_failure`),
 and raised on rank 0 by the next call.
 """
 
@@ -80,7 +80,7 @@ class Writer:
             raise self._error
 
     def raise_failure(self) -> NoReturn:
-        """On every rank, when the signals say that rank 0 could not write: its CheckpointError, or one about it."""
+        """On every rank, when the flags say that rank 0 could not write: its CheckpointError, or one about it."""
         self.wait()
         raise CheckpointError("rank 0 could not write a checkpoint; its own line says why")
 

@@ -8,7 +8,6 @@ config_network.py, those for the optimizer and the run in config_training.py.
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from pipeline.config_checks import INTEGER_MAX, checked, positive, require
 from pipeline.config_network import ChiConfig, ModelConfig
@@ -226,12 +225,6 @@ class Config:
                 f"makes {steps} optimizer steps; use fewer epochs, for at most {INTEGER_MAX} steps"
             )
         return steps
-
-    def evaluates_after(self, step: int, num_samples: int) -> bool:
-        """Whether `step`, from 1, is the first by which the samples of another `train.eval_every_epochs` are used."""
-        used = Fraction(self.data.global_batch, num_samples)  # epochs a step; exact, as floats would not be
-        every = Fraction(str(self.train.eval_every_epochs))
-        return every > 0 and step * used // every > (step - 1) * used // every
 
     @property
     def evaluated_weights(self) -> str:

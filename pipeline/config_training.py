@@ -87,7 +87,8 @@ class TrainConfig:
     """Seed of the initial weights, the order and the augmentation, at least 0."""
     precision: str = "bf16"
     """Arithmetic of the forward and backward pass: fp32; bf16 (autocast; parameters stay fp32); fp16 (with a dynamic
-    loss scale and fp32 master weights; membranes and batch normalisation stay fp32)."""
+    loss scale and fp32 master weights; membranes and batch normalisation stay fp32); fp64 (everything in doubles, with
+    zero_stage 0, on the reference: for results that must not depend on the machine)."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, what the ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
     sync_bn: bool = False
@@ -131,8 +132,10 @@ class TrainConfig:
         got = self.label_smoothing
         require(0 <= got < 1, "train.label_smoothing", got, "a number in [0, 1)")
         require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
-        one_of("train.precision", self.precision, ("fp32", "bf16", "fp16"))
+        one_of("train.precision", self.precision, ("fp32", "bf16", "fp16", "fp64"))
         require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
+        fits = self.precision != "fp64" or self.zero_stage == 0
+        require(fits, "train.zero_stage", self.zero_stage, "0 with train.precision fp64: DeepSpeed shards fp32 weights")
         for name in ("profile_steps", "verify_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "an integer of at least 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "a number in [0, 1)")

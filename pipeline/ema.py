@@ -32,10 +32,10 @@ class Ema:
         self._average = [weight.detach().clone() for weight in self._weights]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Takes in the weights after step `step`, counted from 0."""
+    def after_step(self, step: int) -> None:
+        """Takes in the weights after step `step`, counted from 1."""
         if self._average:
-            get_ema_multi_avg_fn(decay_at(self._decay, step))(self._average, self._weights, step)
+            get_ema_multi_avg_fn(decay_at(self._decay, step - 1))(self._average, self._weights, step)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -46,18 +46,18 @@ class Ema:
         finally:
             self._swap()
 
-    def gather(self) -> dict | None:
+    def state_dict(self) -> dict | None:
         """The whole average by name, on the CPU, for a checkpoint; None without one. Every rank calls it."""
         if not self._average:
             return None
         with self.shown():
             return checkpoint.gather_weights(self._engine)
 
-    def scatter(self, saved: dict | None) -> None:
-        """Puts `gather`'s result back, after the engine's own state."""
+    def load_state_dict(self, saved: dict | None) -> None:
+        """Puts `state_dict`'s result back, after the engine's own state."""
         if self._average and saved is not None:
             with self.shown():
-                checkpoint.scatter(self._engine, {**saved, "optimizer": {}, "updates": {}})
+                checkpoint.EngineState(self._engine).load_state_dict({**saved, "optimizer": {}, "updates": {}})
 
     @torch.no_grad()
     def _swap(self) -> None:

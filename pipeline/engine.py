@@ -1,7 +1,6 @@
-"""A DeepSpeed engine from a `Config`: distributed start-up, the engine's settings, the learning-rate schedule."""
+"""A DeepSpeed engine from a `Config`: distributed start-up, and the engine with its optimizer."""
 
 import logging
-import math
 import os
 import re
 import warnings
@@ -150,6 +149,8 @@ def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
         dist_init_required=False,
     )
     set_timeouts(config.train.timeout_s)
+    if config.train.precision == "fp64":
+        reduce_in_doubles(engine)
     if config.train.precision == "fp16" and config.train.zero_stage == 0:
         scale_the_loss(engine)
     return engine
@@ -187,6 +188,14 @@ def scale_the_loss(engine) -> None:
     engine.backward = lambda loss: backward(loss * engine.optimizer.loss_scale)
 
 
+def reduce_in_doubles(engine) -> None:
+    """DeepSpeed 0.19 refuses gradients in fp64, and would send them in fp32."""
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    accelerator.supported_dtypes = lambda: [torch.float64]
+    engine.communication_data_type = torch.float64
+
+
 def normalise_as_one(neurons: NeuronState, world_size: int) -> None:
     """Lets every spiking layer's batch normalisation take its statistics over the micro-batches of all ranks."""
 
@@ -202,27 +211,3 @@ def normalise_as_one(neurons: NeuronState, world_size: int) -> None:
 def loss_scale(engine) -> float | None:
     """The scale of the next fp16 loss; None in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
-
-
-def learning_rate(config: Config, step: int, num_samples: int) -> float:
-    """The rate of step `step`, from 0; a function of the position alone, so a resumed run continues it exactly.
-
-    Linear warm-up, then `optim.schedule`: cosine falls to 0 over what is left of the run.
-    """
-    optim, global_batch = config.optim, config.data.global_batch
-    steps = config.num_steps(num_samples)
-    warmup = optim.warmup_epochs * num_samples / global_batch
-    if step < warmup:
-        return optim.lr * (step + 1) / (warmup + 1)
-    # In steps from the start; by epoch, where the epoch began, which need not be a whole step.
-    position = step * global_batch // num_samples * num_samples / global_batch if optim.by_epoch else step
-    if optim.schedule == "constant":
-        return optim.lr
-    if optim.schedule == "step":
-        return optim.lr * optim.gamma ** sum(position * global_batch >= m * num_samples for m in optim.milestones)
-    return 0.5 * optim.lr * (1 + math.cos(math.pi * max(0.0, position - warmup) / max(1.0, steps - warmup)))
-
-
-def set_learning_rate(engine, value: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = value

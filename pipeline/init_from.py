@@ -55,8 +55,8 @@ def load(network: SEWResNet, config: Config) -> Start:
 
 def _widths(saved: object, model: ModelConfig, num_layers: int) -> tuple[torch.Tensor | None, str]:
     """The widths in what was read, `(L,)`, or why they are none for a network of `model` with so many layers."""
-    controller = saved.get("controller") if isinstance(saved, Mapping) else None
-    log_width = controller.get("log_width") if isinstance(controller, Mapping) else None
+    kept = saved.get("widths") if isinstance(saved, Mapping) else None
+    log_width = kept.get("log_width") if isinstance(kept, Mapping) else None
     if not isinstance(saved, Mapping) or not isinstance(log_width, torch.Tensor):
         return None, "it holds weights alone"
     if log_width.shape != (num_layers,):
@@ -110,6 +110,8 @@ def read(path: str) -> object:
             # The original code saves its command line beside the weights.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 saved = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(saved, dict) and "controller" in saved:
+                saved = checkpoint_files.converted(saved, Path(path))
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise ConfigError(f"init_from={path!r} cannot be read ({reason}); use a file of torch.save") from None

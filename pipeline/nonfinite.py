@@ -36,14 +36,19 @@ class NonFinite:
         skips: int,
         fp16: bool,
         world_size: int,
-        in_a_row: int,
     ) -> None:
         self._loader, self._micro_batch, self._skips, self._world_size = loader, micro_batch, skips, world_size
         self._seen: list[tuple[int, Tensor]] = []
-        self.in_a_row = in_a_row
+        self.in_a_row = 0
         """Steps that were not finite up to here without one that was."""
         self._buffers = [b for b in module.buffers() if b.is_floating_point()] if skips or fp16 else []
         self._before = [buffer.clone() for buffer in self._buffers]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.in_a_row = state["in_a_row"]
 
     def begin(self) -> None:
         """Before each step: keeps what its forward passes change."""

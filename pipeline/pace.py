@@ -22,24 +22,33 @@ class Pace:
     module: whose training forward passes are timed.
     every: steps between two exchanges.
     step: that the run begins after.
+    waited: seconds that this rank has waited for data so far.
     say: takes a line, on rank 0.
     """
 
     def __init__(
-        self, module: nn.Module, device: torch.device, *, every: int, step: int, say: Callable[[str], None]
+        self,
+        module: nn.Module,
+        device: torch.device,
+        *,
+        every: int,
+        step: int,
+        waited: Callable[[], float],
+        say: Callable[[str], None],
     ) -> None:
-        self._device, self._every, self._say = device, every, say
+        self._device, self._every, self._waited, self._say = device, every, waited, say
         self._step, self._began, self._forward_s, self._wait_s = step, 0.0, 0.0, 0.0
         self._slow: set[int] = set()
         self._work, self._gathered, self._sent = None, [], step
         module.register_forward_pre_hook(self._before)
         module.register_forward_hook(self._after)
 
-    def step(self, step: int, wait_s: float) -> None:
-        """After every step, on every rank; `wait_s` is the data wait so far."""
+    def after_step(self, step: int) -> None:
+        """After every step, on every rank."""
         if step % self._every or dist.get_world_size() == 1:
             return
         self._report()
+        wait_s = self._waited()
         mine = (self._forward_s + wait_s - self._wait_s) / (step - self._step)
         self._step, self._forward_s, self._wait_s, self._sent = step, 0.0, wait_s, step
         if dist.get_rank() != 0:

@@ -2,39 +2,35 @@
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from pipeline.chi.allreduce import Reading
-from pipeline.chi.controller import ControllerState, starved, targets_at
+from pipeline.chi.controller import starved, targets_at
 from pipeline.chi.guards import record_of
-from pipeline.chi.policies import Evidence
+from pipeline.chi.widths import Decision
 from pipeline.config import Config
 from pipeline.data.loader import Figures
 from pipeline.errors import CheckpointError, NonFiniteError
 from pipeline.metrics import Journal, coloured, layer_labels, progress_line, read_journal
-from pipeline.nonfinite import Skipped
 from pipeline.rank_metrics import RankMetrics
 from pipeline.trackers import Trackers
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """An optimizer step, as the loop tells of it; its tensors are read only where it is logged."""
-
-    number: int
-    reading: Reading
-    widths: Tensor
-    learning_rate: float
-    loss_scale: float | None
-    data: Figures
-
-
 class Progress:
-    """Rank 0's console and journal, and every rank's metrics for Prometheus."""
+    """Rank 0's console and journal, and every rank's metrics for Prometheus.
+
+    Args:
+        config: the run's.
+        num_samples: of the training split.
+        step: that the run goes on after.
+        layers: names of the spiking layers.
+        figures: how this rank's loading goes.
+        loss_scale: of the next fp16 loss; None in other precisions.
+        exporter: shows this rank to Prometheus.
+    """
 
     def __init__(
         self,
@@ -44,6 +40,8 @@ class Progress:
         num_samples: int,
         step: int,
         layers: Sequence[str],
+        figures: Callable[[], Figures],
+        loss_scale: Callable[[], float | None],
         exporter: RankMetrics,
     ) -> None:
         self._active = rank == 0
@@ -56,8 +54,8 @@ class Progress:
         self._judged = 0
         """Of all samples since the last logged step: how many were classified correctly, which stays on the device,
         of how many."""
-        self._exporter = exporter
-        self._decisions: list[tuple[int, Evidence, Tensor, float]] = []
+        self._figures, self._loss_scale, self._exporter = figures, loss_scale, exporter
+        self._decisions: list[tuple[int, Decision]] = []
         self._below = [False] * len(layers)
         self._saves: list[tuple[float, float]] = []
         self.evaluated_step = -1
@@ -79,21 +77,16 @@ class Progress:
         self._journal.write(record)
         self._trackers.write(record)
 
-    def began(self, controller: ControllerState) -> None:
-        """At the start of a run that is not resumed: the widths that the first decision moves."""
+    def began(self, log_width: Tensor) -> None:
+        """At the start of a run that is not resumed: ln w `(L,)` that the first decision moves."""
         if self._active:
-            self._journal.write({"step": 0, "decision_log_width": controller.log_width.tolist()})
-
-    def decided(self, step: int, decision: Evidence | None, controller: ControllerState, progress: float) -> None:
-        """After every step; a decision is written with the next logged step or checkpoint: the host need not wait."""
-        if self._active and decision is not None:
-            self._decisions.append((step, decision, controller.log_width, progress))
+            self._journal.write({"step": 0, "decision_log_width": log_width.tolist()})
 
     def flush(self) -> None:
         """Writes the decisions that wait, and says which layers fell below a floor or rose above it."""
-        for step, decision, log_width, progress in self._decisions:
-            self._journal.write({"step": step, **record_of(decision, log_width, progress)})
-            below = starved(self._config.chi, decision).tolist()
+        for step, decision in self._decisions:
+            self._journal.write({"step": step, **record_of(decision)})
+            below = starved(self._config.chi, decision.evidence).tolist()
             for label, was, now in zip(layer_labels(self._layers), self._below, below, strict=True):
                 if now and not was:
                     self.say(f"step {step}: {label} is below its floor of coverage or firing rate, and is widened")
@@ -102,75 +95,83 @@ class Progress:
             self._below = below
         self._decisions.clear()
 
-    def step(self, step: Step) -> None:
-        """After each step; on every `log_every`-th it reads the step's tensors, the one time the host waits."""
-        if self._active and step.reading.skipped and not step.reading.nonfinite:
-            self.say(f"step {step.number} skipped: the fp16 gradient overflowed, so the loss scale was lowered")
-            self._exporter.count(train_overflow_steps=1)
-        self._show_saves()
-        self._step = step.number
-        if self._active and not step.reading.nonfinite:  # whose logits say nothing
-            correct = step.reading.correct
-            self._correct = correct.clone() if self._correct is None else self._correct + correct
-            self._judged += self._config.data.global_batch
-        if step.number % self._config.train.log_every and step.number != self._num_steps:
-            return
-        now = time.monotonic()
-        elapsed, steps = now - self._logged_at, step.number - self._logged_step
+    def step(self, step: int, reading: Reading, decision: Decision | None, learning_rate: float) -> None:
+        """After each step; on every `log_every`-th it reads the step's tensors, the one time the host waits.
+
+        A decision is written with the next logged step or checkpoint.
+        """
         if self._active:
-            self._log(step, steps, elapsed / steps)
+            if decision is not None:
+                self._decisions.append((step, decision))
+            if reading.skipped:
+                self._skipped(step, reading)
+        self._show_saves()
+        self._step = step
+        if self._active and not reading.nonfinite:  # whose logits say nothing
+            self._correct = reading.correct.clone() if self._correct is None else self._correct + reading.correct
+            self._judged += self._config.data.global_batch
+        if step % self._config.train.log_every and step != self._num_steps:
+            return
+        now, data = time.monotonic(), self._figures()
+        elapsed, steps = now - self._logged_at, step - self._logged_step
+        if self._active:
+            self._log(step, reading, learning_rate, data, steps, elapsed / steps)
             self._count_steps()
-        self._exporter.pace(steps, elapsed, self._aside_s, step.data)
+        self._exporter.pace(steps, elapsed, self._aside_s, data)
         self._exporter.publish({"train_last_step_timestamp_seconds": time.time()})
         self._exporter.write()
-        self._logged_at, self._logged_step, self._wait_s, self._aside_s = now, step.number, step.data.wait_s, 0.0
+        self._logged_at, self._logged_step, self._wait_s, self._aside_s = now, step, data.wait_s, 0.0
 
-    def _log(self, step: Step, steps: int, step_s: float) -> None:
+    def _skipped(self, step: int, reading: Reading) -> None:
+        """Rank 0's lines of a step that changed no parameter."""
+        if reading.nonfinite:
+            self.say(reading.nonfinite)
+            samples = list(reading.samples)
+            self._journal.write({"step": step, "nonfinite": reading.nonfinite, "nonfinite_samples": samples})
+            self._exporter.count(train_nonfinite_steps=1)
+        else:
+            self.say(f"step {step} skipped: the fp16 gradient overflowed, so the loss scale was lowered")
+            self._exporter.count(train_overflow_steps=1)
+
+    def _log(self, step: int, reading: Reading, learning_rate: float, data: Figures, steps: int, step_s: float) -> None:
         """Rank 0's record of a step, `steps` after the last one, with `step_s` seconds for each."""
-        reading, chi = step.reading, self._config.chi
+        chi = self._config.chi
         layers = reading.indicators.to_lists()
         targets = [float("nan")] * len(self._layers)
         if chi.policy == "chi" and chi.indicator == "coverage":
-            targets = targets_at(chi, step.number / self._num_steps, step.widths).tolist()
+            targets = targets_at(chi, step / self._num_steps, reading.widths).tolist()
         record = {
-            "step": step.number,
+            "step": step,
             "train_last_step_timestamp_seconds": time.time(),
             "train_loss": reading.loss.item(),
             "train_accuracy_ratio": self._correct.item() / self._judged if self._correct is not None else float("nan"),
-            "train_learning_rate": step.learning_rate,
+            "train_learning_rate": learning_rate,
             "train_grad_norm": reading.indicators.grad_norm.square().sum().sqrt().item(),
             "train_images_per_second": self._config.data.global_batch / step_s,
-            **({"train_image_size_pixels": step.data.image_size} if self._config.data.image_size_start else {}),
-            "data_wait_ratio": (step.data.wait_s - self._wait_s) / (steps * step_s),
+            **({"train_image_size_pixels": data.image_size} if self._config.data.image_size_start else {}),
+            "data_wait_ratio": (data.wait_s - self._wait_s) / (steps * step_s),
             "network_chi": reading.indicators.network_chi.item(),
             "layer_chi": layers["chi"],
             "layer_participation_ratio": layers["participation"],
             "layer_coverage_ratio": layers["coverage"],
             "layer_coverage_target_ratio": targets,
-            "layer_surrogate_width": step.widths.tolist(),
+            "layer_surrogate_width": reading.widths.tolist(),
             "layer_firing_rate_ratio": layers["firing_rate"],
             "layer_gradient_norm": layers["grad_norm"],
         }
         self._correct, self._judged = None, 0
-        epoch = step.number * self._config.data.global_batch / self._num_samples
-        self.say(progress_line(record, self._num_steps, epoch, eta_s=step_s * (self._num_steps - step.number)))
+        epoch = step * self._config.data.global_batch / self._num_samples
+        self.say(progress_line(record, self._num_steps, epoch, eta_s=step_s * (self._num_steps - step)))
         self._record(record)
         self.flush()
-        self._exporter.publish({**record, "train_step": step.number})
-        if step.loss_scale is not None:
-            self._exporter.publish({"train_loss_scale": step.loss_scale})
+        self._exporter.publish({**record, "train_step": step})
+        if (scale := self._loss_scale()) is not None:
+            self._exporter.publish({"train_loss_scale": scale})
 
     def _count_steps(self) -> None:
         """Those since the last logged one."""
         steps = self._step - self._logged_step
         self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
-
-    def skipped(self, step: int, skipped: Skipped | None) -> None:
-        """What `NonFinite.judge` said of the step; None of a step that was finite."""
-        if self._active and skipped is not None:
-            self.say(skipped.line)
-            self._journal.write({"step": step, "nonfinite": skipped.line, "nonfinite_samples": skipped.samples})
-            self._exporter.count(train_nonfinite_steps=1)
 
     def failed(self, error: CheckpointError | NonFiniteError) -> None:
         """Counts what ends the run, for whoever looks at the metrics of a rank that is gone."""

@@ -19,7 +19,7 @@ class Replicas:
         alone = dist.get_world_size() == 1 or engine.zero_optimization_stage() == 3
         self._every = 0 if alone else every
 
-    def check(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """`compare` after every `every`-th step."""
         if self._every and step % self._every == 0:
             self.compare(step)

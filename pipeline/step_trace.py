@@ -29,8 +29,7 @@ class Trace:
             self._last = self._first + num_steps - 1
             self._profile.start()
 
-    def step(self) -> None:
-        """After each optimizer step."""
+    def after_step(self, _step: int) -> None:
         if self._profile is not None:
             self._profile.step()
 

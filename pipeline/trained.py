@@ -16,7 +16,7 @@ class Trained(NamedTuple):
     """Which of the checkpoint's: last, or ema, the moving average."""
     num_classes: int
     network: sew_resnet.SEWResNet
-    """In evaluation mode, in fp32, on the CPU."""
+    """In evaluation mode, in fp32 (fp64 where the run trained in it), on the CPU."""
 
 
 def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str | None = None) -> Trained:
@@ -40,6 +40,7 @@ def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str
     tensors = {**chosen["parameters"], **chosen["buffers"]}
     num_classes = len(tensors["fc.weight"])
     network = sew_resnet.build(config.model, num_classes=num_classes, image_size=config.data.image_size).eval()
+    network.to(tensors["fc.weight"].dtype)
     try:
         state_dicts.load(network, tensors)
     except ValueError as error:

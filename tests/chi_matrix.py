@@ -17,9 +17,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 
-from pipeline import checkpoint
+from pipeline.checkpoint import EngineState
 from pipeline.chi import bucket, partition
-from pipeline.chi.allreduce import SIGNALS, Tap
+from pipeline.chi.allreduce import FLAGS, Tap
 from pipeline.chi.carrier import TapError
 from pipeline.chi.indicator import PER_LAYER
 from pipeline.chi.spread import Spread
@@ -55,7 +55,7 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
                 assert gradient is not None
                 full[name] = gradient.clone()
 
-        tap.signals[SIGNALS.index("bad_samples")] = rank + 1
+        tap.flags[FLAGS.index("bad_samples")] = rank + 1
         step(engine, data, tap, inspect)
         reading = tap.read()
         while reading.skipped:  # fp16 starts with a loss scale that more ranks overflow
@@ -79,7 +79,7 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
                 "network_chi": reading.indicators.network_chi.item(),
                 "plain": both[0],
                 "full": both[1],
-                "bad_samples": reading.signals[SIGNALS.index("bad_samples")].item(),
+                "bad_samples": reading.flags[FLAGS.index("bad_samples")].item(),
             }
         )
     with Counter() as counter:  # not in the first step, which holds the self-check
@@ -148,14 +148,14 @@ def overflows(stage: int) -> dict:
     ((images, labels),) = batches(dist.get_rank(), 1, 0)
     if dist.get_rank() == dist.get_world_size() - 1:
         images[:, 0] = 6e4
-    tap.signals[SIGNALS.index("stop")] = dist.get_rank()
+    tap.flags[FLAGS.index("stop")] = dist.get_rank()
     step(engine, [(images, labels)], tap)
     first = tap.read()
     said = {
         "stage": stage,
         "skipped": first.skipped,
         "defined": {name: getattr(first.indicators, name).isfinite().any().item() for name in PER_LAYER},
-        "stop": first.signals[SIGNALS.index("stop")].item(),
+        "stop": first.flags[FLAGS.index("stop")].item(),
         "unchanged": all(torch.equal(old, new) for old, new in zip(before, parameters(engine), strict=True)),
         "scale_ratio": engine.optimizer.loss_scale / scale,
     }
@@ -243,7 +243,9 @@ def mean_squares(stage: int) -> dict:
         step(engine, data, tap)
         sums = neurons.grad_sq.clone()
         dist.all_reduce(sums)
-        seen = spread.evidence(tap.read().indicators).spread
+        reading = tap.read()
+        spread.hold_amplitudes()
+        seen = spread.evidence(reading.indicators).spread
         assert seen is not None
         said["seen"].append(seen.tolist())
         said["sums"].append(sums.tolist())
@@ -274,12 +276,12 @@ def resumes(stage: int, precision: str, **optim: Any) -> dict:
     """Whether an engine that takes over another's checkpoint makes the same next step, bit for bit."""
     engine, _, tap = make(stage, precision, **optim)
     step(engine, batches(dist.get_rank(), 1, 0), tap)
-    saved = checkpoint.gather(engine)
+    saved = EngineState(engine).state_dict()
     resumed, fresh, its_tap = make(stage, precision, **optim)
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.data.fill_(7)  # what it started from is gone
-    checkpoint.scatter(resumed, saved)
+    EngineState(resumed).load_state_dict(saved)
     for one, its_own in ((engine, tap), (resumed, its_tap)):
         step(one, batches(dist.get_rank(), 1, 1), its_own)
     pairs = zip(parameters(engine), parameters(resumed), strict=True)

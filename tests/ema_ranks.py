@@ -42,7 +42,7 @@ def step(engine, ema: Ema, index: int) -> None:
     half = engine.fp16_enabled()
     engine.backward(cross_entropy(engine(images.half() if half else images), labels))
     engine.step()
-    ema.update(index)
+    ema.after_step(index + 1)
 
 
 def whole(engine) -> dict[str, Tensor]:
@@ -81,11 +81,11 @@ def case(stage: int, precision: str) -> dict:
         average = {name: share * average[name] + (1 - share) * now for name, now in whole(engine).items()}
     checkpoint.average_buffers(engine)
     last, plain = whole(engine), answers(engine)
-    state = checkpoint.gather(engine)
+    state = checkpoint.EngineState(engine).state_dict()
     for name in sorted(average.keys() - state["parameters"].keys()):
         dist.all_reduce(average[name])
         average[name] /= dist.get_world_size()
-    saved = ema.gather()
+    saved = ema.state_dict()
     assert saved is not None
     with ema.shown():
         shown, seen = whole(engine), answers(engine)
@@ -95,11 +95,11 @@ def case(stage: int, precision: str) -> dict:
         alone = network(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(7)))
     after, again = whole(engine), answers(engine)
     resumed, its_ema = make(stage, precision, seed=1)
-    checkpoint.scatter(resumed, state)
-    its_ema.scatter(saved)
+    checkpoint.EngineState(resumed).load_state_dict(state)
+    its_ema.load_state_dict(saved)
     for one, its_own in ((engine, ema), (resumed, its_ema)):
         step(one, its_own, STEPS)
-    ours, theirs = ema.gather(), its_ema.gather()
+    ours, theirs = ema.state_dict(), its_ema.state_dict()
     assert ours is not None
     assert theirs is not None
     return {

@@ -1,36 +1,35 @@
-"""Twenty steps of training in doubles, in one plain process on the reference: losses that a change must not move.
+"""Twenty steps of the real training loop in doubles, by two ranks: numbers that a change must not move.
 
     python -m tests.golden --reason "why the numbers are others now"      writes tests/golden.json anew
 
-Nothing of it depends on the machine beyond rounding: weights come from the order's integer hash, images are
-scikit-learn's digits as they are. What it holds together is the order of samples, the network and its neurons, TET,
-label smoothing, the schedule, the optimizer, χ's control of the widths and the moving average's share.
+The launcher runs launch/train.py with train.precision=fp64, in which no kernel but the reference runs. Nothing of it
+depends on the machine beyond rounding: weights come from the order's integer hash, images are scikit-learn's digits as
+they are. What it holds together is the loader and its order, the network and its neurons, TET, label smoothing, the
+schedule, the optimizer, the all-reduce, χ's control of the widths, the moving average and the evaluation.
 """
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
+from safetensors.torch import save_file
 
-from pipeline import chi
-from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from pipeline.data.order import Order, mix
-from pipeline.ema import decay_at
-from pipeline.engine import learning_rate, optimizer_of
-from pipeline.snn import readout, sew_resnet
+from pipeline.checkpoint_files import load_newest
+from pipeline.config import ModelConfig
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import mix
+from pipeline.errors import EXIT_DONE
+from pipeline.metrics import read_journal
+from pipeline.snn import sew_resnet
+from tests.conftest import ROOT, launch
 
 FILE = Path(__file__).with_name("golden.json")
-STEPS, SAMPLES, BATCH, MICRO_BATCH = 20, 256, 32, 16
-CONFIG = Config(
-    recipe="golden",
-    data=DataConfig(image_size=8, global_batch=BATCH, micro_batch=MICRO_BATCH),
-    model=ModelConfig(neuron="plif", T=3),
-    optim=OptimConfig(lr=0.2, weight_decay=1e-3, nesterov=True, warmup_epochs=0.5),
-    train=TrainConfig(epochs=STEPS * BATCH / SAMPLES, loss="tet", tet_lambda=0.05, label_smoothing=0.1, ema_decay=0.9),
-)
+STEPS, BATCH, MICRO_BATCH, T = 20, 32, 8, 3
 
 
 def fill(network: torch.nn.Module) -> None:
@@ -43,33 +42,63 @@ def fill(network: torch.nn.Module) -> None:
                 parameter.copy_(uniform * (6 / max(6, parameter[0].numel())) ** 0.5)
 
 
-def run() -> dict[str, list[float]]:
-    """The losses of all steps; at the end the widths, and the norms of the last and the averaged weights."""
-    pixels, labels = (torch.from_numpy(array[:SAMPLES]) for array in load_digits(return_X_y=True))
-    images = (pixels / 16).view(-1, 1, 8, 8).expand(-1, 3, 8, 8)
-    network = sew_resnet.build(CONFIG.model, num_classes=10, image_size=8).double()
+def arguments(digits: Path, weights: Path, run_dir: Path) -> list[str]:
+    """The command line, with `digits` as shards and the start's `weights` as a safetensors file."""
+    epochs = (STEPS - 0.5) * BATCH / Manifest.load(digits / "train").num_samples  # the number of steps is rounded up
+    settings = {
+        "--recipe": "digits",
+        "--run_dir": run_dir,
+        "--init-from": weights,
+        "--data.path": digits,
+        "--data.image_size": 8,  # the files' own, uncropped: nothing is interpolated
+        "--data.crop_area_min": 1,
+        "--data.crop_aspect": 1,
+        "--data.global_batch": BATCH,
+        "--data.micro_batch": MICRO_BATCH,
+        "--model.neuron": "plif",
+        "--model.T": T,
+        "--chi.interval": 4,
+        "--optim.lr": 0.2,
+        "--optim.weight_decay": 1e-3,
+        "--optim.nesterov": "true",
+        "--optim.warmup_epochs": 0.1,
+        "--train.precision": "fp64",
+        "--train.zero_stage": 0,
+        "--train.epochs": epochs,
+        "--train.loss": "tet",
+        "--train.tet_lambda": 0.05,
+        "--train.label_smoothing": 0.1,
+        "--train.ema_decay": 0.9,
+        "--train.log_every": 1,
+        "--metrics.port": 0,
+    }
+    return [str(word) for pair in settings.items() for word in pair]
+
+
+def run(digits: Path, folder: Path) -> dict[str, list[float]]:
+    """Losses, rates and χ of all steps; at the end the widths, the norms of the last and the averaged weights, and the
+    evaluation's loss. Everything is left in `folder`.
+    """
+    network = sew_resnet.build(ModelConfig(arch="sew_tiny", neuron="plif", T=T), num_classes=10, image_size=8).double()
     fill(network)
-    optimizer = optimizer_of(CONFIG.optim, network)
-    pilot = chi.attach(network, optimizer, steps=STEPS, target=0.5, target_end=0.3, interval=4)
-    order, losses = Order([100, 156], seed=1, window_shards=1), []
-    average = [parameter.detach().clone() for parameter in network.parameters()]
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(CONFIG, step, SAMPLES)
-        optimizer.zero_grad()
-        total = 0.0
-        for start in range(step * BATCH, (step + 1) * BATCH, MICRO_BATCH):
-            _, numbers = order.samples(start, MICRO_BATCH)
-            loss = readout.loss(CONFIG.train, network(images[numbers]), labels[numbers]) * (MICRO_BATCH / BATCH)
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        losses.append(total)
-        share = decay_at(CONFIG.train.ema_decay, step)
-        for mean, parameter in zip(average, network.parameters(), strict=True):
-            mean.lerp_(parameter.detach(), 1 - share)
-    norms = [torch.cat([p.detach().flatten() for p in part]).norm().item() for part in (network.parameters(), average)]
-    return {"losses": losses, "widths": pilot.neurons.widths.tolist(), "norms": norms}
+    save_file(network.state_dict(), folder / "weights.safetensors")
+    ended = launch("launch/train.py", *arguments(digits, folder / "weights.safetensors", folder / "run"), ranks=2)
+    assert ended.returncode == EXIT_DONE, ended.output
+    journal = read_journal(folder / "run" / "metrics.jsonl")
+    steps = [record for record in journal if "train_loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    saved = load_newest(folder / "run")
+    assert saved is not None
+    parts = (saved[name]["parameters"] for name in ("model", "ema"))
+    return {
+        "losses": [record["train_loss"] for record in steps],
+        "coverage": [sum(record["layer_coverage_ratio"]) for record in steps],
+        "network_chi": [record["network_chi"] for record in steps],
+        "grad_norm": [record["train_grad_norm"] for record in steps],
+        "widths": steps[-1]["layer_surrogate_width"],
+        "norms": [torch.cat([tensor.flatten() for tensor in part.values()]).norm().item() for part in parts],
+        "evaluation": [record["eval_loss"] for record in journal if "eval_loss" in record],
+    }
 
 
 def main() -> None:
@@ -77,7 +106,11 @@ def main() -> None:
     parser.add_argument("--reason", required=True, help="why they change; it is kept beside them")
     reason = parser.parse_args().reason
     before = json.loads(FILE.read_text(encoding="utf-8"))["reasons"] if FILE.exists() else []
-    document = {"reasons": [*before, reason], "torch": torch.__version__, **run()}
+    with tempfile.TemporaryDirectory() as folder:
+        digits = Path(folder) / "digits"
+        subprocess.run([sys.executable, "-m", "data_prep", "digits", str(digits)], check=True, cwd=ROOT)
+        numbers = run(digits, Path(folder))
+    document = {"reasons": [*before, reason], "torch": torch.__version__, **numbers}
     FILE.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

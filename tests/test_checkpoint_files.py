@@ -9,7 +9,7 @@ import torch
 
 from pipeline import checkpoint_files
 from pipeline.checkpoint_writer import Writer
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 
 
 def saved(run_dir: Path, *steps: int, keep: int = 2) -> list[str]:
@@ -151,3 +151,27 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_and_leaves_the_one_before_it
     with pytest.raises(CheckpointError):
         beside.begin(3, {"step": 3})
     assert newest_step(tmp_path) == 1
+
+
+def test_a_checkpoint_of_the_first_format_is_read_as_one_of_todays(tmp_path):
+    width, ones = torch.tensor([0.5, 1.0], dtype=torch.float64).log(), torch.ones(2)
+    controller = {"start": width, "log_width": width, "total": torch.zeros(3, 2), "count": 3}
+    neurons = {"amplitudes": ones, "rms_targets": ones}
+    old = {"format": 1, "step": 7, "controller": controller, "neurons": neurons, "nonfinite_in_a_row": 2, "model": {}}
+    checkpoint_files.save(tmp_path, 7, old)
+    read = checkpoint_files.load_newest(tmp_path)
+    del old["format"]  # such a one had no entry of this name
+    for found in (read, checkpoint_files.converted(old, tmp_path)):
+        assert found is not None
+        widths = found.pop("widths")
+        kept = {"step": 7, "model": {}, "ema": None, "nonfinite": {"in_a_row": 2}}
+        assert found == {"format": checkpoint_files.FORMAT, **kept}
+        assert widths.keys() == {*controller, *neurons}
+        assert torch.equal(widths["log_width"], width)
+        assert torch.equal(widths["amplitudes"], ones)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path):
+    checkpoint_files.save(tmp_path, 7, {"format": checkpoint_files.FORMAT + 1, "step": 7})
+    with pytest.raises(ConfigError, match=r"step-00000007 is of format 3, and this version reads up to 2; use the"):
+        checkpoint_files.load_newest(tmp_path)

@@ -72,7 +72,7 @@ def test_chi_makes_the_host_wait_for_nothing_but_in_zero_0_whether_the_gradient_
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rates_and_signals_are_summed_over_ranks(matrix, case):
+def test_rates_and_flags_are_summed_over_ranks(matrix, case):
     for step in matrix[case]["steps"]:
         assert step["bad_samples"] == 1 + 2
         assert all(0 < rate < 1 for rate in step["firing_rate"])

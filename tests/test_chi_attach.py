@@ -11,11 +11,11 @@ from torch import nn
 
 from pipeline import chi
 from pipeline.chi.attach import feeding_layers
-from pipeline.chi.by_step import by_time_step
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import readout, sew_resnet
 from pipeline.snn.neurons import bind
+from pipeline.snn.potential import by_time_step
 
 ROOT = Path(__file__).parent.parent
 

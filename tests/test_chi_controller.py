@@ -183,7 +183,7 @@ def test_a_saved_state_goes_on_bit_for_bit():
     for step, reading in enumerate(readings):
         straight, _ = steer(config, straight, seen(reading), step / 20)
         resumed, _ = steer(config, resumed, seen(reading), step / 20)
-        resumed = ControllerState.from_dict(resumed.to_dict(), CPU)
+        resumed = ControllerState.from_state_dict(resumed.state_dict(), CPU)
     assert torch.equal(straight.log_width, resumed.log_width)
     assert torch.equal(straight.total, resumed.total)
     assert torch.equal(straight.start, resumed.start)

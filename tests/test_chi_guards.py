@@ -9,6 +9,7 @@ import torch
 from pipeline.chi.controller import start, steer
 from pipeline.chi.guards import findings, record_of, replay
 from pipeline.chi.policies import Evidence
+from pipeline.chi.widths import Decision
 from pipeline.config import ChiConfig
 
 
@@ -19,7 +20,7 @@ def journal_of(config: ChiConfig, state, evidence, num_steps: int) -> list[dict]
         progress = step / num_steps
         state, decision = steer(config, state, evidence(state.widths.double()), progress)
         if decision is not None:
-            records.append({"step": step, **record_of(decision, state.log_width, progress)})
+            records.append({"step": step, **record_of(Decision(decision, state.log_width, progress))})
         records.append({"step": step, "train_loss": 1.0})
     return json.loads(json.dumps(records, allow_nan=True).replace("NaN", "null"))
 

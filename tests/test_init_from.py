@@ -55,7 +55,7 @@ def written(form: str, net: nn.Module, folder: Path, widths: torch.Tensor | None
         parts = {"parameters": dict(net.named_parameters()), "buffers": dict(net.named_buffers())}
         state = {"step": 7, "model": {**parts, "optimizer": {}, "updates": {}}}
         if widths is not None:
-            state |= {"controller": start(widths).to_dict(), "config": config("").to_dict()}
+            state |= {"widths": start(widths).state_dict(), "config": config("").to_dict()}
         step = checkpoint_files.save(folder, 7, state)
         path = {"run": folder, "checkpoint": step, "state": step / "state.pt"}[form]
     return path

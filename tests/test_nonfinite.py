@@ -20,7 +20,13 @@ def reading(*, skipped: bool, nonfinite: str = "") -> Reading:
     indicators = Indicators(**dict.fromkeys(PER_LAYER, torch.ones(1)), network_chi=torch.ones(()))
     nothing = torch.zeros(())
     return Reading(
-        indicators=indicators, loss=nothing, correct=nothing, signals=nothing, skipped=skipped, nonfinite=nonfinite
+        indicators=indicators,
+        loss=nothing,
+        correct=nothing,
+        flags=nothing,
+        widths=torch.ones(1),
+        skipped=skipped,
+        nonfinite=nonfinite,
     )
 
 
@@ -39,7 +45,7 @@ def test_an_overflow_in_the_forward_pass_leaves_the_running_statistics_as_they_s
     norm = nn.BatchNorm2d(3)
     mean = norm.running_mean
     assert mean is not None
-    judge = begin(norm, skips=0, fp16=True, in_a_row=0)
+    judge = begin(norm, skips=0, fp16=True)
     mean.fill_(0.25)  # as a save does, which averages them over the ranks
     judge.begin()
     norm(torch.ones(2, 3, 4, 4))
@@ -53,9 +59,10 @@ def test_an_overflow_in_the_forward_pass_leaves_the_running_statistics_as_they_s
 
 
 def test_a_resumed_run_goes_on_counting_the_steps_that_it_skipped(begin):
-    judge = begin(nn.BatchNorm2d(3), skips=2, fp16=False, in_a_row=1)
+    judge = begin(nn.BatchNorm2d(3), skips=2, fp16=False)
+    judge.load_state_dict({"in_a_row": 1})
     skipped = judge.judge(8, reading(skipped=True, nonfinite=BROKEN))
     assert skipped.line.endswith("skipped, 2 of 2 in a row")
-    assert judge.in_a_row == 2
+    assert judge.state_dict() == {"in_a_row": 2}
     with pytest.raises(NonFiniteError, match=r"^step 9: .*, the last of 3 such steps in a row; no update"):
         judge.judge(9, reading(skipped=True, nonfinite=BROKEN))

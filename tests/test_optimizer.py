@@ -8,8 +8,9 @@ from torch import nn
 
 from launch.options import parse
 from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from pipeline.engine import learning_rate, optimizer_of, parameter_groups
+from pipeline.engine import optimizer_of, parameter_groups
 from pipeline.errors import ConfigError
+from pipeline.schedule import Schedule
 from pipeline.snn import sew_resnet
 
 SAMPLES, STEPS_AN_EPOCH = 1280, 10
@@ -22,7 +23,8 @@ def rates(epochs: float, samples: int = SAMPLES, **optim) -> list[float]:
         optim=OptimConfig(lr=0.8, **optim),
         train=TrainConfig(epochs=epochs),
     )
-    return [learning_rate(config, step, samples) for step in range(config.num_steps(samples))]
+    schedule = Schedule(config, samples)
+    return [schedule.learning_rate(step) for step in range(1, schedule.num_steps + 1)]
 
 
 def test_cosine_falls_from_the_peak_to_nothing():

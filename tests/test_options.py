@@ -19,6 +19,7 @@ from launch.train import main as train
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_USAGE, ConfigError
+from pipeline.schedule import Schedule
 from pipeline.snn.archs import ARCHS
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +181,7 @@ def test_an_evaluation_is_due_once_the_samples_of_its_epochs_are_used():
         data = dataclasses.replace(digits.data, global_batch=batch, micro_batch=1)
         train = dataclasses.replace(digits.train, eval_every_epochs=every)
         config = dataclasses.replace(digits, data=data, train=train)
-        return [step for step in range(1, steps + 1) if config.evaluates_after(step, samples)]
+        return [step for step in range(1, steps + 1) if Schedule(config, samples).evaluates(step)]
 
     assert due(1, batch=30, samples=100, steps=14) == [4, 7, 10, 14]
     assert due(0.1, batch=10, samples=100, steps=3) == [1, 2, 3]

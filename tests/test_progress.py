@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 
 from launch.options import parse
 from pipeline.chi.allreduce import Reading
-from pipeline.chi.controller import start
 from pipeline.chi.indicator import PER_LAYER, Indicators
 from pipeline.data.loader import Figures
 from pipeline.exporter import FOLDER_VARIABLE
 from pipeline.metrics import COLUMNS, coloured, progress_line, read_journal
-from pipeline.progress import Progress, Step
+from pipeline.progress import Progress
 from pipeline.rank_log import Tee
 from pipeline.rank_metrics import RankMetrics
 
@@ -36,7 +35,16 @@ def begin(tmp_path, monkeypatch):
         exporter = RankMetrics(
             config, rank=0, local_rank=0, world_size=1, layers=LAYERS, num_steps=100, identity="0" * 64
         )
-        return Progress(config, rank=0, num_samples=426, step=step, layers=LAYERS, exporter=exporter)  # 100 steps
+        return Progress(
+            config,
+            rank=0,
+            num_samples=426,  # 100 steps
+            step=step,
+            layers=LAYERS,
+            figures=lambda: Figures(0.0, 0, 0, {}, 16),
+            loss_scale=lambda: None,
+            exporter=exporter,
+        )
 
     return after
 
@@ -45,24 +53,24 @@ def journal(folder: Path) -> list[dict]:
     return read_journal(folder / "metrics.jsonl")
 
 
-def step(number: int, correct: int = 64, nonfinite: str = "") -> Step:
+def reading(correct: int = 64, nonfinite: str = "") -> Reading:
     halves = {name: torch.full((2,), 0.5, dtype=torch.float64) for name in PER_LAYER}
-    reading = Reading(
+    return Reading(
         indicators=Indicators(**halves, network_chi=torch.tensor(1.0)),
         loss=torch.tensor(2.0),
         correct=torch.tensor(correct),
-        signals=torch.zeros(3),
+        flags=torch.zeros(3),
+        widths=torch.ones(2),
         skipped=bool(nonfinite),
         nonfinite=nonfinite,
     )
-    return Step(number, reading, torch.ones(2), 0.1, None, Figures(0.0, 0, 0, {}, 16))
 
 
 def test_a_run_that_begins_anew_begins_an_empty_journal(begin, tmp_path):
     """It was killed before its first checkpoint."""
     for _ in range(2):
         progress = begin(0)
-        progress.began(start(torch.ones(2)))
+        progress.began(torch.zeros(2))
         progress.close()
     assert journal(tmp_path) == [{"step": 0, "decision_log_width": [0.0, 0.0]}]
 
@@ -79,7 +87,7 @@ def test_the_last_evaluation_is_written_once(begin, tmp_path):
 def test_an_end_between_two_logged_steps_shows_the_last_save_and_all_steps(begin, tmp_path):
     progress = begin(0)
     for number in range(1, 8):
-        progress.step(step(number))
+        progress.step(number, reading(), None, 0.1)
     progress.saved(7, 1.5)
     progress.close()
     shown = json.loads((tmp_path / "rank-0.json").read_text())
@@ -92,13 +100,13 @@ def test_an_end_between_two_logged_steps_shows_the_last_save_and_all_steps(begin
 def test_the_accuracy_is_of_all_samples_since_the_last_line_and_the_epoch_is_shown(begin, tmp_path, capsys):
     progress = begin(0)
     for number in range(1, 11):
-        progress.step(step(number, correct=number))
-    progress.step(step(11, correct=128))
-    progress.step(step(12, correct=100, nonfinite="the loss"))  # its logits say nothing
+        progress.step(number, reading(correct=number), None, 0.1)
+    progress.step(11, reading(correct=128), None, 0.1)
+    progress.step(12, reading(correct=100, nonfinite="the loss"), None, 0.1)  # its logits say nothing
     for number in (13, 14, 15):
-        progress.step(step(number, correct=128))
+        progress.step(number, reading(correct=128), None, 0.1)
     progress.close()
-    shares = [record["train_accuracy_ratio"] for record in journal(tmp_path)]
+    shares = [record["train_accuracy_ratio"] for record in journal(tmp_path) if "train_loss" in record]
     assert shares == [(1 + 2 + 3 + 4 + 5) / (5 * 128), (6 + 7 + 8 + 9 + 10) / (5 * 128), 1.0]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [re.findall(r"epoch +(\S+) .* acc +(\S+) ", line) for line in lines] == [
@@ -111,9 +119,9 @@ def test_the_accuracy_is_of_all_samples_since_the_last_line_and_the_epoch_is_sho
 def test_where_no_step_since_the_last_line_was_finite_there_is_no_accuracy(begin, tmp_path, capsys):
     progress = begin(0)
     for number in range(1, 6):
-        progress.step(step(number, nonfinite="the loss"))
+        progress.step(number, reading(nonfinite="the loss"), None, 0.1)
     progress.close()
-    assert [record["train_accuracy_ratio"] for record in journal(tmp_path)] == [None]
+    assert [record["train_accuracy_ratio"] for record in journal(tmp_path) if "train_loss" in record] == [None]
     assert "acc  nan%" in capsys.readouterr().out
 
 
@@ -123,7 +131,7 @@ def test_the_sums_of_steps_that_are_not_logged_stay_on_the_device(begin, monkeyp
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the host waits"))
     for number in range(1, 5):
-        progress.step(step(number))
+        progress.step(number, reading(), None, 0.1)
 
 
 NUMBER = st.floats(allow_nan=True, allow_infinity=True)

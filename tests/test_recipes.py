@@ -12,7 +12,7 @@ from launch.recipes import RECIPES
 from pipeline import cores
 from pipeline.config import ModelConfig, OptimConfig
 from pipeline.deepspeed_settings import deepspeed_settings
-from pipeline.engine import learning_rate
+from pipeline.schedule import Schedule
 from pipeline.snn import sew_resnet
 
 GPUS = {"digits": 8, "cifar10": 4, "tiny_imagenet": 4}
@@ -38,7 +38,7 @@ def test_a_recipe_resolves_and_its_network_builds(name):
 
 def test_the_digits_are_validated_a_few_times_on_the_way():
     config = parse(["--recipe", "digits"])
-    due = [step for step in range(1, config.num_steps(1438)) if config.evaluates_after(step, 1438)]
+    due = [step for step in range(1, config.num_steps(1438)) if Schedule(config, 1438).evaluates(step)]
     assert 3 <= len(due) <= 5
 
 
@@ -83,7 +83,7 @@ def test_the_baseline_is_the_published_recipe():
     for epoch in (0, 1, 160, 319):
         step = math.ceil(epoch * samples / 256)
         wanted = 0.05 * (1 + math.cos(math.pi * epoch / 320))
-        assert learning_rate(config, step, samples) == pytest.approx(wanted, rel=1e-3)
+        assert Schedule(config, samples).learning_rate(step + 1) == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize(

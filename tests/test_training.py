@@ -51,8 +51,8 @@ def assert_same_result(run_dir: Path, straight: Finished) -> None:
     # A save averages the running statistics over ranks: with one save more, as before a stop, they round otherwise.
     for name, value in theirs["ema"]["buffers"].items():
         torch.testing.assert_close(ours["ema"]["buffers"][name], value, rtol=1e-5, atol=1e-6)
-    assert torch.equal(ours["controller"]["log_width"], theirs["controller"]["log_width"])
-    assert torch.unique(ours["controller"]["log_width"]).numel() > 1, "the widths were steered"
+    assert torch.equal(ours["widths"]["log_width"], theirs["widths"]["log_width"])
+    assert torch.unique(ours["widths"]["log_width"]).numel() > 1, "the widths were steered"
 
 
 def test_the_metrics_port_serves_what_prometheus_reads(straight):
@@ -88,7 +88,7 @@ def test_the_widths_follow_from_the_journal_alone(straight):
     assert done.returncode == EXIT_DONE, done.stdout + done.stderr
     last = load_newest(straight.run_dir)
     assert last is not None
-    widths = " ".join(f"{width:.4f}" for width in last["controller"]["log_width"].exp().tolist())
+    widths = " ".join(f"{width:.4f}" for width in last["widths"]["log_width"].exp().tolist())
     lines = done.stdout.splitlines()
     made = len(decisions(straight.run_dir)) - 1
     assert lines[-2].endswith(widths)
@@ -195,6 +195,37 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
     assert ours[11] == pytest.approx(theirs[11], rel=1e-6)
 
 
+def test_potentials_are_looked_at_before_each_decision_and_after_a_resume(digits, tmp_path):
+    """ds_atgo's widths and the amplitudes of scale rms, through the loop; step 3 lies between two decisions."""
+    run_dir = tmp_path / "run"
+    settings = {
+        "--chi.policy": "ds_atgo",
+        "--chi.calibrate": "false",
+        "--model.scale": "rms",
+        "--train.epochs": 5.5 * 128 / Manifest.load(digits / "train").num_samples,
+        "--train.checkpoint_every": 3,
+    }
+    words = [*arguments(digits, run_dir), *(str(word) for pair in settings.items() for word in pair)]
+    done = launch("launch/train.py", *words, ranks=1)
+    assert done.returncode == EXIT_DONE, done.output
+    made = decisions(run_dir)[1:]
+    assert [record["step"] for record in made] == [2, 4, 6]
+    spreads = [record["decision_spread"] for record in made]
+    assert all(0.2 < spread < 5 for layers in spreads for spread in layers), "root mean squares of h - v_th = -1 ± 1"
+    first = load_newest(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
+    (run_dir / "summary.json").unlink()
+    again = launch("launch/train.py", *words, ranks=1)
+    assert again.returncode == EXIT_DONE, again.output
+    assert "resumed from the checkpoint after step 3" in again.output
+    assert decisions(run_dir)[1:] == made
+    second = load_newest(run_dir)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first["widths"]["amplitudes"], second["widths"]["amplitudes"])
+    assert not torch.all(first["widths"]["amplitudes"] == 1)
+
+
 def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(digits, tmp_path):
     run_dir = tmp_path / "run"
     process = start("launch/train.py", *arguments(digits, run_dir))
@@ -229,10 +260,10 @@ def test_a_run_starts_from_the_weights_of_another(digits, straight, tmp_path):
     assert theirs is not None
     given, taken = theirs["ema"]["parameters"], ours["model"]["parameters"]
     total = len(given) + len(ours["model"]["buffers"])
-    last = theirs["controller"]["log_width"].exp()
+    last = theirs["widths"]["log_width"].exp()
     said = f"widths {last.min():.3g} to {last.max():.3g}, with which that run ended, and chi.calibrate is left out\n"
     assert done.output.count(f"init_from: {total} of {total} tensors from {straight.run_dir}; {said}") == 1
-    torch.testing.assert_close(ours["controller"]["start"], theirs["controller"]["log_width"])
+    torch.testing.assert_close(ours["widths"]["start"], theirs["widths"]["log_width"])
     for name, tensor in given.items():
         assert torch.allclose(taken[name], tensor, rtol=0, atol=1e-9), name
     assert {slot: of.keys() for slot, of in ours["model"]["optimizer"].items()} == {

@@ -35,15 +35,25 @@ class Reading:
     """Mean over the global batch."""
     correct: Tensor
     """Samples of the global batch that were classified correctly."""
-    signals: Tensor
-    """`(len(SIGNALS),)` int64, summed over ranks."""
+    flags: Tensor
+    """`(len(FLAGS),)` int64, summed over ranks."""
+    widths: Tensor
+    """`(L,)` fp32, w that the step was taken with."""
     skipped: bool
     """No parameter changed: the fp16 gradient overflowed, so that the loss scale was lowered; or see `nonfinite`."""
     nonfinite: str = ""
     """What was not finite, for a message, where it was not such an overflow; only of a tap that skips."""
+    samples: tuple[str, ...] = ()
+    """Names of those in which something was not finite, as far as that is known."""
+
+    @property
+    def measured(self) -> Indicators | None:
+        """The indicators of a step that made an update, else None."""
+        return None if self.skipped else self.indicators
 
 
-SIGNALS = ("stop", "bad_samples", "unsaved")
+FLAGS = ("stop", "bad_samples", "unsaved")
+"""What the ranks tell each other with every step: a stop is asked for, samples were bad, a checkpoint was not saved."""
 
 
 class Tap:
@@ -81,8 +91,8 @@ class Tap:
         watched = Watched(engine.module, [layer.weight for layer in self._layers])
         self._num_parameters = int(watched.numel.sum())
         self._weights = watched.numel[watched.layers]
-        self.signals = torch.zeros(len(SIGNALS), dtype=torch.int64, device=watched.device)
-        """This rank's share of `SIGNALS`, sent with every step."""
+        self.flags = torch.zeros(len(FLAGS), dtype=torch.int64, device=watched.device)
+        """This rank's share of `FLAGS`, sent with every step."""
         self._loss = torch.zeros((), device=watched.device)
         self._correct = torch.zeros(1, dtype=torch.int64, device=watched.device)
         self._micro_batches = 0
@@ -117,7 +127,7 @@ class Tap:
         """The step's reading; starts the next step's counters at zero."""
         total = self._carrier.after_step()
         num_layers = len(self._layers)
-        spikes, covered, (correct, *_) = total.counts.split([num_layers, num_layers, 1 + len(SIGNALS)])
+        spikes, covered, (correct, *_) = total.counts.split([num_layers, num_layers, 1 + len(FLAGS)])
         neuron_steps = self._neuron_steps([layer.neuron.neuron_steps for layer in self._layers])
         neuron_steps = (neuron_steps * self._micro_batches * self._world_size).double()
         reading = Reading(
@@ -132,7 +142,8 @@ class Tap:
             ),
             loss=total.floats[0] / (self._micro_batches * self._world_size),
             correct=correct,
-            signals=total.counts[-len(SIGNALS) :],
+            flags=total.counts[-len(FLAGS) :],
+            widths=self._neurons.widths.clone(),
             skipped=total.skipped,
             nonfinite=total.nonfinite,
         )
@@ -145,7 +156,7 @@ class Tap:
         return reading
 
     def _share(self) -> Share:
-        counts = (self._neurons.spikes, self._neurons.covered, self._correct, self.signals)
+        counts = (self._neurons.spikes, self._neurons.covered, self._correct, self.flags)
         floats = self._loss.view(1)
         floats = floats if self._spread is None else torch.cat((floats, self._spread.share()))
         return Share(counts=torch.cat(counts), floats=floats)

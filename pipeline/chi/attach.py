@@ -13,13 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.chi import controller
-from pipeline.chi.calibrate import calibrated_widths
-from pipeline.chi.controller import ControllerState
 from pipeline.chi.host import Constants
 from pipeline.chi.indicator import Indicators, gradient_sums, indicators
 from pipeline.chi.limbs import pack, unpack
-from pipeline.chi.spread import Spread
+from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError
 from pipeline.snn.neurons import NeuronState, bind
@@ -42,12 +39,11 @@ class Pilot:
         """The spiking layers with the weights that feed them, in forward order."""
         self.indicators: Indicators | None = None
         """What the last step measured."""
-        self.controller: ControllerState = controller.start(self.neurons.widths)
+        self.widths = Widths(config, self.layers, self.neurons)
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         numbers = [layer.weight.numel() for layer in self.layers]
         self._weights = torch.tensor(numbers, device=self.neurons.widths.device)
         self._counted = Constants(self.neurons.widths.device)
-        self._spread = Spread(config, self.layers, self.neurons)
         self._reduced: Tensor | None = None
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         if isinstance(model, DistributedDataParallel):
@@ -59,25 +55,17 @@ class Pilot:
         if self.config.policy != "chi" or self.config.indicator != "coverage":
             raise ConfigError("chi.attach: calibrate() sets coverage to its target; use it with policy chi, indicator "
                               "coverage")  # fmt: skip
-        targets = controller.targets_at(self.config, 0.0, self.controller.log_width)
-        widths = calibrated_widths(self._network, images, self.neurons, targets)
-        if self._is_reduced:
-            dist.broadcast(widths, 0)
-        widths.clamp_(self.config.width_min, self.config.width_max)
-        self.controller = controller.start(widths)
-        self.neurons.widths.copy_(self.controller.widths)
+        agree = (lambda widths: dist.broadcast(widths, 0)) if self._is_reduced else None
+        self.widths.calibrate(self._network, images, agree)
 
     def state_dict(self) -> dict:
         """What a checkpoint of the script has to hold, for `load_state_dict`."""
-        return {"controller": self.controller.to_dict(), "neurons": self.neurons.to_dict(), "step": self.step}
+        return {"widths": self.widths.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from another pilot's `state_dict()`: same widths, same next decision."""
-        self.controller = ControllerState.from_dict(state["controller"], self.neurons.widths.device)
-        self.neurons.load(state["neurons"])
+        self.widths.load_state_dict(state["widths"] if "widths" in state else state["controller"] | state["neurons"])
         self.step = int(state["step"])
-        self.neurons.widths.copy_(self.controller.widths)
-        self._spread.prepare(self.controller.count)
 
     def detach(self) -> None:
         """Stop measuring and steering; the widths stay. A DDP model keeps its hook, which then does no more."""
@@ -86,7 +74,7 @@ class Pilot:
 
     @torch.no_grad()
     def _before_step(self, *_) -> None:
-        counts, floats, num_ranks = self._counts(), self._spread.share(), 1
+        counts, floats, num_ranks = self._counts(), self.widths.stats.share(), 1
         if self._is_reduced:
             if self._reduced is None:
                 raise RuntimeError("chi.attach: the optimizer steps on a gradient that DDP has not reduced; leave one "
@@ -106,7 +94,7 @@ class Pilot:
             covered=covered if all(neuron.rule.bounded for neuron in self.neurons.neurons) else None,
             neuron_steps=neuron_steps,
         )
-        self._spread.take(floats.double(), num_ranks=num_ranks, neuron_steps=neuron_steps)
+        self.widths.stats.take(floats.double(), num_ranks=num_ranks, neuron_steps=neuron_steps)
         self._steer()
         self.neurons.zero_counts()
         self._reduced = None
@@ -114,11 +102,7 @@ class Pilot:
     def _steer(self) -> None:
         self.step += 1
         assert self.indicators is not None
-        evidence = self._spread.evidence(self.indicators)
-        progress = min(1.0, self.step / self.num_steps)
-        self.controller, _ = controller.steer(self.config, self.controller, evidence, progress)
-        self.neurons.widths.copy_(self.controller.widths)
-        self._spread.prepare(self.controller.count)
+        self.widths.step(self.indicators, min(1.0, self.step / self.num_steps))
 
     # Under DDP: what this rank counted goes along with the last bucket.
 
@@ -130,7 +114,7 @@ class Pilot:
         gradient = bucket.buffer().div_(dist.get_world_size())
         if not (bucket.is_last() and self._is_reduced):
             return summed(gradient).then(lambda done: done.value()[0])
-        tail = torch.cat((pack(self._counts()), self._spread.share()))
+        tail = torch.cat((pack(self._counts()), self.widths.stats.share()))
         size = gradient.numel()
         if gradient.dtype not in (torch.float32, torch.float64):
             # Counts would be rounded in a half-precision bucket: here, and only here, they travel by themselves.

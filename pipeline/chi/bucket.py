@@ -3,7 +3,7 @@
 DeepSpeed flattens all gradients into one fp32 bucket and reduces it once per optimizer step, in `allreduce_bucket` of
 the engine (ZeRO-0) or of its optimizer (ZeRO-1). The carrier replaces that method on the instance:
 
-    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers: spikes, covered neuron-steps, signals; and
+    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers: spikes, covered neuron-steps, flags; and
                                       the loss, with ds_atgo and scale rms 4 bytes a layer more
        ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 24 bytes a layer
     reduced g_0 | g_1 | …  → gradient_sums, the same on every rank
@@ -100,14 +100,15 @@ class BucketCarrier:
 
     def _counted(self, reduce: Callable[..., Tensor], layout: Callable, averages: bool) -> Callable[..., Tensor]:
         def allreduce_bucket(bucket: list[Tensor], *args, **kwargs) -> Tensor:
-            if bucket[0].dtype != torch.float32 or kwargs.get("rank") is not None:
-                raise TapError(f"a {bucket[0].dtype} bucket was reduced; χ needs one fp32 all-reduce of all gradients")
+            if bucket[0].dtype not in (torch.float32, torch.float64) or kwargs.get("rank") is not None:
+                raise TapError(f"a {bucket[0].dtype} bucket was reduced; χ needs one of all gradients, in fp32 or fp64")
             owned = layout(bucket)
             if self._tail is not None:
                 reduced = reduce(bucket, *args, **kwargs)
             else:
                 share = self._share()
-                tail, self._num_floats = torch.cat((pack(share.counts), share.floats)), share.floats.numel()
+                tail = torch.cat((pack(share.counts), share.floats)).to(bucket[0].dtype)
+                self._num_floats = share.floats.numel()
                 flat = reduce([*bucket, tail], *args, **kwargs)
                 reduced = flat[: -tail.numel()]
                 # A copy: the flat bucket is DeepSpeed's, and is freed or reused after the step.

@@ -48,12 +48,12 @@ class ControllerState:
         """`(L,)` float32, w_ℓ."""
         return self.log_width.exp().float()
 
-    def to_dict(self) -> dict:
+    def state_dict(self) -> dict:
         tensors = {name: getattr(self, name).cpu() for name in ("start", "log_width", "total")}
         return {**tensors, "count": self.count}
 
     @classmethod
-    def from_dict(cls, state: dict, device: torch.device) -> "ControllerState":
+    def from_state_dict(cls, state: dict, device: torch.device) -> "ControllerState":
         tensors = {name: state[name].to(device) for name in ("start", "log_width", "total")}
         return cls(**tensors, count=int(state["count"]))
 

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.chi.controller import decide, starved
 from pipeline.chi.policies import Evidence
+from pipeline.chi.widths import Decision
 from pipeline.config import ChiConfig
 
 LOOK_BACK = 20
@@ -21,16 +22,16 @@ MOVED, ANSWERED = math.log(2), 0.02
 """A width that moved by this much of ln w must have moved its indicator by this much."""
 
 
-def record_of(decision: Evidence, log_width: torch.Tensor, progress: float) -> dict:
+def record_of(decision: Decision) -> dict:
     """A decision as journal fields; reads the device."""
-    spread = decision.spread
+    evidence = decision.evidence
     return {
-        "decision_progress": progress,
-        "decision_indicator": decision.indicator.tolist(),
-        "decision_coverage": decision.coverage.tolist(),
-        "decision_firing_rate": decision.firing_rate.tolist(),
-        "decision_spread": None if spread is None else spread.tolist(),
-        "decision_log_width": log_width.tolist(),
+        "decision_progress": decision.progress,
+        "decision_indicator": evidence.indicator.tolist(),
+        "decision_coverage": evidence.coverage.tolist(),
+        "decision_firing_rate": evidence.firing_rate.tolist(),
+        "decision_spread": None if evidence.spread is None else evidence.spread.tolist(),
+        "decision_log_width": decision.log_width.tolist(),
     }
 
 

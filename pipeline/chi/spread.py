@@ -28,6 +28,7 @@ class Spread:
         self._looks = config.policy == "ds_atgo"
         self._rms = any(neuron.rule.scale == "rms" for neuron in neurons.neurons)
         self._mean: Tensor | None = None
+        self._grad_sq: tuple[Tensor, Tensor] | None = None
         if config.policy == "mpd_agl":
             for layer in layers:
                 if layer.norm is None:
@@ -66,7 +67,7 @@ class Spread:
         return torch.cat(parts).float()
 
     def take(self, summed: Tensor, *, num_ranks: int, neuron_steps: Tensor) -> None:
-        """The sum of `share()` over ranks, for the next `evidence`; amplitudes of scale rms follow it at once.
+        """The sum of `share()` over ranks, for the next `hold_amplitudes` and `evidence`.
 
         Args:
             summed: float64, as long as `share()`.
@@ -76,7 +77,13 @@ class Spread:
         if self._looks:
             self._mean = summed[: len(self._layers)] / num_ranks
         if self._rms:
-            self._neurons.hold_rms(summed[-len(self._layers) :], neuron_steps)
+            self._grad_sq = (summed[-len(self._layers) :], neuron_steps)
+
+    def hold_amplitudes(self) -> None:
+        """The amplitudes of scale rms follow what was taken."""
+        if self._grad_sq is not None:
+            self._neurons.hold_rms(*self._grad_sq)
+            self._grad_sq = None
 
     @torch.no_grad()
     def evidence(self, indicators: Indicators) -> Evidence:

@@ -224,14 +224,14 @@ class NeuronState:
         for neuron in self.neurons:
             neuron.counted = 0
 
-    def to_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint has to hold of it, on the CPU; the widths are the controller's."""
         return {name: getattr(self, name).to("cpu", copy=True) for name in ("amplitudes", "rms_targets")}
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from another's `to_dict()`."""
-        for name, tensor in state.items():
-            getattr(self, name).copy_(tensor)
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from another's `state_dict()`, which may stand among other entries."""
+        for name in ("amplitudes", "rms_targets"):
+            getattr(self, name).copy_(state[name])
 
     def hold_rms(self, grad_sq: torch.Tensor, neuron_steps: torch.Tensor) -> None:
         """Set the amplitudes so that E[g^2] stays what it was at the first call; layers with scale rms only.

@@ -5,7 +5,7 @@ The kernels never write h to memory; who wants its distribution sets a neuron's 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,13 +13,25 @@ from torch.nn import functional
 
 from pipeline.snn.kernels import reference
 
-if TYPE_CHECKING:
-    from pipeline.snn.foreign import Surrogate
-    from pipeline.snn.neurons import Neuron
+
+class Probed(Protocol):
+    """A spiking layer's neurons, or the surrogate of another library's: shows u to `probe` while that is not None."""
+
+    probe: Callable[[torch.Tensor], None] | None
+
+
+class Layers(Protocol):
+    """The part of `snn.neurons.NeuronState` that is read here."""
+
+    @property
+    def neurons(self) -> Sequence[Probed]: ...
+
+    @property
+    def widths(self) -> torch.Tensor: ...
 
 
 @contextmanager
-def probed(neurons: "Sequence[Neuron | Surrogate]", see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+def probed(neurons: Sequence[Probed], see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """While the block runs, `see(layer, u)` gets u = h - v_th of every layer and step, fp32 (fp64 for fp64)."""
 
     def of(layer: int) -> Callable[[torch.Tensor], None]:
@@ -60,3 +72,21 @@ def normalised(y: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
         return functional.batch_norm(
             y.to(reference.potential_dtype(y)), *running, bn.weight, bn.bias, training=bn.training, eps=bn.eps
         )
+
+
+@torch.no_grad()
+def by_time_step(network: nn.Module, images: torch.Tensor, layers: Layers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coverage and firing rate `(L, T)` of one forward pass of `images`, at the present widths.
+
+    The network's mode decides how its batch normalisation works; in training mode its running statistics move.
+    """
+    coverage: list[list[torch.Tensor]] = [[] for _ in layers.neurons]
+    rate: list[list[torch.Tensor]] = [[] for _ in layers.neurons]
+
+    def see(layer: int, u: torch.Tensor) -> None:
+        coverage[layer].append((u.abs() < layers.widths[layer]).double().mean())
+        rate[layer].append((u >= 0).double().mean())
+
+    with probed(layers.neurons, see):
+        network(images)
+    return tuple(torch.stack([torch.stack(steps) for steps in table]) for table in (coverage, rate))  # pyright: ignore

@@ -1,0 +1,127 @@
+"""The width of every layer's surrogate, from its first value to the one that the next step uses. Set here alone.
+
+    start      the configuration's, or calibrated on a batch, or another run's
+    step       what the step measured → controller.py → the vector that the kernels read
+
+With them go the amplitudes of `model.scale=rms`, which follow the widths, and what a decision needs beside the
+indicators (potential_stats.py).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.chi import controller
+from pipeline.chi.controller import ControllerState
+from pipeline.chi.indicator import Indicators
+from pipeline.chi.policies import Evidence
+from pipeline.chi.spread import Spread
+from pipeline.config import ChiConfig
+from pipeline.snn.neurons import NeuronState
+from pipeline.snn.potential import probed
+from pipeline.snn.sew_resnet import SpikingLayer
+
+CALIBRATION_SAMPLES = 1 << 20
+"""Neuron-steps of a layer that a calibration's quantile is taken over, at most."""
+
+
+class Decision(NamedTuple):
+    """What one decision saw and did."""
+
+    evidence: Evidence
+    """Means over the steps since the last decision."""
+    log_width: Tensor
+    """`(L,)` float64, ln w that came of it."""
+    progress: float
+    """Where in the run it was made, in [0, 1]."""
+
+
+class Widths:
+    """Sets `neurons.widths` and `neurons.amplitudes`; nothing else does.
+
+    Args:
+        config: policy, indicator, targets and limits.
+        layers: the network's spiking layers, in forward order.
+        neurons: the vectors of these layers (`snn.neurons.bind`), with the widths to start from.
+    """
+
+    def __init__(self, config: ChiConfig, layers: Sequence[SpikingLayer], neurons: NeuronState) -> None:
+        self.config, self.neurons = config, neurons
+        self.stats = Spread(config, list(layers), neurons)
+        """What the policy and the surrogate's scale need beside the indicators; the tap sends it along."""
+        self.controller: ControllerState = controller.start(neurons.widths)
+
+    def start_from(self, widths: Tensor) -> None:
+        """Before the first step: other first widths `(L,)`, as another run's."""
+        self.controller = controller.start(widths)
+        self._apply()
+
+    def calibrate(self, network: nn.Module, images: Tensor, agree: Callable[[Tensor], object] | None = None) -> None:
+        """Before the first step: widths that put the coverage of a batch at the target, layer by layer.
+
+        Args:
+            network: is left as it was: its batch statistics, its mode, its counters at zero.
+            images: one batch.
+            agree: makes the widths `(L,)` the same on every rank, in place.
+        """
+        targets = controller.targets_at(self.config, 0.0, self.controller.log_width)
+        widths = _quantiles(network, images, self.neurons, targets)
+        if agree is not None:
+            agree(widths)
+        self.start_from(widths.clamp(self.config.width_min, self.config.width_max))
+
+    def step(self, indicators: Indicators | None, progress: float) -> Decision | None:
+        """After every step: takes in what it measured, None where its update was skipped; sets the next step's widths.
+
+        Args:
+            indicators: the same on every rank.
+            progress: where in the run the step ends, in [0, 1].
+
+        Returns:
+            The decision, on the steps that make one.
+        """
+        self.stats.hold_amplitudes()
+        evidence = None if indicators is None else self.stats.evidence(indicators)
+        self.controller, mean = controller.steer(self.config, self.controller, evidence, progress)
+        self._apply()
+        return None if mean is None else Decision(mean, self.controller.log_width, progress)
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds of it, on the CPU."""
+        return {**self.controller.state_dict(), **self.neurons.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from another's `state_dict()`: same widths, same next decision."""
+        self.controller = ControllerState.from_state_dict(state, self.neurons.widths.device)
+        self.neurons.load_state_dict(state)
+        self._apply()
+
+    def _apply(self) -> None:
+        self.neurons.widths.copy_(self.controller.widths)
+        self.stats.prepare(self.controller.count)
+
+
+@torch.no_grad()
+def _quantiles(network: nn.Module, images: Tensor, neurons: NeuronState, targets: Tensor) -> Tensor:
+    """w `(L,)` fp32, the `targets[ℓ]`-quantile of |h - v_th| in layer ℓ over one forward pass of `images`."""
+    seen: list[list[Tensor]] = [[] for _ in targets]
+    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    training = network.training
+    try:
+        with probed(neurons.neurons, lambda layer, u: seen[layer].append(u.abs().flatten())):
+            network.train()  # a DeepSpeed engine's returns None
+            network(images)
+    finally:
+        network.train(training)
+        for name, buffer in network.named_buffers():
+            buffer.copy_(kept[name])
+        neurons.zero_counts()
+    widths = []
+    for steps, target in zip(seen, targets.tolist(), strict=True):
+        distances = torch.cat(steps)
+        thinned = distances[:: -(-len(distances) // CALIBRATION_SAMPLES)]
+        rank = max(1, round(target * len(thinned)))
+        widths.append(thinned.kthvalue(rank).values)
+    return torch.stack(widths).float()
