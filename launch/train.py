@@ -17,7 +17,7 @@ from pathlib import Path
 from launch.options import command
 from pipeline import exporter, rank_log, run_folder, run_lock, trackers
 from pipeline.config import Config
-from pipeline.data.manifest import Manifest
+from pipeline.data.splits import check_splits
 from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.errors import (
     EXIT_DONE,
@@ -83,7 +83,7 @@ def preflight(config: Config) -> dict | None:
     deepspeed_settings(config, world_size, num_parameters=0)
     if config.model.arch not in ARCHS:
         raise ConfigError(f"model.arch={config.model.arch!r} is not allowed; use one of {', '.join(ARCHS)}")
-    train, _ = (Manifest.load(f"{config.data.path}/{split}") for split in ("train", "val"))  # of a URL too
+    train = check_splits(config.data)
     trackers.require(config)
     finished = run_folder.admit(config, world_size)
     run_folder.refuse_other_data(config, train.identity)
