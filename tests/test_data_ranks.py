@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -85,10 +86,14 @@ def test_two_and_three_real_ranks_share_the_stream_of_one(tmp_path):
 def test_a_rank_that_cannot_go_on_ends_the_job_in_seconds(tmp_path):
     write_set(tmp_path / "data/train", [drawn_jpeg(n, 16, 16) for n in range(128)], per_shard=32)
     write_set(tmp_path / "data/val", [drawn_jpeg(n, 16, 16) for n in range(16)], per_shard=8)
-    (tmp_path / "data/train/train-000002.tar").unlink()
-    settings = {"--recipe": "digits", "--run_dir": tmp_path / "run", "--data.path": tmp_path / "data"}
+    tar = tmp_path / "data/train/train-000002.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"JFIF", b"JPEG"))
+    settings = {"--recipe": "digits", "--run_dir": tmp_path / "run", "--data.path": f"file://{tmp_path}/data"}
+    settings |= {"--data.cache_dir": tmp_path / "cache", "--data.retries": 0}
     settings |= {"--data.global_batch": 64, "--metrics.port": 0}
     done = launch("launch/train.py", *(str(word) for pair in settings.items() for word in pair))
     assert done.returncode == 65, done.output
-    assert "train-000002.tar cannot be opened (No such file or directory)" in done.output
+    assert re.search(
+        r"train-000002\.tar could not be read in 1 attempts; .* have SHA-256 .*, the manifest", done.output
+    )
     assert "Traceback" not in done.output

@@ -4,7 +4,6 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -17,7 +16,7 @@ from pipeline.config import DataConfig
 from pipeline.data.cache import Cache, cached_bytes
 from pipeline.data.evaluation import evaluation_batches
 from pipeline.data.loader import Loader
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.order import Order
 from pipeline.data.remote import Remote
 from pipeline.data.shards import Shards
@@ -80,13 +79,14 @@ def test_of_shards_of_one_size_hardly_more_are_counted_than_some_node_wants(size
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=25).filter(any), st.integers(1, 40), st.integers(1, 4))
 def test_an_evaluation_is_counted_with_what_it_reads_from_and_fetches_ahead(sizes, micro_batch, ranks):
-    shards = [SimpleNamespace(num_samples=size, num_bytes=1000 * i) for i, size in enumerate(sizes, start=1)]
-    manifest = SimpleNamespace(shards=shards, num_samples=sum(sizes))
+    hashes = dict.fromkeys(("sha256", "index_sha256", "samples_sha256"), "0" * 64)
+    shards = [Shard(name=f"{i}", num_samples=n, num_bytes=1000 * i, **hashes) for i, n in enumerate(sizes)]
+    manifest = Manifest(split="val", classes=("one",), shards=tuple(shards))
     owners, of_one = np.repeat(np.arange(len(sizes)), sizes), 0
     for first in range(0, len(owners), micro_batch):
         here = owners[first : first + micro_batch]
         of_one = max(of_one, sum(cached_bytes(shard) for shard in shards[here[0] : here[-1] + 1 + READ_AHEAD]))
-    counted = evaluation_bytes(manifest, micro_batch=micro_batch, ranks=ranks)  # pyright: ignore[reportArgumentType]
+    counted = evaluation_bytes(manifest, micro_batch=micro_batch, ranks=ranks)
     assert counted == min(ranks * of_one, sum(cached_bytes(shard) for shard in shards))
 
 

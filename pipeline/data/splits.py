@@ -4,6 +4,7 @@ What is found here costs a second and a line, and not the hours after which an e
 the first time, would meet it.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,10 @@ def differing(classes: tuple[str, ...], others: tuple[str, ...], others_have: st
 
 
 def _check_files(folder: Path, manifest: Manifest, max_bad_ratio: float) -> None:
-    there = {path.name for path in folder.iterdir()}
+    try:
+        there = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # no link that leads nowhere
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be listed ({error.strerror}); mend its rights or its disk") from None
     named = [name for shard in manifest.shards for name in (shard.tar, shard.index, shard.samples)]
     missing = [name for name in named if name not in there]
     if missing:
