@@ -1,6 +1,10 @@
 """What rank 0 writes and counts where a run begins anew, ends between two logged steps, or ends twice."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,19 @@ from pipeline.exporter import FOLDER_VARIABLE
 from pipeline.metrics import read_journal
 from pipeline.progress import Progress, Step
 from pipeline.rank_metrics import RankMetrics
+from tests.conftest import ROOT
 
+PACE = """
+import sys, torch
+import torch.distributed as dist
+from pipeline.pace import Pace
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+pace = Pace(torch.nn.Identity(), torch.device("cpu"), every=2, step=0, say=print)
+for step in range(1, 9):
+    pace.step(step, 7.0 * step)
+dist.barrier()
+dist.destroy_process_group()
+"""
 LAYERS = ["first", "second"]
 
 
@@ -38,7 +54,7 @@ def journal(folder: Path) -> list[dict]:
     return read_journal(folder / "metrics.jsonl")
 
 
-def step(number: int) -> Step:
+def step(number: int, wait_s: float = 0.0) -> Step:
     halves = {name: torch.full((2,), 0.5, dtype=torch.float64) for name in PER_LAYER}
     reading = Reading(
         indicators=Indicators(**halves, network_chi=torch.tensor(1.0)),
@@ -47,7 +63,7 @@ def step(number: int) -> Step:
         signals=torch.zeros(3),
         skipped=False,
     )
-    return Step(number, reading, torch.ones(2), 0.1, None, Figures(0.0, 0, 0, {}, 16))
+    return Step(number, reading, torch.ones(2), 0.1, None, Figures(wait_s, 0, 0, {}, 16))
 
 
 def test_a_run_that_begins_anew_begins_an_empty_journal(begin, tmp_path):
@@ -79,3 +95,26 @@ def test_an_end_between_two_logged_steps_shows_the_last_save_and_all_steps(begin
     assert shown["train_samples"][0][-1] == 7 * 128
     assert ["success", 1] in [row[-2:] for row in shown["checkpoint_saves"]]
     assert shown["checkpoint_duration_seconds"][0][-1] == 1.5
+
+
+def test_the_data_wait_is_that_since_the_last_logged_step(begin, tmp_path):
+    progress = begin(0)
+    for number in range(1, 16):
+        progress.step(step(number, wait_s=7.0 * number))
+    progress.close()
+    records = [record for record in journal(tmp_path) if "train_loss" in record]
+    waited_s = [r["data_wait_ratio"] * 5 * 128 / r["train_images_per_second"] for r in records]
+    assert waited_s == pytest.approx([35.0, 35.0, 35.0])
+
+
+def test_a_rank_tells_what_it_waited_since_it_last_told(tmp_path):
+    command = [sys.executable, "-c", PACE, str(tmp_path / "meet")]
+    ranks = [
+        subprocess.Popen(
+            [*command, rank], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    _, told = (rank.communicate(timeout=100)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert re.findall(r"^step (\d): ([\d.]+) ms a step", told, re.MULTILINE) == [(n, "7000.0") for n in "2468"]

@@ -97,7 +97,9 @@ class Order:
         """The stream position at which the window of `position` is over."""
         epoch, place = divmod(position, self.num_samples)
         self._plan(epoch)
-        return epoch * self.num_samples + int(self._starts[self._window_number(place) + 1])
+        end = epoch * self.num_samples + int(self._starts[self._window_number(place) + 1])
+        assert end > position  # who goes from window to window gets on
+        return end
 
     def _permuted_shards(self, epoch: int) -> np.ndarray:
         return np.argsort(mix(self._seed, epoch, _SHARDS, np.arange(len(self._sizes))), kind="stable")
