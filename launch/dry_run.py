@@ -9,7 +9,7 @@ from launch import pace
 from launch.devices import num_ranks
 from pipeline.config import Config
 from pipeline.config_document import flatten
-from pipeline.data.manifest import Manifest
+from pipeline.data.splits import TRAIN, load_manifest
 from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
 from pipeline.snn import footprint, sew_resnet
@@ -33,7 +33,7 @@ def report(config: Config, ranks: int) -> list[str]:
     """
     data, accumulation = config.data, config.accumulation(ranks)
     try:
-        manifest, missing = Manifest.load(f"{data.path}/train"), ""
+        manifest, missing = load_manifest(data, TRAIN), ""
     except (ConfigError, DataError) as error:
         manifest, missing = None, str(error)
     steps = config.num_steps(manifest.num_samples) if manifest else None

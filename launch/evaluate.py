@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from launch import command
 from launch.evaluation_table import SHOWN, table
 from pipeline import run_folder
-from pipeline.config import Config
+from pipeline.config import Config, DataConfig
 from pipeline.data.manifest import MANIFEST_NAME, Manifest
 from pipeline.data.remote import is_remote, join
+from pipeline.data.splits import differing, load_manifest
 from pipeline.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     stored = run_folder.read(options.run)
     config = override(stored.config, options)
-    manifest = find_split(config.data.path, options.split)
+    manifest = find_split(config.data, options.split)
     check_classes(manifest, stored.about.get("classes"), config.data.path)
     if options.json and not options.json.parent.is_dir():
         raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
@@ -82,15 +83,15 @@ def override(config: Config, options) -> Config:
     return dataclasses.replace(config, data=data, model=model, train=train)
 
 
-def find_split(path: str, split: str) -> Manifest:
+def find_split(data: DataConfig, split: str) -> Manifest:
     """The manifest of a split; where a local folder has others, the error names them."""
-    folder = join(path, split)
+    path, folder = data.path, join(data.path, split)
     if not is_remote(path) and not (Path(folder) / MANIFEST_NAME).is_file():
         others = sorted(file.parent.name for file in Path(path).glob(f"*/{MANIFEST_NAME}"))
         if others:
             raise ConfigError(f"{path} has no split {split!r}; use --split {' or '.join(others)}")
         raise ConfigError(f"no shard set in {folder} (no {MANIFEST_NAME}); name the folder of one with --data DIR")
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(data, split)
     if manifest.num_samples == 0:
         raise DataError(f"{folder} holds no samples; make the shards again")
     return manifest
@@ -100,11 +101,7 @@ def check_classes(manifest: Manifest, trained_on: list[str] | None, path: str) -
     """Refuses data whose labels mean something else than in training; an older run does not say its classes."""
     if trained_on is None or list(manifest.classes) == trained_on:
         return
-    if len(manifest.classes) != len(trained_on):
-        what = f"{len(manifest.classes)} classes, but the run was trained on {len(trained_on)}"
-    else:
-        label = next(i for i, name in enumerate(trained_on) if manifest.classes[i] != name)
-        what = f"{manifest.classes[label]!r} as class {label}, where the run was trained on {trained_on[label]!r}"
+    what = differing(manifest.classes, tuple(trained_on), "the run was trained on")
     raise ConfigError(f"{join(path, manifest.split)} has {what}; use data of the same classes")
 
 

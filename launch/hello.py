@@ -8,7 +8,7 @@ from pathlib import Path
 from launch.place import Place
 from pipeline import run_folder, source
 from pipeline.config import Config
-from pipeline.data.manifest import Manifest
+from pipeline.data.splits import TRAIN, check_splits, load_manifest
 from pipeline.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, ConfigError, DataError, StoreError
 
 Refusal = ConfigError | DataError
@@ -44,9 +44,8 @@ def introduce(place: Place, config: Config) -> Hello:
     """
     identity, problem = "", None
     try:
-        train = Manifest.load(f"{config.data.path}/train")
-        identity = train.identity
-        Manifest.load(f"{config.data.path}/val")
+        identity = load_manifest(config.data, TRAIN).identity
+        check_splits(config.data)
         run_folder.admit(config, place.nodes * place.slots)
         run_folder.refuse_other_data(config, identity)
     except (ConfigError, DataError) as error:

@@ -20,7 +20,7 @@ from launch.options import command
 from launch.place import LOCAL, MASTER_PORT
 from pipeline import caches, rank_log, run_folder, run_lock, trackers
 from pipeline.config import Config
-from pipeline.data.manifest import Manifest
+from pipeline.data.splits import check_splits
 from pipeline.deepspeed_settings import deepspeed_settings
 from pipeline.errors import (
     EXIT_DONE,
@@ -96,10 +96,8 @@ def alone_without_launcher(environ: MutableMapping[str, str]) -> None:
 def preflight(config: Config, world_size: int) -> dict | None:
     """Checks config, data and folder for so many ranks; the summary of a run that has finished, else None."""
     deepspeed_settings(config, world_size, num_parameters=0)
-    train, validation = (Manifest.load(f"{config.data.path}/{split}") for split in ("train", "val"))  # of a URL too
+    train = check_splits(config.data)
     config.num_steps(train.num_samples)
-    if validation.num_samples == 0:
-        raise ConfigError(f"data.path={config.data.path!r}: its split val holds no samples; name a set that has some")
     trackers.require(config)
     finished = run_folder.admit(config, world_size)
     run_folder.refuse_other_data(config, train.identity)

@@ -29,7 +29,7 @@ class DataConfig:
     cache_dir: str = ""
     """Local folder for the shards of a URL, shared by the ranks of a node; empty takes ~/.cache/chispike."""
     cache_bytes: int = 200_000_000_000
-    """The most that cache_dir may hold, in bytes; two windows of shards and two shards more must fit."""
+    """The most that cache_dir may hold, in bytes; what a node's ranks need at once must fit, see docs/data.md."""
     retries: int = 5
     """Further attempts at a remote file after one that failed, with growing pauses; at least 0."""
     timeout_s: float = 30.0

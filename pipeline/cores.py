@@ -9,12 +9,16 @@ NVIDIA = Path("/dev/nvidiactl")
 
 
 def cores_per_rank() -> int:
-    """This rank's share of the cores that the job may use on this machine, at least 1.
+    """This rank's share of the cores that the job may use on this machine, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks(1))
 
-    DeepSpeed's launcher tells the number of ranks on the machine in LOCAL_SIZE, torchrun in LOCAL_WORLD_SIZE.
+
+def local_ranks(untold: int) -> int:
+    """The number of ranks on this machine: DeepSpeed's launcher tells it in LOCAL_SIZE, torchrun in LOCAL_WORLD_SIZE.
+
+    `untold` where neither does.
     """
-    ranks = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
-    return max(1, len(os.sched_getaffinity(0)) // int(ranks))
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or untold)
 
 
 def cpu_has_bf16() -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.data.loader import Batch
+from pipeline.errors import DataError
 from pipeline.snn import energy
 from pipeline.snn.energy import Energy
 
@@ -33,6 +34,8 @@ def evaluate(engine, batches: Iterable[Batch], device: torch.device) -> Evaluati
     engine.train()
     torch.distributed.all_reduce(sums)
     loss, correct, samples = sums.tolist()
+    if samples == 0:  # the same on every rank
+        raise DataError("no sample of the validation split can be used: all are bad, and named above; make it again")
     return Evaluation(loss=loss / samples, accuracy=correct / samples, num_samples=round(samples))
 
 

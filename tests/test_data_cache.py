@@ -204,13 +204,6 @@ def test_settings_out_of_range_are_refused(name, value):
         DataConfig(**{name: value})
 
 
-def test_a_cap_below_two_windows_is_refused(server, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"data\.cache_bytes=1000 does not hold two windows of shards, and two .*; use at least \d+"
-    ):
-        pixels(config(server.url, tmp_path, cache_bytes=1000))
-
-
 def least_cache(server: FaultyServer, folder: Path) -> int:
     with pytest.raises(ConfigError) as caught:
         pixels(config(server.url, folder, cache_bytes=1000))

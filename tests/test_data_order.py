@@ -1,5 +1,6 @@
 """The order: every sample once an epoch, the same for any number of ranks, resumed by setting a counter."""
 
+import bisect
 import itertools
 import time
 import tracemalloc
@@ -75,6 +76,42 @@ def test_coming_names_the_window_that_the_rank_needs_next_and_no_other(sizes, se
     after = next(position for position in itertools.chain.from_iterable(steps) if position >= end)
     following = {int(shard) for shard in stream.shards_at(after)}
     assert set(got) == here | following
+
+
+def windows(stream: Order, sizes: list[int], epochs: int) -> list[tuple[int, list[int]]]:
+    """Where each window of some epochs ends, and its shards, found by adding up what its shards hold."""
+    found, position = [], 0
+    while position < epochs * sum(sizes):
+        shards = [int(shard) for shard in stream.shards_at(position)]
+        position += sum(sizes[shard] for shard in shards)
+        found.append((position, shards))
+    return found
+
+
+@pytest.mark.parametrize("sizes", [[8] * 9, [3] * 7, [7, 8, 1, 9, 5, 6, 4, 2]])
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize(("share", "m"), [(4, 2), (4, 4), (8, 4), (12, 6)])
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_read_ahead_turns_to_the_window_of_the_first_sample_behind_and_not_one_earlier_or_later(
+    sizes, window, share, m, ranks
+):
+    """All micro-batches of an epoch, among them those that end with a window, and shares that do. Also: all windows
+    that a micro-batch lies in are named, however small they are.
+    """
+    stream, batch = order(sizes, 3, window), share * ranks
+    there = windows(stream, sizes, epochs=3 + 2 * batch // sum(sizes))
+    ends = [end for end, _ in there]
+    for step, rank in itertools.product(range(-(-sum(sizes) // batch)), range(ranks)):
+        for first in range(step * batch + rank * share, step * batch + (rank + 1) * share, m):
+            here = range(bisect.bisect_right(ends, first), bisect.bisect_right(ends, first + m - 1) + 1)
+            rest = range(first + m, step * batch + (rank + 1) * share)  # of the share, then those of later steps
+            shares = (
+                range(at + rank * share, at + (rank + 1) * share) for at in itertools.count((step + 1) * batch, batch)
+            )
+            after = next(at for at in itertools.chain(rest, *itertools.islice(shares, 99)) if at >= ends[here[-1]])
+            wanted = [shard for i in (*here, bisect.bisect_right(ends, after)) for shard in there[i][1]]
+            got = stream.coming(first, first + m - 1, share=share, global_batch=batch)
+            assert got == list(dict.fromkeys(wanted)), (first, ends)
 
 
 @given(SHAPES, SEEDS, st.integers(0, 13), st.integers(0, 1000), st.integers(0, 5))

@@ -4,7 +4,11 @@ a line of progress looks."""
 import io
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,21 @@ from pipeline.metrics import COLUMNS, coloured, progress_line, read_journal
 from pipeline.progress import Progress
 from pipeline.rank_log import Tee
 from pipeline.rank_metrics import RankMetrics
+from tests.conftest import ROOT
 
+PACE = """
+import sys, torch
+import torch.distributed as dist
+from pipeline.pace import Pace
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+made = []
+pace = Pace(torch.nn.Identity(), torch.device("cpu"), every=2, step=0, waited=lambda: 7.0 * len(made), say=print)
+for step in range(1, 9):
+    made.append(step)
+    pace.after_step(step)
+dist.barrier()
+dist.destroy_process_group()
+"""
 LAYERS = ["first", "second"]
 
 
@@ -31,7 +49,7 @@ def begin(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     config = parse(["--recipe", "digits", "--run_dir", str(tmp_path), "--train.log_every", "5"])
 
-    def after(step: int) -> Progress:
+    def after(step: int, waited: Callable[[], float] = lambda: 0.0) -> Progress:
         exporter = RankMetrics(
             config, rank=0, local_rank=0, world_size=1, layers=LAYERS, num_steps=100, identity="0" * 64
         )
@@ -41,7 +59,7 @@ def begin(tmp_path, monkeypatch):
             num_samples=426,  # 100 steps
             step=step,
             layers=LAYERS,
-            figures=lambda: Figures(0.0, 0, 0, {}, 16),
+            figures=lambda: Figures(waited(), 0, 0, {}, 16),
             loss_scale=lambda: None,
             exporter=exporter,
         )
@@ -215,3 +233,28 @@ def test_colour_is_for_a_terminal_alone_and_never_for_the_log():
         assert file.getvalue().endswith(f" {line}\n")
     plain = "rank 0: SIGINT: the run stops within two steps, with a checkpoint"
     assert coloured(plain, Terminal(), {}) == plain
+
+
+def test_the_data_wait_is_that_since_the_last_logged_step(begin, tmp_path):
+    made = []
+    progress = begin(0, waited=lambda: 7.0 * len(made))
+    for number in range(1, 16):
+        made.append(number)
+        progress.step(number, reading(), None, 0.1)
+    progress.close()
+    records = [record for record in journal(tmp_path) if "train_loss" in record]
+    waited_s = [r["data_wait_ratio"] * 5 * 128 / r["train_images_per_second"] for r in records]
+    assert waited_s == pytest.approx([35.0, 35.0, 35.0])
+
+
+def test_a_rank_tells_what_it_waited_since_it_last_told(tmp_path):
+    command = [sys.executable, "-c", PACE, str(tmp_path / "meet")]
+    ranks = [
+        subprocess.Popen(
+            [*command, rank], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    _, told = (rank.communicate(timeout=100)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert re.findall(r"^step (\d): ([\d.]+) ms a step", told, re.MULTILINE) == [(n, "7000.0") for n in "2468"]

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from pipeline.data.background import Background
 from pipeline.data.manifest import SAMPLE_DTYPE, Shard
 from pipeline.data.remote import ClosedError, MismatchError, Remote
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StoreError
 
 POLL_S = 0.02
 READ_AHEAD_THREADS = 2
@@ -42,6 +42,13 @@ class Held(NamedTuple):
         os.close(self.lock)
 
 
+class _Used(NamedTuple):
+    used: int
+    """Bytes."""
+    coming: bool
+    """Whether some of them are being downloaded."""
+
+
 class Cache:
     """Local copies of one remote set's shards.
 
@@ -49,7 +56,7 @@ class Cache:
         folder: on a local disk, the same for all ranks of a node; several sets may share it.
         remote: where the shards come from.
         capacity_bytes: never taken more of the disk than this.
-        patience_s: how long to wait for room while every cached shard is in use.
+        patience_s: how long to wait for room while every cached shard is in use, and none is on its way.
     """
 
     def __init__(self, folder: str, remote: Remote, *, capacity_bytes: int, patience_s: float = 60.0) -> None:
@@ -61,8 +68,25 @@ class Cache:
         self._ahead = Background(READ_AHEAD_THREADS, name="read-ahead")
         self._wanted: frozenset[str] = frozenset()
 
+    def hold_at_once(self, shard: Shard) -> Held | None:
+        """Keeps the shard on disk where it is there and nobody is at it; else None."""
+        key = _key(shard)
+        lock = self._open_lock(key)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        if not (self._folder / key).is_dir():
+            os.close(lock)
+            return None
+        _touch(lock)
+        return Held(str(self._folder / key), lock)
+
     def hold(self, shard: Shard) -> Held:
         """Waits until the shard is on disk, downloading it where no other process does, and keeps it there.
+
+        Whoever holds shards while it waits may stall others, and itself.
 
         Raises:
             DataError: it cannot be had, or there is no room for it; a StoreError where its store does not answer.
@@ -77,7 +101,7 @@ class Cache:
             lock = self._lock(key, fcntl.LOCK_EX)
             try:
                 if not (self._folder / key).is_dir():
-                    self._download(shard, patience_s=self._patience_s)
+                    self._download(shard, lock, patience_s=self._patience_s)
             finally:
                 os.close(lock)  # between this and the shared lock it may be evicted: then once more
 
@@ -94,6 +118,12 @@ class Cache:
             if _key(shard) not in before:
                 self._ahead.submit(self._read_ahead, shard)
 
+    def pass_over(self, shard: Shard) -> None:
+        """Makes the shard the first to be evicted: it was read, and will not be needed again soon."""
+        lock = self._open_lock(_key(shard))
+        os.utime(lock, ns=(0, 0))
+        os.close(lock)
+
     def _read_ahead(self, shard: Shard) -> None:
         key = _key(shard)
         if key not in self._wanted or (self._folder / key).is_dir():
@@ -102,7 +132,7 @@ class Cache:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not (self._folder / key).is_dir():
-                self._download(shard, patience_s=0)
+                self._download(shard, lock, patience_s=0)
         except (BlockingIOError, DataError, ClosedError):
             pass  # another process is at it; or whoever needs the shard tries again, and reports what fails then
         finally:
@@ -123,7 +153,7 @@ class Cache:
     def _open_lock(self, key: str) -> int:
         return os.open(self._folder / "locks" / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
-    def _download(self, shard: Shard, *, patience_s: float) -> None:
+    def _download(self, shard: Shard, lock: int, *, patience_s: float) -> None:
         """Under the shard's exclusive lock: both files into a folder, checked, then the folder to its place."""
         key = _key(shard)
         needed = cached_bytes(shard)
@@ -131,6 +161,7 @@ class Cache:
         try:
             while True:
                 try:
+                    _touch(lock)  # what has just come is not the next to be evicted
                     self._make_room(part, needed, patience_s)
                     for name, sha256 in ((shard.samples, shard.samples_sha256), (shard.tar, shard.sha256)):
                         self._fetch(name, part / name, sha256)
@@ -169,20 +200,21 @@ class Cache:
         while True:
             with self._space():
                 shutil.rmtree(part, ignore_errors=True)  # of a process that was killed, or of the attempt before
-                while (used := self._used_bytes()) + needed > self._capacity:
+                while (there := self._used_bytes()).used + needed > self._capacity:
                     if not self._evict_one():
                         break
                 else:
                     part.mkdir(exist_ok=True)
                     return
             if waited >= patience_s:
-                raise DataError(
+                raise StoreError(
                     f"data.cache_bytes={self._capacity} leaves no room for {needed} bytes of {self._remote.url}: "
-                    f"{used} bytes are in use; raise it, or lower data.window_shards"
+                    f"{there.used} bytes in {str(self._folder)!r} are in use, as where another run shares the folder; "
+                    "raise it, or give this run another data.cache_dir"
                 )
             if self._remote.stopped.wait(POLL_S):
                 raise ClosedError
-            waited += POLL_S
+            waited = 0.0 if there.coming else waited + POLL_S  # a download ends, however slow, and can then be evicted
 
     @contextmanager
     def _space(self) -> Iterator[None]:
@@ -199,15 +231,15 @@ class Cache:
             if ours and entry.is_dir(follow_symlinks=False):
                 yield entry, ours
 
-    def _used_bytes(self) -> int:
-        """Bytes of complete shards, and of those to come; what a killed process left half done is removed."""
-        used = 0
+    def _used_bytes(self) -> _Used:
+        """Of complete shards, and of those to come; what a killed process left half done is removed."""
+        used, coming = 0, False
         for entry, ours in self._entries():
             if ours["bytes"] is None:
                 used += sum(file.stat().st_size for file in os.scandir(entry.path))
             elif not self._evict(ours["key"], entry.path):
-                used += int(ours["bytes"])
-        return used
+                used, coming = used + int(ours["bytes"]), True
+        return _Used(used, coming)
 
     def _evict_one(self) -> bool:
         """Removes the shard that was used least recently, of those that no process holds."""

@@ -12,11 +12,13 @@ from pipeline.data.augment import central_windows
 from pipeline.data.bad import BadSamples, refuse
 from pipeline.data.loader import end, open_shards, sizes
 from pipeline.data.samples import Samples
+from pipeline.data.splits import EVALUATION
 from pipeline.data.stream import Batch, Request, Stream
+from pipeline.data.working_set import READ_AHEAD
 
 
 def evaluation_batches(
-    data: DataConfig, *, rank: int, world_size: int, device: torch.device, split: str = "val"
+    data: DataConfig, *, rank: int, world_size: int, device: torch.device, split: str = EVALUATION
 ) -> Generator[Batch, None, None]:
     """Every sample of a split exactly once over all ranks; each rank gets the same number of batches.
 
@@ -36,7 +38,8 @@ def evaluation_batches(
         valid = places < total
         filled = np.minimum(places, total - 1)  # padding and stand-ins are of shards at hand: none is fetched for them
         owners = shards.owners(filled[[0, -1]])
-        shards.expect(range(owners[0], min(owners[1] + 3, len(shards.manifest.shards))))
+        ahead = owners[1] + 1 + READ_AHEAD
+        shards.expect(range(owners[0], min(ahead, len(shards.manifest.shards))), once=True)
         taken = samples.take(filled, lambda slot, attempt: (int(filled[slot]) - 1 - attempt) % total)
         valid[list(taken.bad)] = False
         reported = [
@@ -44,6 +47,7 @@ def evaluation_batches(
             for slot, number in taken.bad.items()
             if places[slot] < total
         ]
+        shards.rest()
         return Request(
             index=index,
             numbers=taken.numbers,

@@ -12,15 +12,17 @@ import numpy as np
 import torch
 
 from pipeline.config import DataConfig
+from pipeline.cores import local_ranks
 from pipeline.data.augment import random_windows
 from pipeline.data.bad import BadSamples, refuse, too_many
-from pipeline.data.cache import cached_bytes
 from pipeline.data.order import Order
 from pipeline.data.remote import join
 from pipeline.data.resolution import image_size_at
 from pipeline.data.samples import Samples, Taken
 from pipeline.data.shards import Shards
+from pipeline.data.splits import EVALUATION, TRAIN, load_manifest
 from pipeline.data.stream import Batch, Request, Stream
+from pipeline.data.working_set import check_cache
 from pipeline.errors import ConfigError
 
 __all__ = ["Batch", "Loader"]
@@ -65,7 +67,7 @@ class Loader:
         rank: int,
         world_size: int,
         device: torch.device,
-        split: str = "train",
+        split: str = TRAIN,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._data, self._seed, self._rank = data, seed, rank
@@ -82,7 +84,7 @@ class Loader:
         self._order = Order(
             [shard.num_samples for shard in self.manifest.shards], seed=seed, window_shards=data.window_shards
         )
-        self._check_cache()
+        self._check_cache(local_ranks(world_size), world_size)
         self.bad = BadSamples()
         """What this rank replaced; on rank 0 the count begins at what all ranks had before the resume."""
         self._bad_count = self._bad_step = self._bad_from_step = self._bad_earlier = 0
@@ -165,6 +167,7 @@ class Loader:
             )
             for slot, number in taken.bad.items()
         ]
+        self._shards.rest()
         return Request(
             index=micro_batch,
             numbers=taken.numbers,
@@ -176,20 +179,22 @@ class Loader:
             bad=bad,
         )
 
-    def _check_cache(self) -> None:
-        shard_bytes = [cached_bytes(shard) for shard in self.manifest.shards]
-        needed = min(2 * self._order.largest_window(shard_bytes), sum(shard_bytes)) + 2 * max(shard_bytes)
-        if self._shards.is_cached and needed > self._data.cache_bytes:
-            raise ConfigError(
-                f"data.cache_bytes={self._data.cache_bytes} does not hold two windows of shards, and two shards for an "
-                f"evaluation between steps; use at least {needed}, or a smaller data.window_shards"
-            )
+    def _check_cache(self, ranks: int, world_size: int) -> None:
+        if not self._shards.is_cached:
+            return
+        try:
+            evaluation = load_manifest(self._data, EVALUATION)
+        except ConfigError:  # whoever evaluates says that there is none
+            evaluation = None
+        check_cache(self._data, self.manifest, evaluation, ranks=ranks, world_size=world_size)
 
     def names(self, position: int, count: int) -> list[str]:
         """Names of the samples at stream positions, as the order has them: before a bad one was replaced."""
         sizes = [shard.num_samples for shard in self.manifest.shards]
         order = Order(sizes, seed=self._seed, window_shards=self._data.window_shards)  # the other is the threads'
-        return [self._samples.name(int(number)) for number in order.samples(position, count)[1]]
+        names = [self._samples.name(int(number)) for number in order.samples(position, count)[1]]
+        self._shards.rest()
+        return names
 
     def account(self, count: int, step: int) -> None:
         """Takes down `count` stand-ins on all ranks, the sum of their `bad.count`, up to the end of `step`."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.remote import Remote, is_remote, join
+from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote, join
 from pipeline.errors import ConfigError, DataError
 
 FORMAT = "chispike-shards"
@@ -28,6 +28,8 @@ MANIFEST_NAME = "manifest.json"
 # Names become paths, of the set and of the cache: none may lead out of these folders, nor hold a byte that no path has.
 _NAME = re.compile(r"\w[\w.+=-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+_MOST = 1 << 53  # bytes or samples of a shard; far more would not fit into the integers that are counted with
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -103,7 +105,7 @@ class Manifest:
         """Reads `to_json`'s text; `where` names its place in a `DataError`."""
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON ({error}); make the shards again with python -m data_prep") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise DataError(f"{where} is not the manifest of a {FORMAT} set; point data.path at one")
@@ -118,6 +120,8 @@ class Manifest:
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"{where} lacks or misspells a field ({error}); make the shards again") from None
+        if not isinstance(document["classes"], list) or not all(isinstance(name, str) for name in manifest.classes):
+            raise DataError(f"{where} gives classes that are not a list of names; make the shards again")
         _check(manifest.shards, where)
         shown = manifest.display_names
         if shown and (len(shown) != len(manifest.classes) or not all(isinstance(name, str) for name in shown)):
@@ -128,8 +132,10 @@ class Manifest:
         return manifest
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
-        """Reads the manifest of the set in `folder`, a path or a URL.
+    def load(
+        cls, folder: str | os.PathLike[str], *, retries: int = RETRIES, timeout_s: float = TIMEOUT_S
+    ) -> "Manifest":
+        """Reads the manifest of the set in `folder`, a path or a URL; of a URL with `retries` and `timeout_s`.
 
         Raises:
             ConfigError: there is none, or its protocol cannot be used.
@@ -137,11 +143,16 @@ class Manifest:
         """
         path = join(folder, MANIFEST_NAME)
         try:
-            content = Remote(os.fspath(folder)).read(MANIFEST_NAME) if is_remote(folder) else Path(path).read_bytes()
+            if is_remote(folder):
+                content = Remote(os.fspath(folder), retries=retries, timeout_s=timeout_s).read(MANIFEST_NAME)
+            else:
+                content = Path(path).read_bytes()
             text = content.decode("utf-8")
         except (FileNotFoundError, NotADirectoryError):
             message = f"no shard set in {folder} (no {MANIFEST_NAME}); make one with python -m data_prep"
             raise ConfigError(message) from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}); mend its rights or its disk") from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text ({error.reason}); make the shards again") from None
         return cls.from_json(text, path)
@@ -164,7 +175,7 @@ def _check(shards: tuple[Shard, ...], where: str) -> None:
                 )
         for field in ("num_samples", "num_bytes"):
             got = getattr(shard, field)
-            if type(got) is not int or got < 0:
+            if type(got) is not int or not 0 <= got <= _MOST:
                 raise DataError(f"{where} gives {field}={got!r} for {shard.name}, not a count; make the shards again")
     (name, times), *_ = Counter(shard.name for shard in shards).most_common(1) or [("", 0)]
     if times > 1:
@@ -176,7 +187,8 @@ def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     where its file is cut while it is in use.
 
     Raises:
-        DataError: the file cannot be read, or its header or length is not what the manifest says.
+        DataError: the file cannot be read, its header or length is not what the manifest says, or a record lies outside
+            of the tar.
     """
     path = Path(folder) / shard.samples
     mend = "check the set with python -m data_prep verify"
@@ -195,4 +207,12 @@ def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     needed = shard.num_samples * SAMPLE_DTYPE.itemsize
     if len(content) != needed:
         raise DataError(f"{path} holds {len(content)} bytes of records, its header says {needed}; {mend}")
-    return np.frombuffer(content, dtype=SAMPLE_DTYPE)
+    records = np.frombuffer(content, dtype=SAMPLE_DTYPE)
+    size, lengths = np.uint64(shard.num_bytes), records["length"].astype(np.uint64)
+    outside = (lengths > size) | (records["offset"] > size - np.minimum(lengths, size))
+    if outside.any():
+        raise DataError(
+            f"{path} puts sample {int(outside.argmax())} outside of {shard.tar}, which the manifest gives "
+            f"{shard.num_bytes} bytes; {mend}"
+        )
+    return records

@@ -80,26 +80,26 @@ class Order:
         return self._shards[window * self._window_shards : (window + 1) * self._window_shards]
 
     def coming(self, first: int, last: int, *, share: int, global_batch: int) -> list[int]:
-        """The shards of the windows of positions `first` and `last`, then those of the window that the rank needs next.
+        """The shards of the windows of positions `first` to `last`, then those of the window that the rank needs next.
 
         `first` and `last` lie in the rank's `share` of a global batch. Where global batches are larger than windows it
         passes over some: the next is the one in which its share of a later batch lies.
         """
-        end = self._window_end(last)
+        end, here = first, [first]
+        while (end := self._window_end(end)) <= last:
+            here.append(end)
         offset = first % global_batch // share * share  # where the rank's share of each global batch begins
         step = -((offset + share - end - 1) // global_batch)  # the first whose share reaches `end`, rounded up
         following = max(end, step * global_batch + offset)
-        return list(dict.fromkeys(int(shard) for at in (first, last, following) for shard in self.shards_at(at)))
+        return list(dict.fromkeys(int(shard) for at in (*here, following) for shard in self.shards_at(at)))
 
     def _window_end(self, position: int) -> int:
         """The stream position at which the window of `position` is over."""
         epoch, place = divmod(position, self.num_samples)
         self._plan(epoch)
-        return epoch * self.num_samples + int(self._starts[self._window_number(place) + 1])
-
-    def largest_window(self, shard_bytes: Sequence[int]) -> int:
-        """An upper bound on the bytes of a window's shards, in any epoch."""
-        return int(np.sort(np.asarray(shard_bytes, dtype=np.int64))[-self._window_shards :].sum())
+        end = epoch * self.num_samples + int(self._starts[self._window_number(place) + 1])
+        assert end > position  # who goes from window to window gets on
+        return end
 
     def _permuted_shards(self, epoch: int) -> np.ndarray:
         return np.argsort(mix(self._seed, epoch, _SHARDS, np.arange(len(self._sizes))), kind="stable")

@@ -1,7 +1,13 @@
-"""A shard set's records and bytes: opened when first needed, the least recently used closed again."""
+"""A shard set's records and bytes: opened when first needed, the least recently used closed again.
+
+The ranks of a node share a cache, and none may wait for a shard while it keeps others from being evicted: that could
+stall them all. So whoever waits for a shard first lets go of those that it has open, and `rest` lets go of them between
+two micro-batches, where a rank may wait for the others.
+"""
 
 import os
 import resource
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +16,7 @@ import numpy as np
 
 from pipeline import caches
 from pipeline.data.cache import Cache, Held
-from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, read_samples
+from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, Shard, read_samples
 from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote
 from pipeline.errors import DataError
 
@@ -32,7 +38,7 @@ class _Open(NamedTuple):
 
 
 class Shards:
-    """A shard set. One thread uses it at a time.
+    """A shard set. Threads may share it; while one waits for a shard, so do the others.
 
     Args:
         folder: a path, or a URL whose shards then come through `cache_dir`.
@@ -52,7 +58,7 @@ class Shards:
         retries: int = RETRIES,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self.folder, self.manifest = folder, Manifest.load(folder)
+        self.folder, self.manifest = folder, Manifest.load(folder, retries=retries, timeout_s=timeout_s)
         self._cache = None
         if is_remote(folder):
             remote = Remote(folder, retries=retries, timeout_s=timeout_s)
@@ -63,14 +69,32 @@ class Shards:
         self.bytes_read = 0
         """Of samples, by this process."""
         self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._records: dict[int, np.ndarray] = {}
+        """Of cached shards, which are opened for each micro-batch anew."""
+        self._one = threading.RLock()
         self._max_open = max_open(2 if self._cache is not None else 1)  # the tar, and a cached shard's lock
 
-    def expect(self, soon: Sequence[int]) -> None:
-        """Says which shards come next, in order: the others are closed; a cache may evict them, and reads ahead."""
-        for shard in [shard for shard in self._open if shard not in soon]:
-            self._shut(self._open.pop(shard))
-        if self._cache is not None:
+    def expect(self, soon: Sequence[int], *, once: bool = False) -> None:
+        """Says which shards come next, in order: the others are closed; a cache may evict them, and reads ahead.
+
+        `once`: those that are left are not needed again soon, and may be evicted before all others.
+        """
+        with self._one:
+            for shard in [shard for shard in self._open if shard not in soon]:
+                self._shut(self._open.pop(shard))
+            if self._cache is None:
+                return
+            for shard in [shard for shard in self._records if shard not in soon]:
+                del self._records[shard]
+                if once:
+                    self._cache.pass_over(self.manifest.shards[shard])
             self._cache.read_ahead([self.manifest.shards[shard] for shard in soon])
+
+    def rest(self) -> None:
+        """Lets go of all shards of a cache: others may need the room. Local ones stay open."""
+        with self._one:
+            while self._cache is not None and self._open:
+                self._shut(self._open.popitem()[1])
 
     @property
     def is_cached(self) -> bool:
@@ -85,15 +109,18 @@ class Shards:
         shards = self.owners(numbers)
         rows = numbers - self._starts[shards]
         records = np.empty(len(numbers), dtype=SAMPLE_DTYPE)
-        for shard in np.unique(shards):
-            here = shards == shard
-            records[here] = self._opened(int(shard)).samples[rows[here]]
+        with self._one:
+            for shard in np.unique(shards).tolist():
+                here = shards == shard
+                known = self._records.get(shard)
+                records[here] = (self._opened(shard).samples if known is None else known)[rows[here]]
         return shards, records
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """`length` bytes of a shard's tar from `offset`; `OSError` if they cannot be read or are not there."""
-        content = os.pread(self._opened(shard).descriptor, length, offset)
-        self.bytes_read += len(content)
+        with self._one:
+            content = os.pread(self._opened(shard).descriptor, length, offset)
+            self.bytes_read += len(content)
         if len(content) != length:
             raise EOFError(f"{self.manifest.shards[shard].tar} ends before byte {offset + length}")
         return content
@@ -116,17 +143,30 @@ class Shards:
         if len(self._open) >= self._max_open:
             self._shut(self._open.popitem(last=False)[1])
         entry = self.manifest.shards[shard]
-        held = self._cache.hold(entry) if self._cache is not None else None
+        held = self._hold(entry)
         folder = held.folder if held is not None else self.folder
         try:
-            samples = read_samples(folder, entry)
+            samples = self._records.get(shard)
+            if samples is None:
+                samples = read_samples(folder, entry)
             descriptor = _descriptor(os.path.join(folder, entry.tar))
         except BaseException:
             if held is not None:
                 held.release()
             raise
         self._open[shard] = _Open(descriptor, samples, held)
+        if held is not None:
+            self._records[shard] = samples
         return self._open[shard]
+
+    def _hold(self, entry: Shard) -> Held | None:
+        if self._cache is None:
+            return None
+        held = self._cache.hold_at_once(entry)
+        if held is None:
+            self.rest()
+            held = self._cache.hold(entry)
+        return held
 
     def _shut(self, shard: _Open) -> None:
         os.close(shard.descriptor)
