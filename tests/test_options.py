@@ -18,7 +18,7 @@ from launch.recipes import RECIPES
 from launch.train import main as train
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.errors import EXIT_USAGE, ConfigError
+from pipeline.errors import EXIT_DATA, EXIT_USAGE, ConfigError
 from pipeline.schedule import Schedule
 from pipeline.snn.archs import ARCHS
 
@@ -220,9 +220,9 @@ def test_a_set_without_samples_is_one_line(empty, digits, tmp_path, capsys):
     manifest = dataclasses.replace(Manifest.load(digits / empty), shards=())
     (tmp_path / "data" / empty / "manifest.json").write_text(manifest.to_json())
     words = ["--recipe", "digits", "--data.path", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]
-    assert train(words) == EXIT_USAGE
+    assert train(words) == EXIT_DATA
     told = capsys.readouterr().err
-    assert told.startswith(f"error: data.path='{tmp_path}/data': its split {empty} holds no samples")
+    assert told.startswith(f"error: {tmp_path}/data/{empty}/manifest.json has no samples; make the shards again")
     assert told.count("\n") == 1
     if empty == "train":
         with pytest.raises(ConfigError, match="its split train holds no samples"):
