@@ -22,7 +22,7 @@ from benchmarks.table import row
 from launch.recipes import imagenet_sew34_chi
 from pipeline.config import Config
 from tests.conftest import free_port
-from tests.data_sets import write_set
+from tests.support.data_sets import write_set
 
 EVERY, BATCH, IMAGES = 4, 4, 40
 
@@ -52,9 +52,10 @@ def measure(scratch: Path, saves: int) -> tuple[dict[int, float], dict[int, floa
     config = configuration(scratch, saves)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone, MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu")
-    from pipeline import run_folder, train
-    from pipeline.assemble import prepare
-    from pipeline.stops import Watch
+    from pipeline import train
+    from pipeline.ranks.stop_requests import Watch
+    from pipeline.run import prepare
+    from pipeline.run_dir import run_folder
 
     run_folder.admit(config, 1)
     run = prepare(config, Watch())

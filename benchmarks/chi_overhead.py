@@ -23,13 +23,13 @@ from torch import Tensor
 
 from benchmarks import table
 from benchmarks.table import row
-from pipeline.chi import bucket
-from pipeline.chi.allreduce import Tap
-from pipeline.chi.limbs import pack
+from pipeline.chi import comm_hook
+from pipeline.chi.comm_hook import pack
+from pipeline.chi.tap import Tap
 from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, TrainConfig
-from pipeline.engine import build, join, leave
-from pipeline.snn import readout, sew_resnet
+from pipeline.engine.engine import build, join, leave
+from pipeline.snn import losses, sew_resnet
 from pipeline.snn.neurons import bind
 
 MICRO, ACCUMULATION = 4, 8
@@ -47,8 +47,8 @@ class Side:
         if with_chi:
             self.neurons, layers = bind(network), network.spiking_layers()
             self.tap = Tap(self.engine, layers, self.neurons)
-            sums = bucket.gradient_sums
-            bucket.gradient_sums = lambda gradient: self.timed(sums, gradient)
+            sums = comm_hook.gradient_sums
+            comm_hook.gradient_sums = lambda gradient: self.timed(sums, gradient)
             self.widths = Widths(config.chi, layers, self.neurons)
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(MICRO, 3, image_size, image_size, generator=generator).bfloat16()
@@ -59,7 +59,7 @@ class Side:
         began = time.perf_counter()
         for _ in range(ACCUMULATION):
             logits = self.engine(self.images)
-            loss: Tensor = readout.cross_entropy(logits, self.labels)
+            loss: Tensor = losses.cross_entropy(logits, self.labels)
             if self.with_chi:
                 self.timed(self.tap.observe, loss, logits, self.labels)
             self.engine.backward(loss)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pipeline import chi
 from pipeline.config import DataConfig, ModelConfig
-from pipeline.data.evaluation import evaluation_batches
-from pipeline.snn import readout, sew_resnet
+from pipeline.data.loader import evaluation_batches
+from pipeline.snn import sew_resnet
+from pipeline.snn.losses import cross_entropy
 
 NUM_TRAIN = 40_000
 MOMENTUM = 0.9
@@ -140,7 +141,7 @@ def run(setting: Setting, shards: Path, cache: Path) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * setting.lr * (1 + math.cos(math.pi * step / steps))
         outputs = logits(network, augmented(images[chosen], generator), varied.precision)
-        loss = readout.cross_entropy(outputs, labels[chosen])
+        loss = cross_entropy(outputs, labels[chosen])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

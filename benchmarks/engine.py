@@ -22,7 +22,7 @@ from benchmarks.loader import real_images
 from benchmarks.side import Side
 from benchmarks.table import row
 from tests.conftest import free_port
-from tests.data_sets import write_set
+from tests.support.data_sets import write_set
 
 SIDES = ("bare", "deepspeed", "loop")
 SETTING = {"batch": 16, "micro_batch": 4}

@@ -80,7 +80,7 @@ def plain(config: Config, network) -> Callable:
 
 
 def with_deepspeed(config: Config, network) -> Callable:
-    from pipeline.engine import build, join
+    from pipeline.engine.engine import build, join
 
     place = join(config)
     engine = build(config, network, place.world_size)
@@ -95,9 +95,10 @@ def with_deepspeed(config: Config, network) -> Callable:
 
 def whole_loop(config: Config) -> None:
     """The training loop itself; between two of its steps it waits until it may go on."""
-    from pipeline import run_folder, train
-    from pipeline.assemble import prepare
-    from pipeline.stops import Watch
+    from pipeline import train
+    from pipeline.ranks.stop_requests import Watch
+    from pipeline.run import prepare
+    from pipeline.run_dir import run_folder
 
     run_folder.admit(config, int(os.environ.get("WORLD_SIZE", "1")))
     run = prepare(config, Watch())

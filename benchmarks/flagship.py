@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.data.manifest import Manifest
-from pipeline.metrics import read_journal
+from pipeline.metrics.journal import read_journal
 
 STEPS, BATCH, KILLED_AFTER, EVERY = 20, 16, 12, 5
 

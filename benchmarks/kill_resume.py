@@ -28,10 +28,10 @@ import torch
 
 from benchmarks import table
 from benchmarks.table import row
-from pipeline.checkpoint_files import load_newest
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
-from pipeline.metrics import read_journal
+from pipeline.metrics.journal import read_journal
+from pipeline.run_dir.checkpoint_files import load_newest
 from tests.conftest import kill, launch, start
 
 STEPS = 40

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from benchmarks import table
 from benchmarks.table import row
-from tests.data_servers import serve
-from tests.data_sets import ROOT, drawn_jpeg, write_set
+from tests.support.data_servers import serve
+from tests.support.data_sets import ROOT, drawn_jpeg, write_set
 
 PACKAGES = ("nvidia-dali-cuda130", "torch", "webdataset", "pillow", "numpy", "fsspec", "aiohttp")
 SIDES = {

@@ -18,8 +18,8 @@ import torch
 from benchmarks import scale_parts as parts
 from benchmarks.table import processor, row, show, write
 from launch.recipes import RECIPES
-from pipeline.chi.indicator import gradient_sums
-from pipeline.exporter import NodeServer
+from pipeline.chi.indicators import gradient_sums
+from pipeline.metrics.exporter import NodeServer
 
 SIZES = (8, 64, 512, 4096)
 RECIPE = "imagenet_sew34_chi"

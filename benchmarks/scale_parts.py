@@ -13,16 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pipeline import checkpoint_files
 from pipeline.config import ModelConfig
 from pipeline.data.cache import Cache, cached_bytes
 from pipeline.data.manifest import SAMPLE_DTYPE, Shard
 from pipeline.data.order import Order
 from pipeline.data.remote import Remote
 from pipeline.data.samples import REASONS
-from pipeline.metric_table import METRICS
-from pipeline.rank_metrics import PHASES, RESULTS
-from pipeline.snapshots import Snapshot
+from pipeline.metrics.catalogue import METRICS
+from pipeline.metrics.rank_metrics import PHASES, RESULTS
+from pipeline.metrics.snapshots import Snapshot
+from pipeline.run_dir import checkpoint_files
 from pipeline.snn import sew_resnet
 
 SAMPLES = 1_281_167  # ImageNet's training split

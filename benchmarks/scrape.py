@@ -22,11 +22,11 @@ import torch
 from benchmarks import table
 from benchmarks.table import row
 from pipeline.config import ModelConfig
-from pipeline.exporter import NodeServer
-from pipeline.metric_table import METRICS
-from pipeline.metrics import layer_labels
-from pipeline.snapshots import Snapshot
-from pipeline.snn import readout, sew_resnet
+from pipeline.metrics.catalogue import METRICS
+from pipeline.metrics.exporter import NodeServer
+from pipeline.metrics.journal import layer_labels
+from pipeline.metrics.snapshots import Snapshot
+from pipeline.snn import losses, sew_resnet
 
 INTERVAL_S = 15
 """Between two scrapes, as k8s/monitoring sets it."""
@@ -84,7 +84,7 @@ def steps(times: int) -> tuple[list[float], list[str]]:
     for _ in range(times + 2):
         began = time.perf_counter()
         optimizer.zero_grad()
-        readout.cross_entropy(network(images), labels).backward()
+        losses.cross_entropy(network(images), labels).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - began)
     return seconds[2:], layer_labels([layer.name for layer in network.spiking_layers()])

@@ -18,8 +18,8 @@ from data_prep.sources.imagenet import ImageNet
 from data_prep.sources.parquet import Parquet
 from data_prep.stores import Store, is_url, make_store
 from data_prep.verify import verify
-from pipeline import caches
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
+from pipeline.run_dir import caches
 
 EXIT_PIPE = 128 + signal.SIGPIPE
 """What the shell reports of a command that ended because nobody reads its output any more."""

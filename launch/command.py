@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipeline import caches
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
+from pipeline.run_dir import caches
 
 
 class Parser(argparse.ArgumentParser):

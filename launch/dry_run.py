@@ -5,14 +5,14 @@ import os
 
 import torch
 
-from launch import pace
+from launch import epoch_time
 from launch.devices import num_ranks
 from pipeline.config import Config
-from pipeline.config_document import flatten
-from pipeline.data.splits import TRAIN, load_manifest
-from pipeline.deepspeed_settings import deepspeed_settings
+from pipeline.config.config_json import flatten
+from pipeline.data.manifest import TRAIN, load_manifest
+from pipeline.engine.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
-from pipeline.snn import footprint, sew_resnet
+from pipeline.snn import memory_estimate, sew_resnet
 
 CLASSES = 1000
 """What the network is built for where the data are not here to tell."""
@@ -49,7 +49,7 @@ def report(config: Config, ranks: int) -> list[str]:
     lines += [f"batch       {batch}"]
     if manifest:
         lines += [f"steps       {steps}: {config.train.epochs:g} epochs of {manifest.num_samples} samples"]
-        lines += [f"time        {pace.line(config, manifest.num_samples)}"]
+        lines += [f"time        {epoch_time.line(config, manifest.num_samples)}"]
     else:
         lines += [f"steps       not known: {missing}"]
     assumed = "" if manifest else ", assumed"
@@ -81,7 +81,7 @@ def memory(config: Config, network: sew_resnet.SEWResNet, num_parameters: int, r
     masters = 4 * share if stage or precision == "fp16" else 0
     side = config.data.image_size
     itemsize = {"fp32": 4, "fp64": 8}.get(precision, 2)
-    layers = footprint.of(network, (config.data.micro_batch, network.in_channels, side, side), itemsize)
+    layers = memory_estimate.of(network, (config.data.micro_batch, network.in_channels, side, side), itemsize)
     parts = {
         "parameters": number * num_parameters / (ranks if stage == 3 else 1),
         "gradients": number * num_parameters / (ranks if stage >= 2 else 1) + (4 * share if stage else 0),

@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING
 
 from launch import command
 from launch.evaluation_table import SHOWN, table
-from pipeline import run_folder
 from pipeline.config import Config, DataConfig
-from pipeline.data.manifest import MANIFEST_NAME, Manifest
+from pipeline.data.manifest import MANIFEST_NAME, Manifest, differing, load_manifest
 from pipeline.data.remote import is_remote, join
-from pipeline.data.splits import differing, load_manifest
 from pipeline.errors import ConfigError, DataError
+from pipeline.run_dir import run_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.evaluate import Detail
-    from pipeline.trained import Trained
+    from pipeline.engine.evaluate import Detail
+    from pipeline.engine.load_network import Trained
 
 MEASURED = 512  # samples whose operations are counted, of a larger split: it takes several times a forward pass
 PAIRS = 12  # of classes that were confused
@@ -50,9 +49,9 @@ def main(arguments: list[str]) -> None:
     if options.json and not options.json.parent.is_dir():
         raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
 
-    from pipeline import trained  # torch is imported here, after everything cheap was checked
+    from pipeline.engine import load_network  # torch is imported here, after everything cheap was checked
 
-    checkpoint = trained.load(options.run, config, step=options.checkpoint, weights=options.weights)
+    checkpoint = load_network.load(options.run, config, step=options.checkpoint, weights=options.weights)
     if checkpoint.num_classes != len(manifest.classes):
         raise ConfigError(
             f"{join(config.data.path, options.split)} has {len(manifest.classes)} classes, but the network of "
@@ -109,9 +108,9 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
     """Runs the network over the split; the result as it is written to JSON."""
     import torch
 
-    from pipeline.cores import cores_per_rank
-    from pipeline.data.evaluation import evaluation_batches
-    from pipeline.evaluate import evaluate_in_detail
+    from pipeline.data.loader import evaluation_batches
+    from pipeline.engine.evaluate import evaluate_in_detail
+    from pipeline.ranks.cores import cores_per_rank
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -242,7 +241,7 @@ def keep(result: dict, run: Path) -> None:
 
     Says so where the folder cannot be written.
     """
-    from pipeline import report  # matplotlib is imported here
+    from pipeline.report import report  # matplotlib is imported here
 
     path = run_folder.evaluation_path(run, result["step"], result["split"])
     try:

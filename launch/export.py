@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from launch import command
-from pipeline import run_folder
 from pipeline.errors import ConfigError
-from pipeline.metrics import read_journal
-from pipeline.run_folder import Stored
+from pipeline.metrics.journal import read_journal
+from pipeline.run_dir import run_folder
+from pipeline.run_dir.run_folder import Stored
 
 
 def main(arguments: list[str]) -> None:
@@ -31,10 +31,10 @@ def main(arguments: list[str]) -> None:
     stored = run_folder.read(options.run)
 
     from launch import model_card
-    from pipeline import trained  # torch is imported here, after everything cheap was checked
+    from pipeline.engine import load_network  # torch is imported here, after everything cheap was checked
     from pipeline.snn import state_dicts
 
-    checkpoint = trained.load(options.run, stored.config, step=options.checkpoint, weights=options.weights)
+    checkpoint = load_network.load(options.run, stored.config, step=options.checkpoint, weights=options.weights)
     about = facts(stored, checkpoint.step, checkpoint.num_classes, checkpoint.weights)
     # What the run says of its evaluated weights is not said of the others.
     told = checkpoint.weights == stored.config.evaluated_weights

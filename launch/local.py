@@ -10,13 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-from launch import options, runner
+from launch import options
+from launch.cluster import launcher
+from launch.cluster.placement import LOCAL, MASTER_PORT, Place
+from launch.cluster.processes import NOT_BEGUN, Ranks, attend, why
+from launch.cluster.signals import Signals
 from launch.devices import TorchError
-from launch.place import LOCAL, MASTER_PORT, Place
-from launch.ranks import NOT_BEGUN, Ranks, attend, why
-from launch.signals import Signals
 from launch.train import preflight, say_finished
-from pipeline import caches
 from pipeline.config import Config
 from pipeline.errors import (
     EXIT_DATA,
@@ -27,6 +27,7 @@ from pipeline.errors import (
     ConfigError,
     DataError,
 )
+from pipeline.run_dir import caches
 
 SAID = (EXIT_USAGE, EXIT_DATA, EXIT_INTERNAL, EXIT_STOPPED)
 """Exit codes of ranks that have told why."""
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
         say(told)
     try:
         config, dry_run = options.command(arguments)
-        place = runner.with_ranks(Place(nodes=1, rank=0, master=LOCAL, port=MASTER_PORT, slots=0), config, os.environ)
+        place = launcher.with_ranks(Place(nodes=1, rank=0, master=LOCAL, port=MASTER_PORT, slots=0), config, os.environ)
         if dry_run is not None:
             from launch.dry_run import show
 
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
         signals.wait(0)
         if signals.seen:
             return stopped_early()
-        ranks = Ranks(runner.command(place, Path(), arguments), runner.environment(place, os.environ), apart=False)
+        ranks = Ranks(launcher.command(place, Path(), arguments), launcher.environment(place, os.environ), apart=False)
         return verdict(config, attend(ranks, signals, math.inf, say), signals)
     except (ConfigError, DataError, TorchError) as error:
         say(f"error: {error}")

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from launch.evaluation_table import percent, shown
-from pipeline.data.graph import MEAN, STD
-from pipeline.metrics import read_journal
-from pipeline.run_folder import Stored
+from pipeline.data.dali_pipeline import MEAN, STD
+from pipeline.metrics.journal import read_journal
+from pipeline.run_dir.run_folder import Stored
 
 LISTED = 40  # classes, at most, in the card; the file's header has all
 NEURONS = {"if": "IF", "lif": "LIF", "plif": "PLIF"}

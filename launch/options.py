@@ -15,11 +15,11 @@ from typing import NamedTuple
 from launch import near_misses
 from launch.command import Parser
 from launch.recipes import RECIPES
-from pipeline import config_document, run_folder
-from pipeline.config import Config
-from pipeline.config_checks import one_of
-from pipeline.config_document import foreign_keys
+from pipeline.config import Config, config_json
+from pipeline.config.checks import one_of
+from pipeline.config.config_json import foreign_keys
 from pipeline.errors import ConfigError
+from pipeline.run_dir import run_folder
 from pipeline.snn.archs import ARCHS
 
 
@@ -171,7 +171,7 @@ def command(arguments: Sequence[str]) -> Command:
 
 def option_names() -> list[str]:
     """Of all options, without dashes in front."""
-    return [*SOURCES, "dry-run", *sorted(config_document.names() - {"recipe"})]
+    return [*SOURCES, "dry-run", *sorted(config_json.names() - {"recipe"})]
 
 
 def _unknown(words: Sequence[str]) -> str:
@@ -199,7 +199,7 @@ def _of_recipe(name: str, given: dict[str, object]) -> tuple[dict, str]:
 
 def _of_file(name: str, given: dict[str, object]) -> tuple[dict, str]:
     path = Path(name) / "config.json" if os.path.isdir(name) else Path(name)
-    document = config_document.read(path, "name the config.json of a run")
+    document = config_json.read(path, "name the config.json of a run")
     if document is None:
         raise ConfigError(f"--config {name}: there is no such file; name the config.json of a run")
     unknown, missing = foreign_keys(document)
@@ -208,7 +208,7 @@ def _of_file(name: str, given: dict[str, object]) -> tuple[dict, str]:
         mend = ["remove what is not known"] if unknown else []
         mend += [f"add what is missing, in the file or as options, as in --{missing[-1]} VALUE"] if missing else []
         raise ConfigError(
-            f"{path} is not a configuration of this version: {config_document.said(unknown, missing)}; "
+            f"{path} is not a configuration of this version: {config_json.said(unknown, missing)}; "
             + " and ".join(mend)
         )
     return document, f"{path}: "
@@ -245,7 +245,7 @@ def _configured(document: dict, where: str, given: dict[str, object]) -> Config:
         else:
             document = {**document, field: value}
     try:
-        config = config_document.config_of(document)
+        config = config_json.config_of(document)
         one_of("model.arch", config.model.arch, ARCHS)
         return config
     except ConfigError as error:

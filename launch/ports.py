@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from launch.place import MASTER_PORT
-from pipeline import exporter
+from launch.cluster.placement import MASTER_PORT
 from pipeline.config import Config
 from pipeline.errors import ConfigError, LostRankError
+from pipeline.metrics import exporter
 
 LOOK_S = 0.1
 TRIES = 100

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from pipeline.cores import quick_precision
+from pipeline.ranks.cores import quick_precision
 
 
 def digits() -> Config:

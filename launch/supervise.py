@@ -15,20 +15,21 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launch import options, runner
+from launch import options
+from launch.cluster import launcher
+from launch.cluster.handshake import Hello, introduce, refusal
+from launch.cluster.health import NodeMetrics
+from launch.cluster.placement import MASTER_PORT, Place, resolve
+from launch.cluster.processes import NOT_BEGUN, POLL_S, Ranks, attend, why
+from launch.cluster.rendezvous import SHOWN_S, MissingNodesError, gather
+from launch.cluster.signals import Signals
 from launch.command import Parser
 from launch.devices import TorchError
-from launch.gather import SHOWN_S, MissingNodesError, gather
-from launch.hello import Hello, introduce, refusal
-from launch.node_metrics import NodeMetrics
-from launch.place import MASTER_PORT, Place, resolve
-from launch.ranks import NOT_BEGUN, POLL_S, Ranks, attend, why
-from launch.signals import Signals
-from pipeline import caches, run_folder, run_lock
 from pipeline.config import Config
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
-from pipeline.exporter import USUAL_PORT
-from pipeline.stops import SUPERVISED
+from pipeline.metrics.exporter import USUAL_PORT
+from pipeline.ranks.stop_requests import SUPERVISED
+from pipeline.run_dir import caches, run_folder, run_lock
 
 FAREWELL_S = 60.0
 """For the ranks of other nodes to end and their supervisors to ask: a closed connection ends them in seconds. Longer
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
         options_, train = command_line(arguments)
         config = options.parse(train)
         place = resolve(vars(options_), os.environ)
-        place = runner.with_ranks(place, config, os.environ)
+        place = launcher.with_ranks(place, config, os.environ)
         config.accumulation(place.nodes * place.slots)
         if options_.dry_run:
             return dry_run(place, train)
@@ -116,10 +117,10 @@ def dry_run(place: Place, train: list[str]) -> int:
     print(
         f"place       node {place.rank} of {place.nodes}, {place.slots} ranks each, master {place.master}:{place.port}"
     )
-    print("hostfile", *(f"  {line}" for line in runner.hostfile(place).splitlines()), sep="\n")
-    print("command    ", " ".join(runner.command(place, Path("HOSTFILE"), train)), flush=True)
-    command = [sys.executable, str(runner.TRAIN), *train, "--dry-run", str(place.nodes * place.slots)]
-    return subprocess.run(command, env=runner.environment(place, os.environ), check=False).returncode
+    print("hostfile", *(f"  {line}" for line in launcher.hostfile(place).splitlines()), sep="\n")
+    print("command    ", " ".join(launcher.command(place, Path("HOSTFILE"), train)), flush=True)
+    command = [sys.executable, str(launcher.TRAIN), *train, "--dry-run", str(place.nodes * place.slots)]
+    return subprocess.run(command, env=launcher.environment(place, os.environ), check=False).returncode
 
 
 def verdict(ended: int, *, asked: bool, tries_left: bool) -> int | None:
@@ -169,10 +170,10 @@ class Supervisor:
 
     def _run(self, scratch: Path, metrics: NodeMetrics) -> int:
         hostfile = scratch / "hostfile"
-        hostfile.write_text(runner.hostfile(self._place))
-        command = runner.command(self._place, hostfile, self._train)
+        hostfile.write_text(launcher.hostfile(self._place))
+        command = launcher.command(self._place, hostfile, self._train)
         variables = {**metrics.variables, SUPERVISED: str(os.getpid())}
-        environ = runner.environment(self._place, os.environ, **variables)
+        environ = launcher.environment(self._place, os.environ, **variables)
         hello = introduce(self._place, self._config)
         while hello.problem or not self._finished(0):
             self._meet(hello)

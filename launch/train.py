@@ -15,13 +15,12 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from launch import ports
+from launch.cluster.placement import LOCAL, MASTER_PORT
 from launch.command import rank_variables
 from launch.options import command
-from launch.place import LOCAL, MASTER_PORT
-from pipeline import caches, rank_log, run_folder, run_lock, trackers
 from pipeline.config import Config
-from pipeline.data.splits import check_splits
-from pipeline.deepspeed_settings import deepspeed_settings
+from pipeline.data.manifest import check_splits
+from pipeline.engine.deepspeed_settings import deepspeed_settings
 from pipeline.errors import (
     EXIT_DONE,
     EXIT_INTERNAL,
@@ -32,7 +31,9 @@ from pipeline.errors import (
     LostRankError,
     NonFiniteError,
 )
-from pipeline.stops import Watch
+from pipeline.metrics import trackers
+from pipeline.ranks.stop_requests import Watch
+from pipeline.run_dir import caches, rank_log, run_folder, run_lock
 
 PATIENCE_S = 10
 LAUNCHED = frozenset(("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
@@ -53,10 +54,10 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if rank != 0:  # what these say is of the machine (no compiler, no bf16) or the run (a damaged checkpoint), once
-        for name in ("pipeline.engine", "pipeline.snn", "pipeline.checkpoint_files"):
+        for name in ("pipeline.engine", "pipeline.snn", "pipeline.run_dir.checkpoint_files"):
             logging.getLogger(name).setLevel(logging.ERROR)
     if rank == 0 and (told := caches.line(homeless)):
-        logging.getLogger("pipeline.caches").info(told)
+        logging.getLogger("pipeline.run_dir.caches").info(told)
     try:
         config, dry_run = command(arguments)
         if dry_run is not None:

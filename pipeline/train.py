@@ -6,16 +6,18 @@ shards → Loader → Batch → network → loss → backward → all-reduce (+�
 import time
 from pathlib import Path
 
-from pipeline import checkpoint, report, run_folder
-from pipeline.assemble import Run, prepare
 from pipeline.config import Config
-from pipeline.data.evaluation import evaluation_batches
-from pipeline.engine import answered, leave, of_rank_0
+from pipeline.data.loader import evaluation_batches
+from pipeline.engine import engine_state
+from pipeline.engine.engine import answered, leave, of_rank_0
+from pipeline.engine.evaluate import Evaluation, evaluate
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NonFiniteError
-from pipeline.evaluate import Evaluation, evaluate
-from pipeline.progress import summary_table
-from pipeline.snn import readout
-from pipeline.stops import Watch
+from pipeline.metrics.progress import summary_table
+from pipeline.ranks.stop_requests import Watch
+from pipeline.report import report
+from pipeline.run import Run, prepare
+from pipeline.run_dir import run_folder
+from pipeline.snn import losses
 
 
 def train(config: Config, watch: Watch) -> int:
@@ -44,7 +46,7 @@ def loop(run: Run) -> int:
         rate = schedule.set_learning_rate(engine, step)
         for batch in stats.begin(micro_batches):
             logits = engine(batch.images)
-            loss = readout.loss(run.config.train, logits, batch.labels)
+            loss = losses.loss(run.config.train, logits, batch.labels)
             stats.observe(batch, loss, logits)
             engine.backward(loss)  # after the last micro-batch it reduces the gradients, and χ rides along
             stats.check()  # no update is made from a gradient that is not finite
@@ -93,9 +95,9 @@ def validate(run: Run) -> Evaluation:
     began = time.monotonic()
     place = run.place
     batches = evaluation_batches(run.config.data, rank=place.rank, world_size=place.world_size, device=place.device)
-    checkpoint.average_buffers(run.engine)
+    engine_state.average_buffers(run.engine)
     with run.ema.shown():
-        checkpoint.average_buffers(run.engine)  # the average's own
+        engine_state.average_buffers(run.engine)  # the average's own
         result = evaluate(run.engine, batches, place.device)
     took_s = time.monotonic() - began
     if result.accuracy > run.writer.best:

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.log_to:
-        from tests.outcomes import Outcomes
+        from tests.support.outcomes import Outcomes
 
         config.pluginmanager.register(Outcomes(config.option.log_to, config.invocation_params.args))
 
@@ -41,7 +41,7 @@ def digits(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def straight(digits, tmp_path_factory):
     """A finished run, see training_runs.py; copy it before you change anything in it."""
-    from tests.training_runs import run_and_scrape  # it starts the launcher by this file's functions
+    from tests.support.training_runs import run_and_scrape  # it starts the launcher by this file's functions
 
     return run_and_scrape(digits, tmp_path_factory.mktemp("straight") / "run")
 

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pipeline.checkpoint_files import load_newest
 from pipeline.config import ModelConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import mix
 from pipeline.errors import EXIT_DONE
-from pipeline.metrics import read_journal
+from pipeline.metrics.journal import read_journal
+from pipeline.run_dir.checkpoint_files import load_newest
 from pipeline.snn import sew_resnet
 from tests.conftest import ROOT, launch
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.checkpoint_files import load_newest
 from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
-from pipeline.metrics import read_journal
+from pipeline.metrics.journal import read_journal
+from pipeline.run_dir.checkpoint_files import load_newest
 from tests.conftest import ROOT, launch, start
-from tests.tracked import tensorboard_curve
-from tests.training_runs import STEPS, Finished, arguments, read_until
+from tests.support.tracked import tensorboard_curve
+from tests.support.training_runs import STEPS, Finished, arguments, read_until
 
 
 def decisions(run_dir: Path) -> list[dict]:
@@ -130,7 +130,7 @@ def test_another_configuration_in_its_folder_is_refused(digits, straight):
 def test_a_run_killed_and_started_again_repeats_the_same_losses_bit_for_bit(digits, straight, tmp_path):
     run_dir = tmp_path / "run"
     # SIGKILL to rank 0 with the second checkpoint half written; the launcher ends the other.
-    ended = launch("tests/fault_job.py", *arguments(digits, run_dir), FAULT="0 SIGKILL save 2")
+    ended = launch("tests/faults/fault_job.py", *arguments(digits, run_dir), FAULT="0 SIGKILL save 2")
     assert ended.returncode == 256 - signal.SIGKILL, ended.output
     assert ".step-00000010.tmp" in [folder.name for folder in (run_dir / "checkpoints").iterdir()]
     assert "step-00000005" in [folder.name for folder in (run_dir / "checkpoints").iterdir()]
@@ -177,7 +177,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
     (run_dir / "config.json").write_text(json.dumps(config))
     # In step 13 it meets a NaN, which it passes over.
     words = [*arguments(digits, run_dir), "--train.on_nonfinite", "skip(1)", "--train.eval_every_epochs", str(every)]
-    again = launch("tests/fault_job.py", *words, ranks=1, FAULT="0 NAN forward 17")
+    again = launch("tests/faults/fault_job.py", *words, ranks=1, FAULT="0 NAN forward 17")
     assert again.returncode == EXIT_DONE, again.output
     assert "resumed from the checkpoint after step 10" in again.output
     assert (

@@ -1,7 +1,7 @@
 """Writes the Grafana dashboards into grafana/dashboards/:  python k8s/monitoring/dashboards.py
 
-Panels say by themselves, from pipeline/metric_table.py, which metric they show and what it means. Tests hold that the
-files are fresh, and ask a real Prometheus for the data of every panel.
+Panels say by themselves, from pipeline/metrics/catalogue.py, which metric they show and what it means. Tests hold that
+the files are fresh, and ask a real Prometheus for the data of every panel.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "grafana/dashboards"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipeline.metric_table import METRICS  # noqa: E402
+from pipeline.metrics.catalogue import METRICS  # noqa: E402
 
 RUN = 'job=~"$job", run=~"$run"'
 NODE = f'{RUN}, instance=~"$node"'

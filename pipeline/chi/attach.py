@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.chi.host import Constants
-from pipeline.chi.indicator import Indicators, gradient_sums, indicators
-from pipeline.chi.limbs import pack, unpack
+from pipeline.chi.async_read import Constants
+from pipeline.chi.comm_hook import pack, unpack
+from pipeline.chi.indicators import Indicators, gradient_sums, indicators
 from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError

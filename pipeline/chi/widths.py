@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from pipeline.chi import controller
 from pipeline.chi.controller import ControllerState
-from pipeline.chi.indicator import Indicators
+from pipeline.chi.indicators import Indicators
 from pipeline.chi.policies import Evidence
-from pipeline.chi.spread import Spread
+from pipeline.chi.potential_stats import Spread
 from pipeline.config import ChiConfig
+from pipeline.snn.membrane_probe import probed
 from pipeline.snn.neurons import NeuronState
-from pipeline.snn.potential import probed
 from pipeline.snn.sew_resnet import SpikingLayer
 
 CALIBRATION_SAMPLES = 1 << 20

@@ -5,25 +5,24 @@ Order → numbers → Samples → files and windows → Stream → Batch
 
 import atexit
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline.config import DataConfig
-from pipeline.cores import local_ranks
-from pipeline.data.augment import random_windows
-from pipeline.data.bad import BadSamples, refuse, too_many
+from pipeline.data.augment import central_windows, image_size_at, random_windows
+from pipeline.data.cache import READ_AHEAD, check_cache
+from pipeline.data.manifest import EVALUATION, TRAIN, load_manifest
 from pipeline.data.order import Order
+from pipeline.data.prefetcher import Batch, Request, Stream
 from pipeline.data.remote import join
-from pipeline.data.resolution import image_size_at
-from pipeline.data.samples import Samples, Taken
+from pipeline.data.samples import BadSamples, Samples, Taken, refuse, too_many
 from pipeline.data.shards import Shards
-from pipeline.data.splits import EVALUATION, TRAIN, load_manifest
-from pipeline.data.stream import Batch, Request, Stream
-from pipeline.data.working_set import check_cache
 from pipeline.errors import ConfigError
+from pipeline.ranks.cores import local_ranks
 
 __all__ = ["Batch", "Loader"]
 
@@ -297,3 +296,58 @@ def open_shards(data: DataConfig, split: str) -> Shards:
 def sizes(taken: Taken) -> np.ndarray:
     """`(n, 2)` int64 heights and widths."""
     return np.stack((taken.records["height"], taken.records["width"]), axis=1).astype(np.int64)
+
+
+def evaluation_batches(
+    data: DataConfig, *, rank: int, world_size: int, device: torch.device, split: str = EVALUATION
+) -> Generator[Batch, None, None]:
+    """Every sample of a split exactly once over all ranks; each rank gets the same number of batches.
+
+    Padding and bad samples are not `valid`: another sample of the split fills their place.
+
+    Raises:
+        ConfigError, DataError: as `Loader`; also when this rank's bad samples alone are over `data.max_bad_ratio`.
+    """
+    shards, m = open_shards(data, split), data.micro_batch
+    samples, bad = Samples(shards), BadSamples()
+    total = shards.manifest.num_samples
+    per_rank = -(-total // (m * world_size))
+
+    def request(index: int) -> Request:
+        position = (rank * per_rank + index) * m
+        places = position + np.arange(m)
+        valid = places < total
+        filled = np.minimum(places, total - 1)  # padding and stand-ins are of shards at hand: none is fetched for them
+        owners = shards.owners(filled[[0, -1]])
+        ahead = owners[1] + 1 + READ_AHEAD
+        shards.expect(range(owners[0], min(ahead, len(shards.manifest.shards))), once=True)
+        taken = samples.take(filled, lambda slot, attempt: (int(filled[slot]) - 1 - attempt) % total)
+        valid[list(taken.bad)] = False
+        reported = [
+            (samples.name(number), samples.bad[number], "it does not count in the evaluation")
+            for slot, number in taken.bad.items()
+            if places[slot] < total
+        ]
+        shards.rest()
+        return Request(
+            index=index,
+            numbers=taken.numbers,
+            encoded=taken.encoded,
+            windows=central_windows(
+                sizes(taken), image_size=data.image_size, resize=data.eval_resize or data.image_size
+            ),
+            labels=taken.records["label"].astype(np.int64),
+            valid=valid,
+            position=position,
+            bad=reported,
+        )
+
+    stream = Stream(data, device, samples, request, bad)
+    close = partial(end, stream, shards)
+    atexit.register(close)  # of an evaluation that nobody finished
+    try:
+        yield from stream.run(range(per_rank))
+        refuse(bad.reasons, count=bad.count, seen=total, num_samples=total, max_ratio=data.max_bad_ratio)
+    finally:
+        atexit.unregister(close)
+        close()

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline import caches
 from pipeline.data.cache import Cache, Held
 from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, Shard, read_samples
 from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote
 from pipeline.errors import DataError
+from pipeline.run_dir import caches
 
 MAX_OPEN = 4096
 """Shards open at a time, at most: the records of each are in memory (24 kB for 1,000 samples)."""

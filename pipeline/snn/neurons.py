@@ -13,9 +13,9 @@ from torch import nn
 
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
-from pipeline.snn import potential, surrogate
-from pipeline.snn.foreign import Surrogate
-from pipeline.snn.kernels import norm, select
+from pipeline.snn import membrane_probe, surrogate
+from pipeline.snn.external_neurons import Surrogate
+from pipeline.snn.kernels import dispatch, norm
 from pipeline.snn.kernels.packing import Again
 from pipeline.snn.kernels.reference import Rule, Tally, potential_dtype
 
@@ -104,8 +104,8 @@ class Neuron(nn.Module):
             self._count_steps(x.numel() if num_steps is None else x[0].numel() * num_steps)
         width, amplitude = self.scalars(x)
         if self.probe is not None:
-            potential.look(self.probe, x, self.rule, num_steps=num_steps, leak=self.leak(x), v=v)
-        spikes, state = select.run(
+            membrane_probe.look(self.probe, x, self.rule, num_steps=num_steps, leak=self.leak(x), v=v)
+        spikes, state = dispatch.run(
             x,
             self.rule,
             width,
@@ -147,9 +147,9 @@ class Neuron(nn.Module):
             self._count_steps(y.numel() * (num_steps if static else 1))
         width, amplitude = self.scalars(y)
         if self.probe is not None:
-            current = potential.normalised(y, bn)
+            current = membrane_probe.normalised(y, bn)
             steps = current[None] if static else current.unflatten(0, (num_steps, -1))
-            potential.look(self.probe, steps, self.rule, num_steps=num_steps, leak=self.leak(y))
+            membrane_probe.look(self.probe, steps, self.rule, num_steps=num_steps, leak=self.leak(y))
         out = norm.run(
             y,
             bn,

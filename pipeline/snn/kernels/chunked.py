@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pipeline.snn.kernels.twins import Call
+from pipeline.snn.kernels.dispatch import Call
 
 CHUNK = 16
 """Steps that a twin takes at once: their potentials lie in a GPU's registers, or in the first-level cache."""

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import caches
+from pipeline.run_dir import caches
 from pipeline.snn import surrogate
 from pipeline.snn.kernels.reference import Rule, Tally
 

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.snn.kernels import reference, twins
+from pipeline.snn.kernels import dispatch, reference
 from pipeline.snn.kernels.chunked import Chunks, in_chunks
+from pipeline.snn.kernels.dispatch import Call
 from pipeline.snn.kernels.packing import Again
 from pipeline.snn.kernels.reference import Rule, Tally
-from pipeline.snn.kernels.twins import Call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +232,7 @@ def run(
         raise ValueError(f"shortcut of shape {tuple(shortcut.shape)} is not allowed; use {wanted}")
     arguments = {"num_steps": num_steps, "static": static, "leak": leak, "shortcut": shortcut, "tally": tally}
     arguments["ranks"] = ranks
-    call_type = twins.choose(y, rule) if _plain(bn) else None
+    call_type = dispatch.choose(y, rule) if _plain(bn) else None
     if call_type is not None:
         call = call_type(
             rule=rule,

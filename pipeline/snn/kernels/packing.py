@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from pipeline.snn.kernels import compiled, twins
+from pipeline.snn.kernels import compiled, dispatch
 
 
 def bits_for(largest: int) -> int:
@@ -33,7 +33,7 @@ def pack(x: torch.Tensor, bits: int) -> torch.Tensor | None:
         out = torch.empty(n, dtype=torch.uint8)
         kernels.pack(x.data_ptr(), out.data_ptr(), n, bits, torch.get_num_threads())
         return out
-    gpu = twins.gpu_kernels(x)
+    gpu = dispatch.gpu_kernels(x)
     if gpu is not None:
         out = torch.empty(n, dtype=torch.uint8, device=x.device)
         gpu.pack(x, out, bits)
@@ -51,7 +51,7 @@ def unpack(packed: torch.Tensor, bits: int, like: torch.Tensor) -> torch.Tensor:
     if kernels is not None:
         kernels.unpack(packed.data_ptr(), out.data_ptr(), n, bits, torch.get_num_threads())
         return out
-    gpu = twins.gpu_kernels(out)
+    gpu = dispatch.gpu_kernels(out)
     if gpu is not None:
         gpu.unpack(packed, out, bits)
         return out

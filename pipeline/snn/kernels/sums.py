@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.snn.kernels import compiled, twins
+from pipeline.snn.kernels import compiled, dispatch
 
 
 def run_reference(gradient: torch.Tensor) -> torch.Tensor:
@@ -16,7 +16,7 @@ def run(gradient: torch.Tensor) -> torch.Tensor:
     """As `run_reference`, by a twin where there is one; the same bits for any number of threads."""
     if not (gradient.is_contiguous() or gradient.is_contiguous(memory_format=torch.channels_last)):
         return run_reference(gradient)
-    kernels = twins.gpu_kernels(gradient)
+    kernels = dispatch.gpu_kernels(gradient)
     if kernels is not None:
         return kernels.gradient_sums(gradient)
     library = compiled.library(gradient)

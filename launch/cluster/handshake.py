@@ -1,0 +1,109 @@
+"""What a node says of itself when the nodes meet, and why some of them cannot train together."""
+
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch.cluster.placement import Place
+from pipeline.config import Config
+from pipeline.data.manifest import TRAIN, check_splits, load_manifest
+from pipeline.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, ConfigError, DataError, StoreError
+from pipeline.run_dir import code_version, run_folder
+
+Refusal = ConfigError | DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """What a node says of itself."""
+
+    node: int
+    nodes: int
+    slots: int
+    source: str
+    """Of its code, see pipeline/run_dir/code_version.py."""
+    data: str
+    """Identity of its training split."""
+    problem: str
+    """Why it cannot train, if it cannot: then no node does."""
+    host: str
+    code: int = EXIT_USAGE
+    """It ends with this exit code, if it has a problem, and so does every node."""
+    token: str = ""
+    """What it wrote into the run's folder, which node 0 must find there."""
+
+    def but(self, problem: Refusal | None) -> "Hello":
+        """The same node, which cannot train for this reason, if there is one."""
+        return self if problem is None else replace(self, problem=str(problem)[:1000], code=problem.exit_code)
+
+
+def introduce(place: Place, config: Config) -> Hello:
+    """What this node says of itself, with what keeps it from training: its ranks would end, and those of the other
+    nodes wait for them in vain.
+    """
+    identity, problem = "", None
+    try:
+        identity = load_manifest(config.data, TRAIN).identity
+        check_splits(config.data)
+        run_folder.admit(config, place.nodes * place.slots)
+        run_folder.refuse_other_data(config, identity)
+    except (ConfigError, DataError) as error:
+        problem = error
+    hello = Hello(
+        node=place.rank,
+        nodes=place.nodes,
+        slots=place.slots,
+        source=code_version.version(),
+        data=identity[:16],
+        problem="",
+        host=socket.gethostname(),
+    )
+    return hello.but(problem)
+
+
+def why_not(own: Hello, others: Sequence[Hello]) -> str:
+    """Why these nodes cannot train together; empty where they can."""
+    hosts = {own.node: own.host}
+    fields = {"nodes": "--nodes", "slots": "--slots", "source": "code version", "data": "data's identity"}
+    for node in (own, *others):
+        if node.problem:
+            return f"node {node.node} ({node.host}) cannot train: {node.problem}"
+    for other in others:
+        for field, what in fields.items():
+            ours, theirs = getattr(own, field), getattr(other, field)
+            if ours != theirs:
+                return (
+                    f"{what} is {theirs} on node {other.node} ({other.host}) and {ours} on node 0 ({own.host}); start "
+                    "every node with the same"
+                )
+        if other.node in hosts or not 0 < other.node < own.nodes:
+            rival = hosts.get(other.node, "no other")
+            return f"--node-rank {other.node} was given to {other.host} and to {rival}; count the nodes from 0"
+        hosts[other.node] = other.host
+    return ""
+
+
+def unshared(nodes: Iterable[Hello], folder: Path) -> str:
+    """Names a node that writes into another folder than this one; empty where there is none."""
+    for node in nodes:
+        try:
+            shared = mark(folder, node.node).read_text() == node.token
+        except OSError:
+            shared = False
+        if not shared:
+            return (
+                f"run_dir={str(folder)!r} is not the same folder on node {node.node} ({node.host}); put it on a file "
+                "system that all nodes share"
+            )
+    return ""
+
+
+def mark(folder: Path, node: int) -> Path:
+    """Where in the run's folder a node writes its token."""
+    return folder / f".node-{node}"
+
+
+def refusal(reason: str, code: int) -> Refusal:
+    """What a node raises that ends for `reason` with the exit code `code`."""
+    return {EXIT_DATA: DataError, EXIT_INTERNAL: StoreError}.get(code, ConfigError)(reason)

@@ -1,0 +1,179 @@
+"""This node's ranks, from the start of DeepSpeed's launcher to the end of the last process. Linux only (/proc).
+
+A SIGTERM to the launcher would orphan the ranks, a Ctrl-C end it with a traceback while they still save, and it returns
+0 when its second half is killed. So signals go to the ranks and not to it. What is orphaned becomes this process's
+child and is reaped.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from launch.cluster.signals import Signals
+from pipeline.errors import EXIT_DONE, EXIT_INTERNAL
+
+POLL_S = 0.5
+ALONE_S = 15.0
+"""Ranks end together. When one has gone and others still run after so long, they wait for it in vain; longer than
+train.PATIENCE_S, in which a rank gives rank 0 time to speak."""
+NOT_BEGUN = 256 - signal.SIGTERM
+"""The launcher's code for a rank that a SIGTERM ended at once, since it had no step to save yet. One that trains leaves
+with 128 + SIGTERM on a second, and has lost what it had not saved."""
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The launcher sets them; what an outer launcher has set would be taken for them."""
+
+
+class Process(NamedTuple):
+    pid: int
+    parent: int
+    rank: str | None
+    """RANK in its environment: of a rank, and of the processes that a rank starts."""
+
+
+class Ranks:
+    """A started launcher. `close()`, or no process of it is left alone.
+
+    Args:
+        apart: in a session of its own, which no terminal and no signal to our process group reaches. Else the launcher
+            stays in our group, as at a terminal, but for SIGINT, and is killed when this process is: ranks that find
+            their launcher gone save and stop.
+    """
+
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], *, apart: bool = True) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        environ = {name: value for name, value in environ.items() if name not in RANK_VARIABLES}
+        self._session = None
+        if apart:
+            self._launcher = subprocess.Popen(command, env=environ, start_new_session=True)
+            self._session = self._launcher.pid
+            return
+        # Blocked signals are inherited, and the launcher's two processes never look; ranks do (ranks/stop_requests.py).
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            self._launcher = subprocess.Popen(
+                command, env=environ, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def poll(self) -> int | None:
+        """Reaps what has ended, orphans too; the launcher's exit code once it has ended."""
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == self._launcher.pid:
+                    self._launcher.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self._launcher.returncode
+
+    def living(self) -> dict[int, int]:
+        """The ranks that run, by process id."""
+        processes = {process.pid: process for process in self._processes()}
+        ranks = {}
+        for pid, process in processes.items():
+            above = processes.get(process.parent)
+            if process.rank is not None and (above is None or above.rank != process.rank):
+                ranks[pid] = int(process.rank)
+        return ranks
+
+    def send(self, number: int, pids: Iterable[int]) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def close(self) -> None:
+        """SIGKILL to all that is left, the launcher first, until nothing is left."""
+        while self.poll() is None or self._processes():
+            if self._session is not None:
+                with suppress(ProcessLookupError):
+                    os.killpg(self._session, signal.SIGKILL)
+            self.send(signal.SIGKILL, [process.pid for process in self._processes()])
+            with suppress(ChildProcessError):
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+
+    def _processes(self) -> list[Process]:
+        """The launcher's session without what has ended; where it has none, all that descends from this process."""
+        found, parents = [], {}
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            with suppress(OSError):
+                # "pid (name) state parent group session …", and a name may hold anything
+                state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                parents[int(folder.name)] = int(parent)
+                if state not in "ZX" and self._session in (None, int(session)):
+                    found.append(folder)
+        if self._session is None:
+            found = [folder for folder in found if _descends(int(folder.name), parents)]
+        return [process for folder in found if (process := _read(folder, parents)) is not None]
+
+
+def _descends(pid: int, parents: Mapping[int, int]) -> bool:
+    """Whether `pid` is below this process."""
+    while pid in parents:
+        pid = parents[pid]
+        if pid == os.getpid():
+            return True
+    return False
+
+
+def _read(folder: Path, parents: Mapping[int, int]) -> Process | None:
+    """The process of a folder of /proc; None where it has just ended."""
+    try:
+        variables = (folder / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    rank = next((v[5:].decode() for v in variables if v.startswith(b"RANK=")), None)
+    return Process(int(folder.name), parents[int(folder.name)], rank)
+
+
+def attend(ranks: Ranks, signals: Signals, grace_s: float, say: Callable[[str], None]) -> int:
+    """From the launcher's start to its end, with no process left behind; the launcher's exit code.
+
+    A request to stop is passed on to the ranks; they are killed on a second one, `grace_s` after the first, and where
+    some have gone and the others wait.
+    """
+    told: set[int] = set()
+    most, alone_since, asked_at = 0, None, None  # ranks seen at a time; since when fewer; when they were asked
+    try:
+        while (ended := ranks.poll()) is None:
+            signals.wait(POLL_S)
+            now, living = time.monotonic(), ranks.living()
+            most = max(most, len(living))
+            if len(living) == most:
+                alone_since = None
+            elif alone_since is None:
+                alone_since = now
+            if signals.seen:
+                if asked_at is None:
+                    asked_at = now
+                    say(f"{signals.first} received: the ranks are to save and stop")
+                ranks.send(signal.SIGTERM, living.keys() - told)  # once: twice would kill them
+                told |= living.keys()
+            if asked_at is not None and (signals.urgent or now - asked_at > grace_s):
+                say("killing the ranks; what they had not saved is lost")
+                return EXIT_INTERNAL
+            if alone_since is not None and now - alone_since > ALONE_S:
+                say(f"{most - len(living)} of {most} ranks have gone and the others wait: killing them")
+                return EXIT_INTERNAL
+    finally:
+        ranks.close()
+    return ended
+
+
+def why(ended: int) -> str:
+    """What the launcher's exit code says, in words."""
+    if ended == EXIT_DONE:
+        return "rank 0 left no summary.json"
+    number = 256 - ended if ended > 128 else -ended  # of a rank, or of the launcher itself
+    if 0 < number < signal.SIGRTMIN and number in set(signal.Signals):
+        out_of_memory = ", as where memory runs out" if number == signal.SIGKILL else ""
+        return f"{'a rank' if ended > 0 else 'the launcher'} was ended by {signal.Signals(number).name}{out_of_memory}"
+    return f"exit code {ended}"

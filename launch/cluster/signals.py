@@ -1,0 +1,58 @@
+"""Signals as a queue: nothing happens inside a handler, so nothing is interrupted half-way."""
+
+import select
+import signal
+import socket
+import time
+
+from pipeline.ranks.stop_requests import AGAIN_S
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Signals:
+    """Collects STOPS, and wakes at once on them and on a child's end. PID 1 too, which has no default handlers.
+
+    Made in the main thread, once; `close()` puts Python's own handling back.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._before = {number: signal.signal(number, _note) for number in (*STOPS, signal.SIGCHLD)}
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self.seen: list[int] = []
+        """The stops that have come, in order."""
+        self.urgent = False
+        """SIGTERM or SIGINT has come again, `AGAIN_S` or more after the first: sooner it is the first, sent to a whole
+        process group and passed on. SIGUSR1 is a warning, as Slurm sends before its SIGTERM."""
+        self._asked_at: float | None = None
+        self.looked_at = time.monotonic()
+        """When somebody waited last: who goes round waits often."""
+
+    def wait(self, seconds: float) -> None:
+        """Returns after `seconds`, or sooner on a signal."""
+        self.looked_at = time.monotonic()
+        if not select.select([self._reader], [], [], seconds)[0]:
+            return
+        now, stops = time.monotonic(), [number for number in self._reader.recv(4096) if number in STOPS]
+        self.seen += stops
+        if any(number != signal.SIGUSR1 for number in stops):
+            self._asked_at = now if self._asked_at is None else self._asked_at
+            self.urgent = self.urgent or now - self._asked_at >= AGAIN_S
+
+    @property
+    def first(self) -> str:
+        return signal.Signals(self.seen[0]).name
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._reader.close()
+        self._writer.close()
+
+
+def _note(_number: int, _frame) -> None:
+    """The byte in the wake-up socket is the message."""

@@ -1,0 +1,226 @@
+"""ZeRO-0 and 1: χ rides the gradient all-reduce and costs no collective of its own.
+
+DeepSpeed flattens all gradients into one fp32 bucket and reduces it once per optimizer step, in `allreduce_bucket` of
+the engine (ZeRO-0) or of its optimizer (ZeRO-1). The carrier replaces that method on the instance:
+
+    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers: spikes, covered neuron-steps, flags; and
+                                      the loss, with ds_atgo and scale rms 4 bytes a layer more
+       ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 24 bytes a layer
+    reduced g_0 | g_1 | …  → gradient_sums, the same on every rank
+    summed  tail           → counts over all ranks, exact
+
+The gradient is seen before it is clipped.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+from pipeline.chi.async_read import Constants
+from pipeline.chi.indicators import gradient_sums
+from pipeline.errors import NonFiniteError
+
+LIMB_BITS, NUM_LIMBS, MAX_RANKS = 12, 3, 1024
+
+
+def pack(counts: Tensor) -> Tensor:
+    """`(n,)` int64, each in [0, 2**36), as `(3n,)` float32 limbs."""
+    mask = (1 << LIMB_BITS) - 1
+    return torch.cat([(counts >> (LIMB_BITS * limb)) & mask for limb in range(NUM_LIMBS)]).float()
+
+
+def unpack(limbs: Tensor) -> Tensor:
+    """The `(n,)` int64 of which the sums of the ranks' `pack` are given."""
+    rows = limbs.double().round().long().view(NUM_LIMBS, -1)
+    return sum((rows[limb] << (LIMB_BITS * limb) for limb in range(1, NUM_LIMBS)), start=rows[0])
+
+
+class TapError(RuntimeError):
+    """The tap and DeepSpeed disagree about the reduced gradient: χ would be wrong, so nothing is trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What one rank saw during a step."""
+
+    counts: Tensor
+    """`(n,)` int64, each in [0, 2**36)."""
+    floats: Tensor
+    """`(k,)` float32, whatever else is summed over ranks; k stays the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Total:
+    """What all ranks saw during a step, the same on each."""
+
+    sums: Tensor
+    """`(L, 3)` float64, `indicator.gradient_sums` of the layers' weights."""
+    nnz: Tensor
+    """0-d float64, non-zero gradients over all trainable parameters."""
+    counts: Tensor
+    """`(n,)` int64."""
+    floats: Tensor
+    """`(k,)` float64."""
+    skipped: bool = False
+    """No update was made: `sums` and `nnz` are NaN."""
+    nonfinite: str = ""
+    """Why, where it was not the overflow that fp16's loss scale adapts to; what is not finite, for a message."""
+
+
+class Watched:
+    """The trainable parameters of a network, P of them, and which are the weights of its L spiking layers."""
+
+    def __init__(self, module: nn.Module, weights: Sequence[nn.Parameter]) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.parameters = [p for _, p in named]
+        self.device = self.parameters[0].device
+        self._rows = {id(p): row for row, p in enumerate(self.parameters)}
+        self.layers = torch.tensor(self.rows(weights), device=self.device)
+        """`(L,)` rows of the layers' weights."""
+        self.numel = torch.tensor([numel(p) for p in self.parameters], device=self.device)
+        """`(P,)` elements of every parameter."""
+
+    def rows(self, parameters: Sequence[nn.Parameter]) -> list[int]:
+        """Where these parameters stand among all."""
+        return [self._rows[id(p)] for p in parameters]
+
+    def zeros(self) -> Tensor:
+        """`(P, 3)` float64 for the sums of every parameter."""
+        return torch.zeros(len(self.parameters), 3, dtype=torch.float64, device=self.device)
+
+    def full_counts(self) -> Tensor:
+        """`(P,)` float64, non-zero gradients by DeepSpeed's public API; between backward and step, on every rank.
+
+        One collective for every parameter: for the check at the start only.
+        """
+        counts = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
+        for row, parameter in enumerate(self.parameters):
+            full = safe_get_full_grad(parameter)
+            if full is not None:
+                counts[row] = torch.count_nonzero(full)
+        return counts
+
+    def compare(self, seen: Tensor, expected: Tensor) -> None:
+        """Raises TapError, the same on every rank, where the counts `(P,)` differ."""
+        different = (seen != expected).nonzero().flatten().tolist()
+        if different:
+            row = different[0]
+            raise TapError(
+                f"χ's self-check failed: {self.names[row]} has {expected[row].item():.0f} non-zero gradients by "
+                f"DeepSpeed's full gradient and {seen[row].item():.0f} by the tap; use the DeepSpeed version of "
+                "constraints.txt"
+            )
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of a whole parameter; ZeRO-3 leaves an empty tensor in its place."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+class BucketCarrier:
+    """Counts the gradient where DeepSpeed reduces it; `share` gives what this rank adds to the bucket."""
+
+    def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool, skips: bool) -> None:
+        self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
+        self._sums = watched.zeros()
+        self._rows = Constants(watched.device)
+        self._tail: Tensor | None = None
+        self._num_floats = 0
+        self._skips, self._nonfinite = skips, ""
+        self._zero1 = engine.zero_optimization_stage() == 1
+        owner = engine.optimizer if self._zero1 else engine
+        layout = self._zero1_layout if self._zero1 else self._zero0_layout
+        owner.allreduce_bucket = self._counted(owner.allreduce_bucket, layout, averages=not self._zero1)
+
+    def before_step(self) -> None:
+        """Refuses a gradient that is not finite, and a first one that DeepSpeed counts otherwise.
+
+        The host waits for the answer in ZeRO-0 alone: in ZeRO-1 DeepSpeed itself looks, and makes no update.
+        """
+        if self._tail is None:
+            raise TapError("DeepSpeed reduced no gradient through allreduce_bucket; this version is not supported")
+        if not self._zero1 and (reason := self._not_finite()):
+            self._refuse(reason)
+            self._leave_out_update()
+        if self._unchecked:
+            self._watched.compare(self._sums[:, 0], self._watched.full_counts())
+            self._unchecked = False
+
+    def after_step(self) -> Total:
+        """The step's totals; the next step starts from zero.
+
+        Raises:
+            NonFiniteError: DeepSpeed (ZeRO-1) made no update, since the gradient was not finite.
+        """
+        assert self._tail is not None
+        if self._zero1 and self._engine.optimizer.overflow:
+            self._refuse(self._not_finite() or "the norm of the gradient is not finite")
+        if self._nonfinite:
+            self._sums.fill_(float("nan"))
+        total = Total(
+            sums=self._sums[self._watched.layers],
+            nnz=self._sums[:, 0].sum(),
+            skipped=bool(self._nonfinite),
+            nonfinite=self._nonfinite,
+            counts=unpack(self._tail[: -self._num_floats]),
+            floats=self._tail[-self._num_floats :].double(),
+        )
+        self._sums, self._tail, self._nonfinite = self._watched.zeros(), None, ""
+        return total
+
+    def _not_finite(self) -> str:
+        """Which gradients are not finite, for a message; empty where all are. The host waits for it."""
+        finite = torch.isfinite(self._sums).all(1)
+        if finite.all():
+            return ""
+        names = [name for name, ok in zip(self._watched.names, finite.tolist(), strict=True) if not ok]
+        return f"the gradient of {names[0]} and of {len(names) - 1} more parameters is not finite"
+
+    def _refuse(self, reason: str) -> None:
+        if not self._skips:
+            raise NonFiniteError(reason)
+        self._nonfinite = reason
+
+    def _leave_out_update(self) -> None:
+        """ZeRO-0: the engine's next step counts and clears the gradient, but changes no parameter."""
+        optimizer = self._engine.optimizer
+        update = optimizer.step
+
+        def left_out(*_args, **_kwargs) -> None:
+            optimizer.step = update
+
+        optimizer.step = left_out
+
+    def _counted(self, reduce: Callable[..., Tensor], layout: Callable, averages: bool) -> Callable[..., Tensor]:
+        def allreduce_bucket(bucket: list[Tensor], *args, **kwargs) -> Tensor:
+            if bucket[0].dtype not in (torch.float32, torch.float64) or kwargs.get("rank") is not None:
+                raise TapError(f"a {bucket[0].dtype} bucket was reduced; χ needs one of all gradients, in fp32 or fp64")
+            owned = layout(bucket)
+            if self._tail is not None:
+                reduced = reduce(bucket, *args, **kwargs)
+            else:
+                share = self._share()
+                tail = torch.cat((pack(share.counts), share.floats)).to(bucket[0].dtype)
+                self._num_floats = share.floats.numel()
+                flat = reduce([*bucket, tail], *args, **kwargs)
+                reduced = flat[: -tail.numel()]
+                # A copy: the flat bucket is DeepSpeed's, and is freed or reused after the step.
+                self._tail = flat[-tail.numel() :].clone().mul_(self._engine.dp_world_size if averages else 1)
+            parts = reduced.split([p.numel() for p in owned])
+            self._sums[self._rows(self._watched.rows(owned))] = torch.stack([gradient_sums(part) for part in parts])
+            return reduced
+
+        return allreduce_bucket
+
+    def _zero0_layout(self, bucket: list[Tensor]) -> list[nn.Parameter]:
+        by_address = {p.grad.data_ptr(): p for p in self._watched.parameters if p.grad is not None and p.numel() > 0}
+        return [by_address[gradient.data_ptr()] for gradient in bucket]
+
+    def _zero1_layout(self, bucket: list[Tensor]) -> list[nn.Parameter]:
+        # The bucket arrives cut by destination rank; its elements lie as the whole parameters did when it was filled.
+        optimizer = self._engine.optimizer
+        return [optimizer.bit16_groups[g][i] for g, i, _ in optimizer.ipg_buckets[bucket[0].dtype].params]

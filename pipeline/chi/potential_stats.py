@@ -1,0 +1,107 @@
+"""What some settings need beside the indicators: how far potentials spread around the threshold, for the rival
+policies, and the mean square of the surrogate, which `model.scale=rms` holds where it was.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.chi.async_read import Constants
+from pipeline.chi.indicators import Indicators
+from pipeline.chi.policies import Evidence
+from pipeline.config import ChiConfig
+from pipeline.errors import ConfigError
+from pipeline.snn.neurons import NeuronState
+from pipeline.snn.sew_resnet import SpikingLayer
+
+
+class Spread:
+    """Measures what `chi.policy` and the surrogates' scale ask for, and nothing where they ask for nothing.
+
+    mpd_agl reads the batch normalisations. ds_atgo looks at the potentials of the step before each decision, by a
+    second pass over every layer's current (snn/potential.py), in the training forward pass of each rank.
+    """
+
+    def __init__(self, config: ChiConfig, layers: list[SpikingLayer], neurons: NeuronState) -> None:
+        self._config, self._layers, self._neurons = config, layers, neurons
+        self._squares = torch.zeros(len(layers), dtype=torch.float64, device=neurons.widths.device)
+        self._seen, self._looked = [0] * len(layers), Constants(neurons.widths.device)
+        self._looks = config.policy == "ds_atgo"
+        self._rms = any(neuron.rule.scale == "rms" for neuron in neurons.neurons)
+        self._mean: Tensor | None = None
+        self._grad_sq: tuple[Tensor, Tensor] | None = None
+        if config.policy == "mpd_agl":
+            for layer in layers:
+                if layer.norm is None:
+                    raise ConfigError(f"chi.policy='mpd_agl' needs a batch normalisation before {layer.name}; use "
+                                      "another policy")  # fmt: skip
+        self.prepare(0)
+
+    def prepare(self, count: int) -> None:
+        """After a step, `count` of which were summed since the last decision: look at the next one if it decides."""
+        if not self._looks:
+            return
+        self._squares.zero_()
+        self._seen = [0] * len(self._layers)
+        looks = count + 1 >= self._config.interval
+        for layer, neuron in enumerate(self._neurons.neurons):
+            neuron.probe = self._see(layer) if looks else None
+
+    def _see(self, layer: int):
+        def see(u: Tensor) -> None:
+            if not self._neurons.neurons[layer].training:
+                return
+            self._squares[layer] += u.square().mean(dtype=torch.float64)
+            self._seen[layer] += 1
+
+        return see
+
+    def share(self) -> Tensor:
+        """What this rank adds to the step's all-reduce, float32: means of (h - v_th)², `(L,)`, zeros where it did not
+        look; then sums of g², `(L,)`. Each only where it is asked for.
+        """
+        parts = [self._squares[:0]]
+        if self._looks:
+            parts.append(self._squares / self._looked([max(1, seen) for seen in self._seen]))
+        if self._rms:
+            parts.append(self._neurons.grad_sq)
+        return torch.cat(parts).float()
+
+    def take(self, summed: Tensor, *, num_ranks: int, neuron_steps: Tensor) -> None:
+        """The sum of `share()` over ranks, for the next `hold_amplitudes` and `evidence`.
+
+        Args:
+            summed: float64, as long as `share()`.
+            num_ranks: ranks that it sums over.
+            neuron_steps: `(L,)`, of all ranks.
+        """
+        if self._looks:
+            self._mean = summed[: len(self._layers)] / num_ranks
+        if self._rms:
+            self._grad_sq = (summed[-len(self._layers) :], neuron_steps)
+
+    def hold_amplitudes(self) -> None:
+        """The amplitudes of scale rms follow what was taken."""
+        if self._grad_sq is not None:
+            self._neurons.hold_rms(*self._grad_sq)
+            self._grad_sq = None
+
+    @torch.no_grad()
+    def evidence(self, indicators: Indicators) -> Evidence:
+        """What the controller decides on, from a step's indicators and what was taken."""
+        spread = None if self._mean is None else self._mean.sqrt()
+        if self._config.policy == "mpd_agl":
+            spread = torch.stack([self._from_norm(layer) for layer in self._layers])
+        return Evidence(
+            indicator=getattr(indicators, self._config.indicator),
+            coverage=indicators.coverage,
+            firing_rate=indicators.firing_rate,
+            spread=spread,
+        )
+
+    @staticmethod
+    def _from_norm(layer: SpikingLayer) -> Tensor:
+        assert layer.norm is not None
+        rule = layer.neuron.rule
+        leak = layer.neuron.leak(layer.weight)
+        kept = 1.0 if leak is None else 1 - leak.double()
+        return (1 + kept**2) ** 0.5 * layer.norm.weight.abs().mean().double() * rule.v_th

@@ -1,0 +1,234 @@
+"""Everything that can be set, with its unit and range. Nothing but the standard library.
+
+A `Config` is built once, in the entry point, from a recipe and its overrides, and then only read. The string under
+each field is its documentation; `launch/options.py` prints it for `--help`. The sections for the network and χ are in
+config_network.py, those for the optimizer and the run in config_training.py.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from pipeline.config.checks import INTEGER_MAX, checked, positive, require
+from pipeline.config.sections import ChiConfig, ModelConfig, OptimConfig, TrainConfig
+from pipeline.errors import ConfigError
+
+__all__ = ["ChiConfig", "Config", "DataConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
+
+POSITIONS_MAX = 2**45
+"""Of the pixels of a micro-batch at all time steps: the bytes of some hundred channels of them are a 64-bit number."""
+NEAREST = 8
+"""Numbers of ranks, at most, that a refusal names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    path: str = "data/digits"
+    """Folder, or URL (http, https, s3 and others), that holds the shard sets `train/` and `val/`."""
+    cache_dir: str = ""
+    """Local folder for the shards of a URL, shared by the ranks of a node; empty takes ~/.cache/chispike."""
+    cache_bytes: int = 200_000_000_000
+    """The most that cache_dir may hold, in bytes; what a node's ranks need at once must fit, see docs/data.md."""
+    retries: int = 5
+    """Further attempts at a remote file after one that failed, with growing pauses; at least 0."""
+    timeout_s: float = 30.0
+    """Seconds without a byte after which an attempt at a remote file has failed, above 0."""
+    image_size: int = 16
+    """Side of the square that the network sees, in pixels; with image_size_start, what it is at the end."""
+    image_size_start: int = 0
+    """Side at the start of training, from which it grows to image_size, in pixels; 0 takes image_size throughout.
+    Evaluations are at image_size."""
+    image_size_ramp: tuple[float, ...] = ()
+    """Where it grows, with image_size_start: from the first to the second epoch, as in 30,80; at starts of epochs."""
+    image_size_step: int = 32
+    """In between, the side is a multiple of this, in pixels, at least 1."""
+    global_batch: int = 128
+    """Samples per optimizer step, over all ranks and micro-batches."""
+    micro_batch: int = 16
+    """Samples per forward pass on one rank: the group that BatchNorm normalises. Part of the recipe."""
+    window_shards: int = 16
+    """Samples are shuffled within windows of this many shards; 0 shuffles the whole epoch."""
+    crop_area_min: float = 0.08
+    """Smallest random crop, as a fraction of the image's area, in (0, 1]; 1 with crop_aspect 1 is no crop."""
+    crop_aspect: float = 4 / 3
+    """Widest aspect ratio of a random crop, at least 1."""
+    flip: bool = True
+    """Mirror every second image at random while training."""
+    eval_resize: int = 0
+    """Shorter side before the central crop of an evaluation, in pixels; 0 takes image_size."""
+    threads: int = 0
+    """Decoding threads per rank; 0 takes this rank's share of the cores."""
+    hw_decoder_load: float = 0.0
+    """Share of the JPEGs for a GPU's hardware decoder, in [0, 1]; its pixels differ: only 0 promises exactness."""
+    prefetch: int = 3
+    """Decoded micro-batches that wait for their step, at least 1; up to three more are in work."""
+    max_bad_ratio: float = 0.001
+    """Share of bad samples (unreadable, truncated, undecodable, wrongly labelled) that ends the run, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        checked("data.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
+        for name in ("image_size", "image_size_step", "global_batch", "micro_batch", "prefetch"):
+            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
+        for name in ("window_shards", "eval_resize", "threads", "cache_bytes", "retries"):
+            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "an integer of at least 0")
+        size, start, ramp = self.image_size, self.image_size_start, self.image_size_ramp
+        require(0 <= start < size, "data.image_size_start", start, f"0, or a size below data.image_size={size}")
+        fits = len(ramp) == 2 and 0 <= ramp[0] < ramp[1] < math.inf if start else not ramp
+        wanted = "two epochs that rise, as in 30,80, with data.image_size_start, and none without"
+        require(fits, "data.image_size_ramp", ramp, wanted)
+        positive("data.timeout_s", self.timeout_s)
+        for name in ("max_bad_ratio", "hw_decoder_load"):
+            require(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "a number in [0, 1]")
+        require(0 < self.crop_area_min <= 1, "data.crop_area_min", self.crop_area_min, "a number in (0, 1]")
+        require(
+            math.isfinite(self.crop_aspect) and self.crop_aspect >= 1,
+            "data.crop_aspect",
+            self.crop_aspect,
+            "a number of at least 1, and finite",
+        )
+        require(
+            self.eval_resize == 0 or self.eval_resize >= self.image_size,
+            "data.eval_resize",
+            self.eval_resize,
+            f"0 or at least data.image_size={self.image_size}",
+        )
+        require(
+            self.global_batch % self.micro_batch == 0,
+            "data.global_batch",
+            self.global_batch,
+            f"a multiple of data.micro_batch={self.micro_batch}",
+        )
+
+    @property
+    def smallest_image(self) -> int:
+        """Side of the smallest images that the network sees, in pixels."""
+        return self.image_size_start or self.image_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsConfig:
+    port: int = 9464
+    """TCP port where rank 0 serves metrics for Prometheus while it trains; 0 takes a free one."""
+    host: str = "127.0.0.1"
+    """Address that the port is opened on; 0.0.0.0 lets other machines read it."""
+    tls_cert: str = ""
+    """Certificate, a PEM file, to serve https with; empty serves http."""
+    tls_key: str = ""
+    """Its private key, a PEM file."""
+    tls_client_ca: str = ""
+    """Certificates, a PEM file, of which one must have signed a client's own; empty serves every client."""
+    tensorboard: bool = False
+    """Write the curves for TensorBoard too, into RUN/tensorboard; needs the extra tensorboard."""
+    wandb: bool = False
+    """Write them for Weights & Biases too, offline, into RUN/wandb; needs the extra wandb."""
+    mlflow: bool = False
+    """Write them for MLflow too, into RUN/mlflow; needs the extra mlflow."""
+
+    def __post_init__(self) -> None:
+        checked("metrics.", self)
+
+    def check(self) -> None:
+        """The section's own rules; raises ConfigError."""
+        require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
+        both = bool(self.tls_cert) == bool(self.tls_key)
+        require(both, "metrics.tls_key", self.tls_key, "a file together with metrics.tls_cert, and none without it")
+        need = "a file only together with metrics.tls_cert"
+        require(bool(self.tls_cert) or not self.tls_client_ca, "metrics.tls_client_ca", self.tls_client_ca, need)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    recipe: str
+    """Name of the recipe that this configuration started from."""
+    run_dir: str = "runs/digits"
+    """Folder of the run: config, metrics, checkpoints, report. A run that stands there is resumed."""
+    init_from: str = ""
+    """Weights to start from instead of fresh ones: another run's folder or checkpoint, a safetensors file, or a state
+    dict in our names, SpikingJelly's or the original SEW-ResNet code's; a run that is resumed does not read it. A run
+    with train.ema_decay gives its averaged weights. A run with the same layers, model.surrogate and model.width also
+    gives the widths that it ended with, which chi.calibrate then does not change."""
+    deepspeed_config: str = ""
+    """A JSON file of DeepSpeed settings of your own, merged into the run's: what shows or speeds up a run and changes
+    nothing that it computes (comms_logger, flops_profiler, stage3_prefetch_bucket_size and others). All else has an
+    option here, and is refused with its name."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    chi: ChiConfig = field(default_factory=ChiConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        checked("", self)
+
+    def check(self) -> None:
+        """The rules between sections; raises ConfigError."""
+        data, T = self.data, self.model.T
+        if T * data.micro_batch * data.image_size**2 > POSITIONS_MAX:
+            raise ConfigError(
+                f"data.image_size={data.image_size} with data.micro_batch={data.micro_batch} and model.T={T} is more "
+                f"than any memory holds; use values with T x micro_batch x image_size² of at most {POSITIONS_MAX}"
+            )
+        if self.chi.policy == "mpd_agl" and self.train.zero_stage == 3:
+            raise ConfigError(
+                "chi.policy='mpd_agl' reads the batch normalisations, which train.zero_stage=3 keeps in pieces; use "
+                "train.zero_stage 0, 1 or 2"
+            )
+        if self.chi.policy == "ds_atgo" and self.train.sync_bn:
+            raise ConfigError(
+                "chi.policy='ds_atgo' looks at potentials that each rank normalises by itself, which train.sync_bn "
+                "changes; use another policy, or train.sync_bn false"
+            )
+        steered_by_coverage = self.chi.policy == "chi" and self.chi.indicator == "coverage"
+        if steered_by_coverage and self.model.surrogate in ("atan", "sigmoid"):
+            raise ConfigError(
+                f"chi.indicator='coverage' is undefined for model.surrogate={self.model.surrogate!r}, whose support is "
+                "unbounded; use model.surrogate triangle or rectangle, or chi.policy fixed"
+            )
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per optimizer step on each of `world_size` ranks."""
+        require(world_size >= 1, "world_size", world_size, "1 rank or more")
+        data, micro_batches = self.data, self.data.global_batch // self.data.micro_batch
+        if micro_batches % world_size:
+            divisors = [size for size in range(1, math.isqrt(micro_batches) + 1) if micro_batches % size == 0]
+            divisors = sorted({*divisors, *(micro_batches // size for size in divisors)})
+            nearest = sorted(sorted(divisors, key=lambda size: abs(size - world_size))[:NEAREST])
+            batch = data.micro_batch * world_size * max(1, round(micro_batches / world_size))
+            ranks = "rank" if nearest == [1] else "ranks"
+            larger = f", or a global batch of {batch}" if batch <= INTEGER_MAX else ""
+            raise ConfigError(
+                f"data.global_batch={data.global_batch} in micro-batches of {data.micro_batch} does not divide over "
+                f"world_size={world_size}; use {' or '.join(map(str, nearest))} {ranks}{larger}"
+            )
+        return micro_batches // world_size
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps in the run over a split of `num_samples`.
+
+        Raises:
+            ConfigError: the split holds none, or there would be more than INTEGER_MAX.
+        """
+        if num_samples < 1:
+            raise ConfigError(
+                f"data.path={self.data.path!r}: its split train holds no samples; name a set that has some, or make it "
+                "again with python -m data_prep"
+            )
+        steps = math.ceil(self.train.epochs * num_samples / self.data.global_batch)
+        if steps > INTEGER_MAX:
+            raise ConfigError(
+                f"train.epochs={self.train.epochs!r} over {num_samples} samples in batches of {self.data.global_batch} "
+                f"makes {steps} optimizer steps; use fewer epochs, for at most {INTEGER_MAX} steps"
+            )
+        return steps
+
+    @property
+    def evaluated_weights(self) -> str:
+        """The weights that the run evaluates: last, or ema where it keeps their moving average."""
+        return "ema" if self.train.ema_decay else "last"
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)

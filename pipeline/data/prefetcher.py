@@ -1,0 +1,278 @@
+"""Micro-batches read and decoded ahead of whoever iterates.
+
+    reader thread: numbers → bytes, windows → decoder thread: DALI (its own threads) → Batch → the training loop
+
+Threads, not processes: reading and decoding release the interpreter's lock, there is nothing to orphan when a rank is
+killed, and a resume costs no start-up.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import DataConfig
+from pipeline.data.augment import Windows
+from pipeline.data.dali_pipeline import Graph, undecodable
+from pipeline.data.remote import ClosedError
+from pipeline.data.samples import UNDECODABLE, BadSamples, Samples
+
+_Result = TypeVar("_Result")
+_Call = tuple[Future, Callable[..., Any], tuple]
+
+
+class Background:
+    """`num_threads` daemon threads."""
+
+    def __init__(self, num_threads: int, *, name: str) -> None:
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._closed = threading.Event()
+        self._guard = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True) for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[..., _Result], *arguments: object) -> Future[_Result]:
+        """Does `call(*arguments)` in its turn; after `close` the future is cancelled."""
+        future: Future[_Result] = Future()
+        with self._guard:  # else a call could slip in behind those that closing cancels, and wait for ever
+            if self._closed.is_set():
+                future.cancel()
+                future.set_running_or_notify_cancel()
+            else:
+                self._calls.put((future, call, arguments))
+        return future
+
+    def _work(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, call, arguments = item
+            if self._closed.is_set():
+                future.cancel()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call(*arguments))
+            except BaseException as error:  # whoever asks for the result raises it
+                future.set_exception(error)
+
+    def close(self, *, wait: bool) -> None:
+        """Cancels what has not begun. With `wait`, returns when what has begun is over."""
+        with self._guard:
+            if not self._closed.is_set():
+                self._closed.set()
+                for _ in self._threads:
+                    self._calls.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+
+GRAPH_AHEAD = 3  # batches inside DALI; with fewer its threads run dry between two
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    """`(m, 3, H, W)`, normalised, channels-last, on the device. Event data would be `(T, m, C, H, W)`."""
+    labels: Tensor
+    """`(m,)` int64, on the device."""
+    valid: Tensor
+    """`(m,)` bool; False pads an evaluation's last batch."""
+    position: int
+    """Stream position of the first sample."""
+
+
+class Request(NamedTuple):
+    """A micro-batch before decoding."""
+
+    index: int
+    """What it was prepared from."""
+    numbers: np.ndarray
+    encoded: list[np.ndarray]
+    windows: Windows
+    labels: np.ndarray
+    valid: np.ndarray
+    position: int
+    bad: list[tuple[str, str, str]]
+    """Name, reason and what was done, of each sample that could not be used."""
+
+
+class Stream:
+    """Turns `prepare(index)` into batches for each index that `run` is given.
+
+    Args:
+        data, device: see `Graph`.
+        samples: where a sample that does not decode is entered as bad, so that `prepare` replaces it.
+        prepare: the request of an index; called in the reader thread.
+        bad: the account of bad samples, written as their batches are handed out.
+        dtype: of the images.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        device: torch.device,
+        samples: Samples,
+        prepare: Callable[[int], Request],
+        bad: BadSamples,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._data, self._device, self._samples, self._prepare, self._bad = data, device, samples, prepare, bad
+        self._dtype = dtype
+        self._reader = Background(1, name="shard-reader")
+        self._decoder: _Decoder | None = None
+        self.wait_s = 0.0
+        """Seconds in which no finished batch was there for whoever asked."""
+
+    @property
+    def queue_depth(self) -> int:
+        """Finished batches that wait to be asked for."""
+        return self._decoder.depth if self._decoder is not None else 0
+
+    def run(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """The batches of `indices`, in order. One run at a time: a new one ends the one before."""
+        if self._decoder is not None:
+            self._decoder.close()
+        decoder = self._decoder = _Decoder(
+            self._data, self._device, self._samples, self._prepare, self._reader, iter(indices), self._dtype
+        )
+        for _ in indices:
+            began = time.monotonic()
+            batch, bad = decoder.next()
+            self.wait_s += time.monotonic() - began
+            decoder.make_room()  # not timed: it wakes the decoder, which may take this core or the interpreter first
+            for name, reason, instead in bad:
+                self._bad.met(name, reason, instead=instead)
+            yield batch._replace(images=batch.images.to(self._dtype))
+
+    def close(self) -> None:
+        """Ends the threads. Waits for no more than the read that is under way."""
+        self._reader.close(wait=False)
+        if self._decoder is not None:
+            self._decoder.close()
+        self._reader.close(wait=True)
+
+
+class _Decoder:
+    """The thread that feeds DALI and collects from it, for one run."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        device: torch.device,
+        samples: Samples,
+        prepare: Callable[[int], Request],
+        reader: Background,
+        indices: Iterator[int],
+        dtype: torch.dtype,
+    ) -> None:
+        self._data, self._device, self._samples, self._dtype = data, device, samples, dtype
+        self._prepare, self._reader, self._indices = prepare, reader, indices
+        self._ahead = min(data.prefetch, GRAPH_AHEAD)
+        self._reading: deque[Future[Request]] = deque()
+        self._again: deque[Request] = deque()
+        self._fed: deque[Request] = deque()
+        self._lost: list[Request] = []
+        self._room = threading.Semaphore(data.prefetch)
+        self._stopped = False
+        self._done: SimpleQueue[tuple[Batch, list] | BaseException] = SimpleQueue()
+        # A daemon, so that a crash of the program that forgot to close is not kept waiting for data.
+        self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[Batch, list]:
+        item = self._done.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    @property
+    def depth(self) -> int:
+        return self._done.qsize()
+
+    def make_room(self) -> None:
+        """Lets the decoder go on, after each `next`."""
+        self._room.release()
+
+    def close(self) -> None:
+        self._stopped = True
+        self._room.release()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            for _ in range(2 * self._data.prefetch):
+                self._read_on()
+            graph = self._graph()
+            while self._fed or self._again or self._reading:
+                self._room.acquire()
+                if self._stopped:
+                    return
+                try:
+                    images = graph.run()
+                except RuntimeError as error:
+                    self._repair(error)
+                    graph = self._graph()
+                    self._room.release()
+                    continue
+                self._done.put(self._finished(images, self._fed.popleft()))
+        except CancelledError:  # closed while it waited for a read
+            pass
+        except BaseException as error:  # the training loop raises it, in its own thread
+            self._done.put(error)
+        finally:
+            self._done.put(ClosedError("the loader was closed"))  # whoever still waits must not wait for ever
+
+    def _graph(self) -> Graph:
+        return Graph(self._data, self._device, self._feed, batch_size=self._data.micro_batch, ahead=self._ahead)
+
+    def _read_on(self) -> None:
+        index = next(self._indices, None)
+        if index is not None:
+            self._reading.append(self._reader.submit(self._prepare, index))
+
+    def _feed(self) -> tuple[list[np.ndarray], Windows]:
+        if self._again:
+            request = self._again.popleft()
+        elif self._reading and not self._stopped:
+            request = self._reading.popleft().result()
+            self._read_on()
+        else:
+            raise StopIteration
+        self._fed.append(request)
+        return request.encoded, request.windows
+
+    def _repair(self, error: RuntimeError) -> None:
+        """Finds what DALI failed at among the batches it had been fed, and prepares these batches again without it."""
+        for request in self._fed:
+            culprits = undecodable(self._data, self._device, request.encoded, request.windows)
+            if culprits:
+                self._samples.bad.update(dict.fromkeys(request.numbers[culprits].tolist(), UNDECODABLE))
+                break
+        else:
+            raise error
+        # Both queues: what was fed before an earlier failure may wait behind the one that failed now.
+        # Kept until the next failure: the broken pipeline is not gone yet, and its threads may still read their bytes.
+        self._lost = [*self._fed, *self._again]
+        self._fed.clear()
+        self._again = deque(self._reader.submit(self._prepare, request.index).result() for request in self._lost)
+
+    def _finished(self, images: Tensor, request: Request) -> tuple[Batch, list]:
+        # In this thread, so that the training loop finds the batch finished; on a GPU the copy belongs into its stream.
+        if self._device.type == "cpu":
+            images = images.to(self._dtype)
+        batch = Batch(
+            images=images,
+            labels=torch.from_numpy(request.labels).to(self._device),
+            valid=torch.from_numpy(request.valid).to(self._device),
+            position=request.position,
+        )
+        return batch, request.bad

@@ -1,0 +1,64 @@
+"""What the ranks tell each other with every step, and what follows from it, at the same step on all of them.
+
+Three numbers travel with the step's all-reduce (chi/tap.py): a stop is asked for, samples were bad, a checkpoint could
+not be written. They are read a step later, when they have come by themselves: no rank waits for them.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.chi.async_read import Later
+from pipeline.chi.tap import FLAGS, Reading
+from pipeline.data.loader import Loader
+from pipeline.run_dir.checkpoint_writer import Writer
+
+STOP, BAD_SAMPLES, UNSAVED = range(len(FLAGS))
+
+
+class Flags:
+    """Args:
+    own: this rank's numbers, `(len(FLAGS),)` int64, which the tap sends with every step.
+    loader: counts bad samples, and says how many are too many.
+    world_size: number of ranks.
+    """
+
+    def __init__(self, own: Tensor, loader: Loader, world_size: int) -> None:
+        self._own, self._loader, self._world_size = own, loader, world_size
+        self._later = Later(own)
+
+    def ask_to_stop(self) -> None:
+        """From any thread: all ranks stop within two steps, with a checkpoint."""
+        self._own[STOP] = 1
+
+    def report_unsaved(self) -> None:
+        """From any thread: a checkpoint could not be written."""
+        self._own[UNSAVED] = 1
+
+    def count_bad_samples(self) -> None:
+        """Before a step's last backward pass: what the loader has replaced on this rank so far."""
+        self._own[BAD_SAMPLES] = self._loader.bad.count
+
+    def after(self, step: int, reading: Reading, writer: Writer, *, wait: bool) -> bool:
+        """Whether to stop after `step`; the same on every rank.
+
+        Args:
+            step: that `reading` is of.
+            reading: of all ranks.
+            writer: of checkpoints.
+            wait: look at the numbers of this step, since the host waits for the device anyway.
+
+        Raises:
+            DataError: too many samples were bad; with their names, of all ranks.
+            CheckpointError: rank 0 could not write a checkpoint.
+        """
+        told_at, told = self._later.late(step, reading.flags)
+        if wait or told[STOP]:
+            told_at, told = self._later.newest()
+        self._loader.account(told[BAD_SAMPLES], told_at)
+        if self._loader.too_many_bad:
+            reasons: list = [None] * self._world_size
+            torch.distributed.all_gather_object(reasons, self._loader.bad.reasons)
+            self._loader.refuse_bad({name: reason for part in reasons for name, reason in part.items()})
+        if told[UNSAVED]:
+            writer.raise_failure()
+        return bool(told[STOP])

@@ -1,0 +1,48 @@
+"""A run's checkpoint as a plain network: no ranks, no DeepSpeed."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.run_dir import checkpoint_files
+from pipeline.snn import sew_resnet, state_dicts
+
+
+class Trained(NamedTuple):
+    step: int
+    """Optimizer steps behind the weights."""
+    weights: str
+    """Which of the checkpoint's: last, or ema, the moving average."""
+    num_classes: int
+    network: sew_resnet.SEWResNet
+    """In evaluation mode, in fp32 (fp64 where the run trained in it), on the CPU."""
+
+
+def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str | None = None) -> Trained:
+    """The network of the checkpoint after `step`; the newest whole one where `step` is None.
+
+    `weights` are those after the last step, or ema, their moving average; None takes ema where the run keeps one.
+
+    `config` is the run's, or has another `model.T` or `data.image_size`.
+
+    Raises:
+        ConfigError: there is no such checkpoint, it does not fit `config`, or it holds no average.
+        DataError: it is damaged.
+    """
+    found = checkpoint_files.load_newest(run_dir) if step is None else checkpoint_files.load_step(run_dir, step)
+    if found is None:
+        raise ConfigError(f"{run_dir} has no whole checkpoint; the first comes after train.checkpoint_every steps")
+    average = found.get("ema")
+    if weights == "ema" and average is None:
+        raise ConfigError(f"{run_dir} keeps no moving average of its weights (train.ema_decay=0); use --weights last")
+    chosen = found["model"] if average is None or weights == "last" else average
+    tensors = {**chosen["parameters"], **chosen["buffers"]}
+    num_classes = len(tensors["fc.weight"])
+    network = sew_resnet.build(config.model, num_classes=num_classes, image_size=config.data.image_size).eval()
+    network.to(tensors["fc.weight"].dtype)
+    try:
+        state_dicts.load(network, tensors)
+    except ValueError as error:
+        raise ConfigError(f"the checkpoint after step {found['step']} of {run_dir}: {error}") from None
+    return Trained(found["step"], "ema" if chosen is average else "last", num_classes, network)

@@ -1,0 +1,266 @@
+"""Builds every part of a training run and puts the newest checkpoint into it; train.py is what then goes round."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from pipeline.chi.tap import Tap
+from pipeline.chi.widths import Widths
+from pipeline.config import Config
+from pipeline.config.config_json import flatten
+from pipeline.data.loader import Loader, evaluation_batches
+from pipeline.engine import init_from
+from pipeline.engine.ema import Ema
+from pipeline.engine.engine import Place, build, join, loss_scale, normalise_as_one, of_rank_0
+from pipeline.engine.engine_state import EngineState
+from pipeline.engine.flags import Flags
+from pipeline.engine.profiler import Trace
+from pipeline.engine.schedule import Schedule
+from pipeline.engine.step_stats import NonFinite, StepStats
+from pipeline.errors import ConfigError
+from pipeline.metrics.progress import Progress
+from pipeline.metrics.rank_metrics import RankMetrics
+from pipeline.ranks.replica_check import Replicas
+from pipeline.ranks.stop_requests import Watch
+from pipeline.ranks.straggler import Pace
+from pipeline.run_dir import checkpoint_files, code_version, run_folder
+from pipeline.run_dir.checkpoint_writer import Writer
+from pipeline.snn import sew_resnet
+from pipeline.snn.neurons import NeuronState, bind
+from pipeline.snn.sew_resnet import SpikingLayer
+
+IMAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+"""What the images of each precision are stored as."""
+
+
+class Stateful(Protocol):
+    """A part of a run that a checkpoint holds."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> None: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """Every part of a run, built and resumed."""
+
+    config: Config
+    place: Place
+    schedule: Schedule
+    loader: Loader
+    engine: DeepSpeedEngine
+    ema: Ema
+    nonfinite: NonFinite
+    widths: Widths
+    stats: StepStats
+    flags: Flags
+    log: Progress
+    trace: Trace
+    straggler: Pace
+    replicas: Replicas
+    writer: Writer
+    step: int
+    """Optimizer steps that were made."""
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """Everything that a checkpoint holds, by its name there: saving and resuming walk this list."""
+        return {
+            "loader": self.loader,
+            "model": EngineState(self.engine),
+            "ema": self.ema,
+            "widths": self.widths,
+            "nonfinite": self.nonfinite,
+        }
+
+    @property
+    def after_step(self) -> tuple:
+        """Parts with something to do after every step, or every few."""
+        return self.ema, self.trace, self.straggler, self.replicas
+
+    def state_dict(self) -> dict:
+        """The checkpoint after `step`. A collective."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return {"step": self.step, "config": self.config.to_dict(), **parts}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Goes on from a checkpoint, of any number of ranks. A collective."""
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.step = saved["step"]
+
+    def close(self) -> None:
+        """Ends the threads and closes the files of all parts."""
+        for part in (self.trace, self.writer, self.log, self.loader):
+            part.close()
+
+
+def prepare(config: Config, watch: Watch) -> Run:
+    """Builds every part and puts the newest checkpoint into it; from then on `watch` stops the run by request."""
+    place = join(config)
+    loader = Loader(
+        config.data,
+        seed=config.train.seed,
+        rank=place.rank,
+        world_size=place.world_size,
+        device=place.device,
+        dtype=IMAGES[config.train.precision],
+    )
+    saved = checkpoint_files.load_to_resume(Path(config.run_dir))
+    step = saved["step"] if saved else 0
+    agree(config, step, loader.manifest.identity, place.device)
+    classes = len(loader.manifest.classes)
+    model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)
+    if config.train.precision == "fp64":
+        model.double()  # before weights are read into it
+    num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
+    if place.rank == 0:
+        print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
+    widths = None
+    if config.init_from and saved is None:
+        said, widths = init_from.load(model, config)
+        if place.rank == 0:
+            print(said, flush=True)
+    engine = build(config, model, place.world_size)
+    neurons, layers = bind(model), model.spiking_layers()
+    if config.train.sync_bn:
+        normalise_as_one(neurons, place.world_size)
+    schedule = Schedule(config, loader.manifest.num_samples)
+    if place.rank == 0:
+        run_folder.describe(
+            config,
+            data_identity=loader.manifest.identity,
+            classes=loader.manifest.classes,
+            layers=neurons.names,
+            num_parameters=num_parameters,
+            world_size=place.world_size,
+        )
+    run = assembled(config, place, loader, engine, neurons, layers, schedule, step)
+    if saved is not None:
+        run.load_state_dict(saved)
+        run.log.say(f"resumed from the checkpoint after step {step}")
+    else:
+        if widths is not None:
+            run.widths.start_from(widths.to(place.device))
+        elif config.chi.calibrate:
+            calibrate(run)
+        run.log.began(run.widths.controller.log_width)
+    watch.on_request(run.flags.ask_to_stop)  # all ranks hear of it with the next all-reduce
+    return run
+
+
+def assembled(
+    config: Config,
+    place: Place,
+    loader: Loader,
+    engine: DeepSpeedEngine,
+    neurons: NeuronState,
+    layers: list[SpikingLayer],
+    schedule: Schedule,
+    step: int,
+) -> Run:
+    """The parts around an engine, for a run that goes on after `step`."""
+    network = cast(nn.Module, engine.module)
+    widths = Widths(config.chi, layers, neurons)
+    tap = Tap(
+        engine,
+        layers,
+        neurons,
+        spread=widths.stats,
+        has_coverage=config.model.surrogate in ("triangle", "rectangle"),
+        self_check=config.chi.self_check,
+        skips=True,
+    )
+    nonfinite = NonFinite(
+        network,
+        loader,
+        micro_batch=config.data.micro_batch,
+        skips=config.train.nonfinite_skips,
+        fp16=config.train.precision == "fp16",
+        world_size=place.world_size,
+    )
+    flags = Flags(tap.flags, loader, place.world_size)
+    exporter = RankMetrics(
+        config,
+        rank=place.rank,
+        local_rank=place.local_rank,
+        world_size=place.world_size,
+        layers=neurons.names,
+        num_steps=schedule.num_steps,
+        identity=loader.manifest.identity,
+    )
+    log = Progress(
+        config,
+        rank=place.rank,
+        num_samples=loader.manifest.num_samples,
+        step=step,
+        layers=neurons.names,
+        figures=loader.figures,
+        loss_scale=lambda: loss_scale(engine),
+        exporter=exporter,
+    )
+    writer = Writer(
+        Path(config.run_dir),
+        active=place.rank == 0,
+        keep=config.train.keep_checkpoints,
+        step=step,
+        best=of_rank_0(checkpoint_files.best(Path(config.run_dir), step)),
+        on_failure=flags.report_unsaved,
+        on_saved=log.saved,
+    )
+    every = config.train.log_every
+    return Run(
+        config=config,
+        place=place,
+        schedule=schedule,
+        loader=loader,
+        engine=engine,
+        ema=Ema(engine, config.train.ema_decay),
+        nonfinite=nonfinite,
+        widths=widths,
+        stats=StepStats(tap, nonfinite, flags),
+        flags=flags,
+        log=log,
+        trace=Trace(Path(config.run_dir), config.train.profile_steps if place.rank == 0 else 0, step),
+        straggler=Pace(network, place.device, every=every, step=step, waited=lambda: loader.wait_s, say=log.say),
+        replicas=Replicas(engine, config.train.verify_every),
+        writer=writer,
+        step=step,
+    )
+
+
+def calibrate(run: Run) -> None:
+    """The widths of a run that is not resumed, from the same images on every rank."""
+    batches = evaluation_batches(run.config.data, rank=0, world_size=1, device=run.place.device, split="train")
+    images = next(batches).images.to(IMAGES[run.config.train.precision])
+    batches.close()
+    run.widths.calibrate(run.engine, images, lambda widths: dist.broadcast(widths, 0))
+
+
+def agree(config: Config, step: int, data_identity: str, device: torch.device) -> None:
+    """All ranks run one program with one configuration on the same data from one step, or none does.
+
+    Raises:
+        ConfigError: on every rank, naming what differs between them.
+    """
+    settings = {name: value for name, value in flatten(config.to_dict()).items() if name not in run_folder.OWN}
+    shared = "put it on a file system that all nodes share"
+    same = {
+        "the program is of different versions; install one on all nodes": code_version.version(),
+        "the configurations differ; start every node with the same options": repr(sorted(settings.items())),
+        f"data.path={config.data.path!r} holds different data; put the same shards on all nodes": data_identity,
+        f"run_dir={config.run_dir!r} holds checkpoints of different steps; {shared}": step,
+    }
+    digests = [int(hashlib.sha256(str(value).encode()).hexdigest()[:15], 16) for value in same.values()]
+    extremes = torch.tensor([digests, [-digest for digest in digests]], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    for reason, largest, smallest in zip(same, *extremes.tolist(), strict=True):
+        if largest != -smallest:
+            raise ConfigError(f"the ranks do not agree: {reason}")

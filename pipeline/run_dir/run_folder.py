@@ -1,0 +1,254 @@
+"""The run's folder: what it holds, whether a run may go on in it. Nothing but the standard library.
+
+RUN/config.json     the resolved configuration
+RUN/run.json        versions, commit, seed, data identity, classes, layers
+RUN/lock            held by rank 0 of the run that goes on in the folder (run_lock.py)
+RUN/logs/           each rank's lines (rank_log.py)
+RUN/metrics.jsonl   one record a logged step (metrics.py)
+RUN/checkpoints/    (checkpoint.py)
+RUN/summary.json    the result; its presence means that the run has finished
+RUN/report.html     the result in pictures (report.py)
+RUN/tensorboard/, RUN/wandb/, RUN/mlflow/    the same curves for these (trackers.py)
+RUN/profile/        where a step's time goes (step_trace.py)
+RUN/evaluations/    what python -m launch.evaluate found, by checkpoint and split
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.config import Config, config_json
+from pipeline.config.config_json import config_of, flatten, foreign_keys
+from pipeline.errors import ConfigError
+from pipeline.run_dir import code_version
+
+# What may differ between the ranks of a run: each acts on its own, and none waits for another because of it.
+OWN = frozenset(
+    [
+        "run_dir",
+        "deepspeed_config",  # nothing that the file may hold changes a result
+        "data.path",  # the data themselves are compared, by their manifest's hash
+        "data.cache_dir",
+        "data.cache_bytes",
+        "data.prefetch",
+        "data.retries",
+        "data.threads",
+        "data.timeout_s",
+        "metrics.host",
+        "metrics.mlflow",
+        "metrics.port",
+        "metrics.tls_cert",
+        "metrics.tls_client_ca",
+        "metrics.tls_key",
+        "metrics.tensorboard",
+        "metrics.wandb",
+        "train.profile_steps",
+    ]
+)
+# What may differ when a run is started again: none of it changes what is computed.
+FREE = OWN | {
+    "chi.self_check",
+    "data.max_bad_ratio",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.on_nonfinite",
+    "train.timeout_s",
+    "train.verify_every",
+}
+MEND = "remove the folder, or choose another --run_dir"
+PACKAGES = ("torch", "deepspeed", "nvidia-dali", "webdataset", "numpy", "prometheus-client")
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # DALI has a name for each CUDA, and one of them is installed
+
+
+def admit(config: Config, world_size: int) -> dict | None:
+    """Checks that `config` may run in its folder on so many ranks; the summary where it has finished there already.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration, or cannot be written.
+    """
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir!r} cannot be made ({error.strerror}); choose another") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"run_dir={config.run_dir!r} is not writable; choose another, or change its permissions")
+    stored = read_config(folder)
+    if stored is not None:
+        refuse_differences(config, stored)
+    ranks = (_read(folder / "run.json") or {}).get("world_size", world_size)
+    if config.train.sync_bn and ranks != world_size:
+        raise ConfigError(
+            f"train.sync_bn normalises over all ranks, so the run in {config.run_dir} needs the {ranks} that it was "
+            f"started with, not world_size={world_size}; use as many, or another --run_dir"
+        )
+    return _read(folder / "summary.json")
+
+
+def read_config(folder: Path) -> dict | None:
+    """What config.json of a run's folder holds, see config_document.py; None where there is none."""
+    return config_json.read(folder / "config.json", MEND)
+
+
+def refuse_differences(config: Config, stored: dict) -> None:
+    """Raises ConfigError where the run in the folder, whose config.json holds `stored`, was started otherwise.
+
+    The message has every field that differs, but for those of FREE.
+    """
+    folder = config.run_dir
+    unknown, missing = foreign_keys(stored)
+    missing = [name for name in missing if name not in FREE]
+    if unknown or missing:
+        raise of_another_version(folder, unknown, missing)
+    before, now = flatten(stored), flatten(json.loads(json.dumps(config.to_dict())))
+    differing = [name for name in sorted(now.keys() - FREE) if before[name] != now[name]]
+    if differing:
+        ours = ", ".join(f"{name}={now[name]!r}" for name in differing)
+        one = len(differing) == 1
+        theirs = repr(before[differing[0]]) if one else ", ".join(f"{name}={before[name]!r}" for name in differing)
+        raise ConfigError(
+            f"{ours}, but the run in {folder} was started with {theirs}; use {'that value' if one else 'those values'} "
+            f"to go on with it, as --resume {folder} does, or start a new run with another --run_dir, from the weights "
+            f"and widths of this one with --init-from {folder}"
+        )
+
+
+def of_another_version(folder: str | Path, unknown: Sequence[str], missing: Sequence[str]) -> ConfigError:
+    """Why the run in `folder` cannot go on, by what `config_document.foreign_keys` found in its config.json."""
+    return ConfigError(
+        f"{folder}/config.json is of another version: {config_json.said(unknown, missing)}; go on with the version "
+        f"that wrote it (commit in {folder}/run.json), or start a new run with --recipe NAME --init-from {folder} "
+        "--run_dir NEW"
+    )
+
+
+def refuse_other_data(config: Config, data_identity: str) -> None:
+    """Raises ConfigError where the run in the folder was trained on other data than those with this identity."""
+    before = (_read(Path(config.run_dir) / "run.json") or {}).get("data_identity", data_identity)
+    if before != data_identity:
+        raise ConfigError(
+            f"data.path={config.data.path!r} holds other data (data_identity {data_identity[:12]}) than the run in "
+            f"{config.run_dir} was started with ({before[:12]}); give it the old data, or start a run with another "
+            "--run_dir"
+        )
+
+
+class Stored(NamedTuple):
+    """What a run's folder says of it."""
+
+    folder: Path
+    config: Config
+    about: dict
+    """run.json, see `describe`."""
+    summary: dict | None
+    """summary.json; None where the run has not finished."""
+
+
+def read(folder: Path) -> Stored:
+    """The run in `folder`, finished or not.
+
+    Raises:
+        ConfigError: there is none, or it was written by another version of this program.
+    """
+    document, about = read_config(folder), _read(folder / "run.json")
+    if document is None or about is None:
+        raise ConfigError(f"{folder} holds no run (no config.json and run.json); name a run folder such as runs/digits")
+    unknown, _ = foreign_keys(document)
+    if unknown:
+        found = config_json.said(unknown, [])
+        raise ConfigError(f"{folder}/config.json is of another version: {found}; use the version that wrote it")
+    try:
+        return Stored(folder, config_of(document), about, _read(folder / "summary.json"))
+    except ConfigError as error:
+        raise ConfigError(f"{folder}/config.json: {error}") from None
+
+
+def describe(
+    config: Config,
+    *,
+    data_identity: str,
+    classes: Sequence[str],
+    layers: Sequence[str],
+    num_parameters: int,
+    world_size: int,
+) -> None:
+    """Writes config.json and run.json."""
+    folder = Path(config.run_dir)
+    description = {
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": _commit(),
+        "seed": config.train.seed,
+        "data_identity": data_identity,
+        "classes": list(classes),
+        "num_parameters": num_parameters,
+        "world_size": world_size,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "layers": list(layers),
+    }
+    write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "run.json", description)
+
+
+def evaluation_path(folder: Path, step: int, split: str) -> Path:
+    """Where the evaluation of a checkpoint with the run's own settings lies."""
+    return folder / "evaluations" / f"step-{step:08d}-{split}.json"
+
+
+def read_evaluation(folder: Path, step: int, split: str) -> dict | None:
+    """That evaluation, or None where nobody has made it."""
+    return _read(evaluation_path(folder, step, split))
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Atomically, so that a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); change its permissions") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); {MEND}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} is not a JSON object; {MEND}")
+    return document
+
+
+def _versions() -> dict[str, str]:
+    """Version by the name of each package that matters, "absent" where it is not installed."""
+    found = {}
+    for package in PACKAGES:
+        for name in DALI if package == "nvidia-dali" else (package,):
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            break
+        else:
+            found[package] = "absent"
+    return found
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file lies in, `-dirty` behind it where it was changed; without git, as in an
+    image, what CHISPIKE_COMMIT says, or at least which code it is.
+    """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        found = done.stdout.strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        found = ""
+    return found or os.environ.get("CHISPIKE_COMMIT") or f"unknown (source {code_version.version()})"

@@ -1,0 +1,303 @@
+"""`chi.attach` in a plain script: exact indicators, two DDP ranks that steer alike, neurons of another library."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import chi
+from pipeline.chi.attach import feeding_layers
+from pipeline.config import ModelConfig
+from pipeline.errors import ConfigError
+from pipeline.snn import losses, sew_resnet
+from pipeline.snn.membrane_probe import by_time_step
+from pipeline.snn.neurons import bind
+
+ROOT = Path(__file__).parents[2]
+
+
+def network(**settings) -> nn.Module:
+    torch.manual_seed(0)
+    return sew_resnet.build(ModelConfig(arch="sew_tiny", T=2, **settings), num_classes=10, image_size=8)
+
+
+def step(model: nn.Module, optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    images, labels = torch.rand(4, 3, 8, 8, generator=generator), torch.randint(10, (4,), generator=generator)
+    losses.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_the_indicators_are_those_of_the_gradient_that_the_optimizer_used():
+    model = network()
+    optimizer = sgd(model)
+    used = {}
+    pilot = chi.attach(model, optimizer, steps=10)
+    with torch.no_grad():
+        model.get_parameter("layer1.0.bn1.weight")[:] = 0  # a dead layer: no gradient through it
+        model.get_parameter("layer1.0.bn1.bias")[:] = -5
+    optimizer.register_step_pre_hook(
+        lambda *_: used.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    )
+    step(model, optimizer, 0)
+    assert pilot.indicators is not None
+    names = {id(p): name for name, p in model.named_parameters()}
+    for layer, measured in zip(pilot.layers, pilot.indicators.chi.tolist(), strict=True):
+        gradient = used[names[id(layer.weight)]]
+        assert measured == (gradient != 0).sum().item() / gradient.numel()
+    assert 0 < pilot.indicators.network_chi.item() < 1
+    assert pilot.indicators.chi.min().item() == 0
+    rate = pilot.indicators.firing_rate
+    assert (rate >= 0).all()
+    assert (rate <= 1).all()
+
+
+def test_an_evaluation_between_two_steps_is_not_counted():
+    rates = []
+    for evaluates in (False, True):
+        model = network()
+        optimizer = sgd(model)
+        pilot = chi.attach(model, optimizer, steps=10)
+        if evaluates:
+            model.eval()
+            model(torch.rand(16, 3, 8, 8))
+            model.train()
+        step(model, optimizer, 0)
+        assert pilot.indicators is not None
+        rates.append(pilot.indicators.firing_rate)
+    assert torch.equal(*rates)
+
+
+@pytest.mark.parametrize("policy", ["chi", "ds_atgo"])
+def test_it_steers_and_resumes_bit_for_bit(policy):
+    def begin():
+        model = network()
+        optimizer = sgd(model)
+        return model, optimizer, chi.attach(model, optimizer, steps=8, interval=2, policy=policy)
+
+    model, optimizer, pilot = begin()
+    for seed in range(8):
+        step(model, optimizer, seed)
+    other, other_optimizer, other_pilot = begin()
+    for seed in range(3):
+        step(other, other_optimizer, seed)
+    resumed, resumed_optimizer, resumed_pilot = begin()
+    resumed.load_state_dict(other.state_dict())
+    resumed_pilot.load_state_dict(other_pilot.state_dict())
+    for seed in range(3, 8):
+        step(resumed, resumed_optimizer, seed)
+    assert torch.equal(resumed_pilot.neurons.widths, pilot.neurons.widths)
+    assert pilot.neurons.widths.unique().numel() > 1
+
+
+def test_calibration_puts_the_first_coverage_at_the_target_and_leaves_the_network_as_it_was():
+    model = network()
+    optimizer = sgd(model)
+    pilot = chi.attach(model, optimizer, target=0.3, target_end=0.3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(5)
+    images, labels = torch.rand(4, 3, 8, 8, generator=generator), torch.randint(10, (4,), generator=generator)
+    pilot.calibrate(images)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    losses.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    assert pilot.indicators is not None
+    assert pilot.indicators.coverage.tolist() == pytest.approx([0.3] * 6, abs=0.01)
+
+
+def test_a_schedule_begins_at_the_model_s_own_width():
+    model = network(width=2.0)
+    optimizer = sgd(model)
+    pilot = chi.attach(model, optimizer, steps=4, policy="schedule", width_end=0.5, interval=1)
+    widths = []
+    for seed in range(4):
+        step(model, optimizer, seed)
+        widths.append(pilot.neurons.widths[0].item())
+    assert widths == pytest.approx([2**0.5, 1.0, 0.5**0.5, 0.5])
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("mpd_agl", 2**0.5), ("ds_atgo", None)])
+def test_the_rivals_steer_too(policy, expected):
+    model = network(surrogate="rectangle")
+    optimizer = sgd(model)
+    pilot = chi.attach(model, optimizer, policy=policy, interval=1)
+    step(model, optimizer, 0)
+    widths = pilot.neurons.widths
+    if expected is not None:
+        assert widths.tolist() == pytest.approx([expected] * 6)  # γ is 1 before the first update
+    else:
+        assert widths.unique().numel() == 6
+
+
+def test_ds_atgo_sees_the_potential():
+    model = network(neuron="if", surrogate="rectangle")
+    seen: list[torch.Tensor] = []
+    pilot = chi.attach(model, sgd(model), policy="ds_atgo", interval=1)
+    first = pilot.layers[0]
+    kept = first.neuron.probe
+    assert kept is not None
+    first.neuron.probe = lambda u: (kept(u), seen.append(u.clone()))  # pyright: ignore
+    images = torch.rand(4, 3, 8, 8)
+    model(images)
+    x = torch.nn.functional.batch_norm(
+        model.get_submodule("conv1")(images), None, None, torch.ones(16), torch.zeros(16), training=True
+    )
+    v = torch.zeros_like(x)
+    for u in seen:
+        h = v + x
+        assert torch.allclose(u, h - 1, atol=1e-5)
+        v = torch.where(h >= 1, 0, h)
+    assert len(seen) == 2
+
+
+def test_accumulated_micro_batches_count_as_one_step():
+    model = network()
+    optimizer = sgd(model)
+    pilot = chi.attach(model, optimizer, steps=10)
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        losses.cross_entropy(model(torch.rand(4, 3, 8, 8, generator=generator)), torch.tensor([1, 2, 3, 4])).backward()
+    assert pilot.step == 0
+    optimizer.step()
+    assert pilot.step == 1
+    assert pilot.indicators is not None
+    assert (pilot.indicators.coverage < 1).all()
+
+
+class Foreign(nn.Module):
+    """How SpikingJelly's neurons use a surrogate: one call per time step, on v - v_threshold."""
+
+    def __init__(self, surrogate_function: nn.Module) -> None:
+        super().__init__()
+        self.surrogate_function = surrogate_function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        v, spikes = torch.zeros_like(x[0]), []
+        for x_t in x:
+            h = v + x_t
+            spikes.append(self.surrogate_function(h - 1))
+            v = h * (1 - spikes[-1].detach())
+        return torch.stack(spikes)
+
+
+def test_a_neuron_of_another_library_gets_our_gradient_and_counts():
+    weight = nn.Linear(5, 7)
+    foreign = nn.Sequential(weight, Foreign(chi.Surrogate("triangle", width=0.8)))
+    optimizer = sgd(foreign)
+    pilot = chi.attach(foreign, optimizer, target=0.4, target_end=0.4, interval=1)
+    assert [layer.weight for layer in pilot.layers] == [weight.weight]
+    x = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
+    current = weight(x).detach().requires_grad_()
+    ours = sew_resnet.neurons.from_config(ModelConfig(width=0.8))
+    counted = bind(nn.Sequential(ours))
+    ours(current).square().sum().backward()
+    theirs = weight(x)
+    theirs.retain_grad()
+    foreign[1](theirs).square().sum().backward()
+    assert theirs.grad is not None
+    assert current.grad is not None
+    assert torch.equal(theirs.grad, current.grad)
+    optimizer.step()
+    assert pilot.indicators is not None
+    neuron_steps = 3 * 6 * 7
+    assert pilot.indicators.coverage.item() * neuron_steps == pytest.approx(counted.covered.item())
+    assert pilot.indicators.firing_rate.item() * neuron_steps == pytest.approx(counted.spikes.item())
+    assert pilot.neurons.widths.item() != pytest.approx(0.8)
+
+
+def test_the_nearest_weight_before_a_neuron_feeds_it(monkeypatch):
+    model = network()
+    state = bind(model)
+    expected = [(layer.weight, layer.norm) for layer in model.spiking_layers()]  # pyright: ignore
+    monkeypatch.delattr(sew_resnet.SEWResNet, "spiking_layers")
+    found = {id(layer.neuron): (layer.weight, layer.norm) for layer in feeding_layers(model, state)}
+    assert [found[id(neuron)] for neuron in state.neurons] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target": 0.5, "target_end": 0.3}, r"steps is missing.*give the optimizer steps"),
+        ({"policy": "schedule"}, "steps is missing"),
+        ({"steps": 3, "policy": "chy"}, r"chi.policy='chy' is not allowed; use one of fixed"),
+        ({"steps": 3, "etta": 1.0}, r"etta.*use the fields of pipeline.config.ChiConfig"),
+    ],
+)
+def test_a_wrong_setting_is_refused(settings, said):
+    model = network()
+    with pytest.raises(ConfigError, match=said):
+        chi.attach(model, sgd(model), **settings)
+
+
+def test_what_cannot_be_steered_is_refused():
+    with pytest.raises(ConfigError, match=r"coverage is undefined for the surrogate 'atan'.*triangle or rectangle"):
+        chi.attach(network(surrogate="atan"), sgd(nn.Linear(1, 1)), steps=3)
+    model = network()
+    with pytest.raises(ConfigError, match="use it with policy chi, indicator coverage"):
+        chi.attach(model, sgd(model), policy="fixed").calibrate(torch.rand(4, 3, 8, 8))
+    with pytest.raises(ValueError, match="no spiking layer"):
+        chi.attach(nn.Linear(1, 1), sgd(nn.Linear(1, 1)), steps=3)
+    orphan = nn.Sequential(Foreign(chi.Surrogate()), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no weights feed"):
+        chi.attach(orphan, sgd(orphan), steps=3)
+
+
+def test_two_ranks_of_ddp_read_the_same_and_steer_alike():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "tests/chi/chi_ddp.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "both ranks agree" in done.stdout
+
+
+def test_coverage_and_rate_of_every_time_step_average_to_those_of_the_step():
+    model = network()
+    optimizer = sgd(model)
+    pilot = chi.attach(model, optimizer, policy="fixed")
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(4, 3, 8, 8, generator=generator), torch.randint(10, (4,), generator=generator)
+    coverage, rate = by_time_step(model, images, pilot.neurons)
+    pilot.neurons.zero_counts()
+    losses.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    assert pilot.indicators is not None
+    assert coverage.shape == rate.shape == (6, 2)
+    assert coverage.mean(1).tolist() == pytest.approx(pilot.indicators.coverage.tolist(), abs=1e-6)
+    assert rate.mean(1).tolist() == pytest.approx(pilot.indicators.firing_rate.tolist(), abs=1e-6)
+    assert not torch.equal(coverage[:, 0], coverage[:, 1])
+
+
+def test_the_example_of_the_documentation_learns_and_steers():
+    done = subprocess.run(
+        [sys.executable, "docs/attach_example.py"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    accuracy = float(done.stdout.split()[1])
+    assert accuracy > 85
+    assert len((ROOT / "docs/attach_example.py").read_text().splitlines()) <= 40
+
+
+def test_spikingjelly_s_neurons_are_steered():
+    peer = ROOT / "build/peer/bin/python"
+    if not peer.exists():
+        pytest.skip("no build/peer with spikingjelly 2.0.0; python -m benchmarks.train_step --quick makes it")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([peer, "tests/chi/chi_peer.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "steered" in done.stdout

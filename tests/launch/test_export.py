@@ -1,0 +1,136 @@
+"""Exported weights: the file says what it holds, its card's five lines load it, and nothing is overwritten unasked."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from launch import export
+from pipeline.engine import load_network
+from pipeline.errors import ConfigError
+from pipeline.run_dir.run_folder import evaluation_path, read, write_json
+from tests.conftest import ROOT
+from tests.support.training_runs import STEPS
+
+
+@pytest.fixture
+def run(straight, tmp_path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(straight.run_dir, tmp_path / "run"))
+
+
+def logits(run: Path, step: int) -> torch.Tensor:
+    """Of the run's own checkpoint, for images that every test draws alike."""
+    network = load_network.load(run, read(run).config, step=step).network
+    with torch.no_grad():
+        return network(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))).mean(0)
+
+
+def run_the_lines(card: Path) -> torch.Tensor:
+    """Runs the card's code block as a reader would, beside the weights, in a process of its own."""
+    found = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    lines = found[1].strip().splitlines()
+    assert len(lines) == 5
+    before = "import torch; images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))"
+    after = "torch.save(logits.detach(), 'logits.pt')"
+    code = "\n".join([before, *lines, after])
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    subprocess.run(command, check=True, cwd=card.parent, timeout=120)
+    return torch.load(card.parent / "logits.pt")
+
+
+def test_the_cards_lines_load_the_weights_and_the_header_says_what_they_are(run, tmp_path, capsys):
+    out = tmp_path / "net.safetensors"
+    export.main([str(run), str(out)])
+    said = capsys.readouterr()
+    assert said.out.split() == [str(out), str(tmp_path / "net.md")]
+    assert "python -m launch.evaluate" in said.err, "nobody has evaluated it"
+    assert torch.equal(run_the_lines(tmp_path / "net.md"), logits(run, STEPS))
+    about, summary = read(run), json.loads((run / "summary.json").read_text())
+    with safe_open(out, "pt") as file:
+        header = file.metadata()
+    assert (header["recipe"], header["step"], header["T"]) == ("digits", str(STEPS), "4")
+    assert json.loads(header["classes"]) == [str(digit) for digit in range(10)]
+    assert header["data_identity"] == about.about["data_identity"]
+    assert json.loads(header["metrics"])["eval_accuracy_ratio"] == summary["eval_accuracy_ratio"]
+    assert json.loads(header["versions"]) == about.about["versions"]
+    assert json.loads(header["config"])["train"]["seed"] == 0
+    card = (tmp_path / "net.md").read_text(encoding="utf-8")
+    assert f"| {100 * summary['eval_accuracy_ratio']:.2f} % |" in card
+    assert all(f"| {layer} |" in card for layer in about.about["layers"])
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_an_older_checkpoint_under_the_original_names_loads_the_same_way(run, tmp_path):
+    out = tmp_path / "net.safetensors"
+    export.main([str(run), str(out), "--checkpoint", "10", "--names", "original"])
+    with safe_open(out, "pt") as file:
+        assert "layer1.0.conv1.module.0.weight" in file.keys()  # noqa: SIM118
+        assert "eval_loss" not in json.loads(file.metadata()["metrics"])
+    assert torch.equal(run_the_lines(tmp_path / "net.md"), logits(run, 10))
+    assert "not evaluated after this step" in (tmp_path / "net.md").read_text(encoding="utf-8")
+
+
+def test_the_card_tells_of_the_evaluation_that_was_made(run, tmp_path):
+    names = read(run).about["layers"]
+    layers = [
+        {"neurons": name, "firing_rate_ratio": 0.125 + i / 100, "energy_nanojoule": 10.0 + i}
+        for i, name in enumerate(names)
+    ]
+    evaluation = {
+        "num_samples": 359,
+        "precision": "bf16",
+        "device": "cpu",
+        "eval_accuracy_ratio": 0.75,
+        "eval_top5_accuracy_ratio": 0.9,
+        "eval_loss": 0.5,
+        "classes": [{"name": str(i), "num_samples": 36, "accuracy_ratio": 0.5 + i / 100} for i in range(10)],
+        "energy": {"microjoule": 2.1, "num_samples": 359, "layers": layers},
+    }
+    evaluation["classes"][8]["display_name"] = "eight"  # the earliest evaluations have none
+    path = evaluation_path(run, STEPS, "val")
+    path.parent.mkdir()
+    write_json(path, evaluation)
+    export.main([str(run), str(tmp_path / "net.safetensors")])
+    card = (tmp_path / "net.md").read_text(encoding="utf-8")
+    for row in (
+        "| 75.00 % |",
+        "| 90.00 % |",
+        "| 2.100 µJ |",
+        "| 8 | eight | 36 | 58.00 % |",
+        "| 9 | 9 | 36 | 59.00 % |",
+        "| 0.1250 | 10.0 |",
+    ):
+        assert row in card
+
+
+def refusal(*arguments: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        export.main([str(argument) for argument in arguments])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nothing_is_overwritten_unless_asked_for(run, tmp_path):
+    out, card = tmp_path / "net.safetensors", tmp_path / "net.md"
+    card.write_text("mine")
+    assert f"{card} is there already" in refusal(run, out)
+    assert (card.read_text(), out.exists()) == ("mine", False)
+    export.main([str(run), str(out), "--force"])
+    assert card.read_text() != "mine"
+    assert f"{out} is there already; choose another name, or replace it with --force" in refusal(run, out)
+
+
+def test_mistakes_are_named(run, tmp_path):
+    assert "use a name that ends in .safetensors" in refusal(run, tmp_path / "net.pt")
+    assert "make it first" in refusal(run, tmp_path / "no" / "net.safetensors")
+    assert "holds no run" in refusal(tmp_path, tmp_path / "net.safetensors")
+    assert "it has 10, 14" in refusal(run, tmp_path / "net.safetensors", "--checkpoint", "3")
+    assert "the following arguments are required: OUT.safetensors; see --help" in refusal(run)
