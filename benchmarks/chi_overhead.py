@@ -28,7 +28,8 @@ from pipeline.chi.comm_hook import pack
 from pipeline.chi.tap import Tap
 from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, TrainConfig
-from pipeline.engine.engine import build, join, leave
+from pipeline.engine.engine import build
+from pipeline.ranks.group import join, leave
 from pipeline.snn import losses, sew_resnet
 from pipeline.snn.neurons import bind
 

@@ -80,7 +80,8 @@ def plain(config: Config, network) -> Callable:
 
 
 def with_deepspeed(config: Config, network) -> Callable:
-    from pipeline.engine.engine import build, join
+    from pipeline.engine.engine import build
+    from pipeline.ranks.group import join
 
     place = join(config)
     engine = build(config, network, place.world_size)

@@ -1,8 +1,9 @@
 """Starts this node's ranks and looks after them, as PID 1 too:  python -m launch.supervise -- --recipe digits
 
-One a node. It finds its place (place.py), meets the other nodes (gather.py), runs DeepSpeed's launcher and passes a
-request to stop on to the ranks (ranks.py), starts them again when a rank or another node has died, serves /metrics,
-/healthz and /readyz, and ends with a rank's exit code. Only rank 0's summary.json in the run's folder is success.
+One for each node. It finds its place (cluster/placement.py), meets the other nodes (cluster/rendezvous.py), runs
+DeepSpeed's launcher and passes a request to stop on to the ranks (cluster/processes.py). It starts them again when a
+rank or another node has died, serves /metrics, /healthz and /readyz, and ends with a rank's exit code. Only rank 0's
+summary.json in the run's folder is success.
 """
 
 import os

@@ -17,18 +17,19 @@ from pipeline.config.config_json import flatten
 from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.engine import init_from
 from pipeline.engine.ema import Ema
-from pipeline.engine.engine import Place, build, join, loss_scale, normalise_as_one, of_rank_0
+from pipeline.engine.engine import build, loss_scale, normalise_as_one
 from pipeline.engine.engine_state import EngineState
 from pipeline.engine.flags import Flags
-from pipeline.engine.profiler import Trace
+from pipeline.engine.profiler import Profiler
 from pipeline.engine.schedule import Schedule
 from pipeline.engine.step_stats import NonFinite, StepStats
 from pipeline.errors import ConfigError
 from pipeline.metrics.progress import Progress
 from pipeline.metrics.rank_metrics import RankMetrics
-from pipeline.ranks.replica_check import Replicas
+from pipeline.ranks.group import Place, join, of_rank_0
+from pipeline.ranks.replica_check import ReplicaCheck
 from pipeline.ranks.stop_requests import Watch
-from pipeline.ranks.straggler import Pace
+from pipeline.ranks.straggler import Straggler
 from pipeline.run_dir import checkpoint_files, code_version, run_folder
 from pipeline.run_dir.checkpoint_writer import Writer
 from pipeline.snn import sew_resnet
@@ -62,9 +63,9 @@ class Run:
     stats: StepStats
     flags: Flags
     log: Progress
-    trace: Trace
-    straggler: Pace
-    replicas: Replicas
+    trace: Profiler
+    straggler: Straggler
+    replicas: ReplicaCheck
     writer: Writer
     step: int
     """Optimizer steps that were made."""
@@ -228,9 +229,9 @@ def assembled(
         stats=StepStats(tap, nonfinite, flags),
         flags=flags,
         log=log,
-        trace=Trace(Path(config.run_dir), config.train.profile_steps if place.rank == 0 else 0, step),
-        straggler=Pace(network, place.device, every=every, step=step, waited=lambda: loader.wait_s, say=log.say),
-        replicas=Replicas(engine, config.train.verify_every),
+        trace=Profiler(Path(config.run_dir), config.train.profile_steps if place.rank == 0 else 0, step),
+        straggler=Straggler(network, place.device, every=every, step=step, waited=lambda: loader.wait_s, say=log.say),
+        replicas=ReplicaCheck(engine, config.train.verify_every),
         writer=writer,
         step=step,
     )

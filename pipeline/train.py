@@ -9,10 +9,10 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.data.loader import evaluation_batches
 from pipeline.engine import engine_state
-from pipeline.engine.engine import answered, leave, of_rank_0
 from pipeline.engine.evaluate import Evaluation, evaluate
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NonFiniteError
 from pipeline.metrics.progress import summary_table
+from pipeline.ranks.group import answered, leave, of_rank_0
 from pipeline.ranks.stop_requests import Watch
 from pipeline.report import report
 from pipeline.run import Run, prepare

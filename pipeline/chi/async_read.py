@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Later:
+class AsyncRead:
     """A small tensor of every step, read by the host a step later: by then it has come by itself.
 
     Args:

@@ -14,7 +14,7 @@ from pipeline.snn.neurons import NeuronState
 from pipeline.snn.sew_resnet import SpikingLayer
 
 
-class Spread:
+class PotentialStats:
     """Measures what `chi.policy` and the surrogates' scale ask for, and nothing where they ask for nothing.
 
     mpd_agl reads the batch normalisations. ds_atgo looks at the potentials of the step before each decision, by a

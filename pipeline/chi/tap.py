@@ -3,8 +3,8 @@
     backward → check() → engine.step() → read()
 
 A carrier counts the reduced gradient and sums the ranks' counters: as a tail of DeepSpeed's own all-reduce where there
-is one of all gradients (bucket.py), else by one small all-reduce of its own (partition.py). The reading is of the
-gradient that the update is made from, unscaled, before clipping.
+is one of all gradients (comm_hook.py), else by one small all-reduce of its own (small_allreduce.py). The reading is of
+the gradient that the update is made from, unscaled, before clipping.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.chi.async_read import Constants
 from pipeline.chi.comm_hook import MAX_RANKS, BucketCarrier, Share, Watched
 from pipeline.chi.indicators import Indicators, indicators
-from pipeline.chi.potential_stats import Spread
+from pipeline.chi.potential_stats import PotentialStats
 from pipeline.chi.small_allreduce import PartitionCarrier
 from pipeline.errors import ConfigError
 from pipeline.snn.neurons import NeuronState
@@ -76,7 +76,7 @@ class Tap:
         layers: Sequence[SpikingLayer],
         neurons: NeuronState,
         *,
-        spread: Spread | None = None,
+        spread: PotentialStats | None = None,
         has_coverage: bool = True,
         self_check: bool = True,
         skips: bool = False,

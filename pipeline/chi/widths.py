@@ -17,7 +17,7 @@ from pipeline.chi import controller
 from pipeline.chi.controller import ControllerState
 from pipeline.chi.indicators import Indicators
 from pipeline.chi.policies import Evidence
-from pipeline.chi.potential_stats import Spread
+from pipeline.chi.potential_stats import PotentialStats
 from pipeline.config import ChiConfig
 from pipeline.snn.membrane_probe import probed
 from pipeline.snn.neurons import NeuronState
@@ -49,7 +49,7 @@ class Widths:
 
     def __init__(self, config: ChiConfig, layers: Sequence[SpikingLayer], neurons: NeuronState) -> None:
         self.config, self.neurons = config, neurons
-        self.stats = Spread(config, list(layers), neurons)
+        self.stats = PotentialStats(config, list(layers), neurons)
         """What the policy and the surrogate's scale need beside the indicators; the tap sends it along."""
         self.controller: ControllerState = controller.start(neurons.widths)
 

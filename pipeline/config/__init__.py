@@ -2,7 +2,7 @@
 
 A `Config` is built once, in the entry point, from a recipe and its overrides, and then only read. The string under
 each field is its documentation; `launch/options.py` prints it for `--help`. The sections for the network and χ are in
-config_network.py, those for the optimizer and the run in config_training.py.
+sections.py, with those for the optimizer and the run.
 """
 
 import dataclasses

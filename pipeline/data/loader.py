@@ -1,4 +1,4 @@
-"""The training stream of a shard set, for one rank. evaluation.py has the other one.
+"""The two streams of a shard set, for one rank: the one that trains, and the one that evaluates.
 
 Order → numbers → Samples → files and windows → Stream → Batch
 """

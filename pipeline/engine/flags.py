@@ -7,7 +7,7 @@ not be written. They are read a step later, when they have come by themselves: n
 import torch
 from torch import Tensor
 
-from pipeline.chi.async_read import Later
+from pipeline.chi.async_read import AsyncRead
 from pipeline.chi.tap import FLAGS, Reading
 from pipeline.data.loader import Loader
 from pipeline.run_dir.checkpoint_writer import Writer
@@ -24,7 +24,7 @@ class Flags:
 
     def __init__(self, own: Tensor, loader: Loader, world_size: int) -> None:
         self._own, self._loader, self._world_size = own, loader, world_size
-        self._later = Later(own)
+        self._later = AsyncRead(own)
 
     def ask_to_stop(self) -> None:
         """From any thread: all ranks stop within two steps, with a checkpoint."""

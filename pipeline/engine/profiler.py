@@ -11,7 +11,7 @@ from torch.profiler import profile, schedule, supported_activities
 SETTLE = 5  # steps before the first that is recorded: the first ones allocate, compile and check themselves
 
 
-class Trace:
+class Profiler:
     """Records steps `SETTLE` + 1 and on of this process; with `num_steps` 0 every call does nothing.
 
     Args:

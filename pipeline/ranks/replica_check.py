@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.errors import DivergedError
 
 
-class Replicas:
+class ReplicaCheck:
     """Compares the ranks' parameters every `every` steps; 0 never does. ZeRO-3 has no replicas: nothing is compared."""
 
     def __init__(self, engine, every: int) -> None:

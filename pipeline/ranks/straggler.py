@@ -17,7 +17,7 @@ SLOW, MARGIN_S = 3.0, 0.01
 """A rank is slow with so many times the others' median, and so many seconds a step above it."""
 
 
-class Pace:
+class Straggler:
     """Args:
     module: whose training forward passes are timed.
     every: steps between two exchanges.

@@ -4,12 +4,12 @@ RUN/config.json     the resolved configuration
 RUN/run.json        versions, commit, seed, data identity, classes, layers
 RUN/lock            held by rank 0 of the run that goes on in the folder (run_lock.py)
 RUN/logs/           each rank's lines (rank_log.py)
-RUN/metrics.jsonl   one record a logged step (metrics.py)
-RUN/checkpoints/    (checkpoint.py)
+RUN/metrics.jsonl   one record a logged step (metrics/journal.py)
+RUN/checkpoints/    (checkpoint_files.py)
 RUN/summary.json    the result; its presence means that the run has finished
 RUN/report.html     the result in pictures (report.py)
 RUN/tensorboard/, RUN/wandb/, RUN/mlflow/    the same curves for these (trackers.py)
-RUN/profile/        where a step's time goes (step_trace.py)
+RUN/profile/        where a step's time goes (engine/profiler.py)
 RUN/evaluations/    what python -m launch.evaluate found, by checkpoint and split
 """
 
@@ -91,7 +91,7 @@ def admit(config: Config, world_size: int) -> dict | None:
 
 
 def read_config(folder: Path) -> dict | None:
-    """What config.json of a run's folder holds, see config_document.py; None where there is none."""
+    """What config.json of a run's folder holds, see config/config_json.py; None where there is none."""
     return config_json.read(folder / "config.json", MEND)
 
 

@@ -52,7 +52,7 @@ class Neuron(nn.Module):
         self.watch: Callable[[float], None] | None = None
         """Called with the firing rate of each forward pass; waits for the device, so for measurements only."""
         self.probe: Callable[[torch.Tensor], None] | None = None
-        """Called with h - v_th (...) of every step, computed beside the layer's own pass; see potential.py."""
+        """Called with h - v_th (...) of every step, computed beside the layer's own pass; see membrane_probe.py."""
         self.ranks: norm.Ranks | None = None
         """Those that normalise this layer's input as one batch while they train; see kernels/norm.py."""
         self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -20,7 +20,7 @@ from deepspeed.utils import safe_get_full_grad
 from pipeline.chi import comm_hook, small_allreduce
 from pipeline.chi.comm_hook import TapError
 from pipeline.chi.indicators import PER_LAYER
-from pipeline.chi.potential_stats import Spread
+from pipeline.chi.potential_stats import PotentialStats
 from pipeline.chi.tap import FLAGS, Tap
 from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.engine.engine import build
@@ -228,7 +228,7 @@ def mean_squares(stage: int) -> dict:
     """What ds_atgo and scale rms need, over two steps of the same images and weights, the second at half the width."""
     engine, module, _ = make(stage, "fp32", tapped=False, rule=Rule(scale="rms"), lr=1e-30)
     neurons, data = bind(module), batches(dist.get_rank(), 1, 0)
-    spread = Spread(ChiConfig(policy="ds_atgo", interval=1), module.spiking_layers(), neurons)
+    spread = PotentialStats(ChiConfig(policy="ds_atgo", interval=1), module.spiking_layers(), neurons)
     tap = Tap(engine, module.spiking_layers(), neurons, spread=spread)
     squares: list[list[torch.Tensor]] = [[], []]
     with torch.no_grad(), probed(neurons.neurons, lambda layer, u: squares[layer].append(u.square().mean())):

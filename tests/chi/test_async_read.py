@@ -2,11 +2,11 @@
 
 import torch
 
-from pipeline.chi.async_read import Constants, Later
+from pipeline.chi.async_read import AsyncRead, Constants
 
 
 def test_what_is_sent_is_read_a_step_later_or_at_once_on_request():
-    later, sent = Later(torch.zeros(2, dtype=torch.int64)), torch.zeros(2, dtype=torch.int64)
+    later, sent = AsyncRead(torch.zeros(2, dtype=torch.int64)), torch.zeros(2, dtype=torch.int64)
     seen = []
     for value in (1, 2, 3):
         sent.fill_(value)  # the sender's tensor may be used again at once

@@ -8,7 +8,7 @@ from torch import nn
 
 from launch.options import parse
 from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from pipeline.engine.engine import optimizer_of, parameter_groups
+from pipeline.engine.optimizer import optimizer_of, parameter_groups
 from pipeline.engine.schedule import Schedule
 from pipeline.errors import ConfigError
 from pipeline.snn import sew_resnet

@@ -30,10 +30,10 @@ from tests.conftest import ROOT
 PACE = """
 import sys, torch
 import torch.distributed as dist
-from pipeline.pace import Pace
+from pipeline.ranks.straggler import Straggler
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
 made = []
-pace = Pace(torch.nn.Identity(), torch.device("cpu"), every=2, step=0, waited=lambda: 7.0 * len(made), say=print)
+pace = Straggler(torch.nn.Identity(), torch.device("cpu"), every=2, step=0, waited=lambda: 7.0 * len(made), say=print)
 for step in range(1, 9):
     made.append(step)
     pace.after_step(step)

@@ -1,1 +1,1 @@
-"""One op, T steps of a spiking layer, in several forms that agree: `select.py` chooses, `reference.py` defines."""
+"""One op, T steps of a spiking layer, in several forms that agree: `dispatch.py` chooses, `reference.py` defines."""
