@@ -17,7 +17,7 @@ from data_prep.images import MAX_IMAGE_BYTES, RefusedError, inspect
 from data_prep.plan import Options, Plan, make_plan, shuffled
 from data_prep.pool import Event, run_tasks
 from data_prep.progress import Progress, duration, size
-from data_prep.shards import RECORDS, Record, describe_os_error, shard_name, write_shard
+from data_prep.shard_writer import RECORDS, Record, describe_os_error, shard_name, write_shard
 from data_prep.state import State, finished_shards, forget, load_state, refuse_other, request_identity
 from data_prep.stores import Store, clear_temporary, locked
 from pipeline.data.manifest import MANIFEST_NAME, Manifest

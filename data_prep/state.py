@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from data_prep.plan import Options
-from data_prep.shards import RECORDS, Record
+from data_prep.shard_writer import RECORDS, Record
 from data_prep.stores import Store
 from pipeline.data.manifest import MANIFEST_NAME
 from pipeline.errors import ConfigError

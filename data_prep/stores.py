@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.shards import TEMPORARY, durable_write
+from data_prep.shard_writer import TEMPORARY, durable_write
 from pipeline.errors import ConfigError, DataError
 
 _LOCK_PATIENCE_S = 5.0  # workers of a run that was killed notice within a second or two

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launch import options
 from launch.cluster import launcher
-from launch.cluster.placement import LOCAL, MASTER_PORT, Place
-from launch.cluster.processes import NOT_BEGUN, Ranks, attend, why
+from launch.cluster.placement import LOCAL, MASTER_PORT, Placement
+from launch.cluster.processes import NOT_BEGUN, Processes, attend, why
 from launch.cluster.signals import Signals
 from launch.devices import TorchError
 from launch.train import preflight, say_finished
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> int:
         say(told)
     try:
         config, dry_run = options.command(arguments)
-        place = launcher.with_ranks(Place(nodes=1, rank=0, master=LOCAL, port=MASTER_PORT, slots=0), config, os.environ)
+        place = launcher.with_ranks(
+            Placement(nodes=1, rank=0, master=LOCAL, port=MASTER_PORT, slots=0), config, os.environ
+        )
         if dry_run is not None:
             from launch.dry_run import show
 
@@ -51,7 +53,9 @@ def main(arguments: list[str]) -> int:
         signals.wait(0)
         if signals.seen:
             return stopped_early()
-        ranks = Ranks(launcher.command(place, Path(), arguments), launcher.environment(place, os.environ), apart=False)
+        ranks = Processes(
+            launcher.command(place, Path(), arguments), launcher.environment(place, os.environ), apart=False
+        )
         return verdict(config, attend(ranks, signals, math.inf, say), signals)
     except (ConfigError, DataError, TorchError) as error:
         say(f"error: {error}")

@@ -20,8 +20,8 @@ from launch import options
 from launch.cluster import launcher
 from launch.cluster.handshake import Hello, introduce, refusal
 from launch.cluster.health import NodeMetrics
-from launch.cluster.placement import MASTER_PORT, Place, resolve
-from launch.cluster.processes import NOT_BEGUN, POLL_S, Ranks, attend, why
+from launch.cluster.placement import MASTER_PORT, Placement, resolve
+from launch.cluster.processes import NOT_BEGUN, POLL_S, Processes, attend, why
 from launch.cluster.rendezvous import SHOWN_S, MissingNodesError, gather
 from launch.cluster.signals import Signals
 from launch.command import Parser
@@ -113,7 +113,7 @@ def newest_checkpoint(folder: Path) -> str:
         return ""
 
 
-def dry_run(place: Place, train: list[str]) -> int:
+def dry_run(place: Placement, train: list[str]) -> int:
     """Shows what would be started; the exit code of launch/train.py's own dry run."""
     print(
         f"place       node {place.rank} of {place.nodes}, {place.slots} ranks each, master {place.master}:{place.port}"
@@ -142,7 +142,7 @@ def verdict(ended: int, *, asked: bool, tries_left: bool) -> int | None:
 class Supervisor:
     """One node's part of one run."""
 
-    def __init__(self, place: Place, config: Config, train: list[str], given: Namespace, signals: Signals) -> None:
+    def __init__(self, place: Placement, config: Config, train: list[str], given: Namespace, signals: Signals) -> None:
         self._place, self._config, self._train, self._given = place, config, train, given
         self._folder = Path(config.run_dir)
         self._signals = signals
@@ -182,7 +182,7 @@ class Supervisor:
                 self._say("stopped on request before the ranks were started; run again to continue")
                 return EXIT_STOPPED
             metrics.ranks_run(True)
-            ended = attend(Ranks(command, environ), self._signals, self._given.grace, self._say)
+            ended = attend(Processes(command, environ), self._signals, self._given.grace, self._say)
             metrics.ranks_run(False)
             if self._finished(SHOWN_S if ended == EXIT_DONE else 0):
                 break

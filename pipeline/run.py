@@ -24,8 +24,8 @@ from pipeline.engine.profiler import Profiler
 from pipeline.engine.schedule import Schedule
 from pipeline.engine.step_stats import NonFinite, StepStats
 from pipeline.errors import ConfigError
-from pipeline.metrics.progress import Progress
 from pipeline.metrics.rank_metrics import RankMetrics
+from pipeline.metrics.run_log import RunLog
 from pipeline.ranks.group import Place, join, of_rank_0
 from pipeline.ranks.replica_check import ReplicaCheck
 from pipeline.ranks.stop_requests import Watch
@@ -62,7 +62,7 @@ class Run:
     widths: Widths
     stats: StepStats
     flags: Flags
-    log: Progress
+    log: RunLog
     trace: Profiler
     straggler: Straggler
     replicas: ReplicaCheck
@@ -197,7 +197,7 @@ def assembled(
         num_steps=schedule.num_steps,
         identity=loader.manifest.identity,
     )
-    log = Progress(
+    log = RunLog(
         config,
         rank=place.rank,
         num_samples=loader.manifest.num_samples,

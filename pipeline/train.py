@@ -11,7 +11,7 @@ from pipeline.data.loader import evaluation_batches
 from pipeline.engine import engine_state
 from pipeline.engine.evaluate import Evaluation, evaluate
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NonFiniteError
-from pipeline.metrics.progress import summary_table
+from pipeline.metrics.run_log import summary_table
 from pipeline.ranks.group import answered, leave, of_rank_0
 from pipeline.ranks.stop_requests import Watch
 from pipeline.report import report

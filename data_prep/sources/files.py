@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_prep.collection import Reader
 from data_prep.progress import size
-from data_prep.shards import TEMPORARY
+from data_prep.shard_writer import TEMPORARY
 from data_prep.sources.readers import FileReader, FolderReader, ZipReader, is_compressed, unpacked
 from data_prep.sources.tars import Member, member, walk_tar
 from data_prep.sources.zips import walk_zip

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep.collection import Split, SplitBuilder
 from data_prep.progress import size
-from data_prep.shards import TEMPORARY
+from data_prep.shard_writer import TEMPORARY
 from data_prep.sources.files import existing, is_hidden, path_fingerprint
 from data_prep.sources.parquet_columns import UNLABELLED, Columns, classes_of, find_columns
 from data_prep.sources.readers import FileReader

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.cluster.placement import Place
+from launch.cluster.placement import Placement
 from pipeline.config import Config
 from pipeline.data.manifest import TRAIN, check_splits, load_manifest
 from pipeline.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, ConfigError, DataError, StoreError
@@ -38,7 +38,7 @@ class Hello:
         return self if problem is None else replace(self, problem=str(problem)[:1000], code=problem.exit_code)
 
 
-def introduce(place: Place, config: Config) -> Hello:
+def introduce(place: Placement, config: Config) -> Hello:
     """What this node says of itself, with what keeps it from training: its ranks would end, and those of the other
     nodes wait for them in vain.
     """

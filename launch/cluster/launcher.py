@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.cluster.placement import Place
+from launch.cluster.placement import Placement
 from launch.devices import MASK, count_gpus, listed, named_gpus, num_ranks
 from pipeline.config import Config
 from pipeline.errors import ConfigError
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 
 
-def with_ranks(place: Place, config: Config, environ: Mapping[str, str]) -> Place:
+def with_ranks(place: Placement, config: Config, environ: Mapping[str, str]) -> Placement:
     """`place` with as many ranks as it was given or the machine has GPUs for, on the GPUs that the environment leaves.
 
     Raises:
@@ -42,14 +42,14 @@ def with_ranks(place: Place, config: Config, environ: Mapping[str, str]) -> Plac
     return replace(place, slots=slots, gpus=named[:slots])
 
 
-def hostfile(place: Place) -> str:
+def hostfile(place: Placement) -> str:
     """DeepSpeed's hostfile. With --no_ssh the launcher never looks the names up: their order and slots matter."""
     own = max(place.gpus, default=-1) + 1
     slots = [max(own, place.slots) if node == place.rank else place.slots for node in range(place.nodes)]
     return "".join(f"node-{node} slots={count}\n" for node, count in enumerate(slots))
 
 
-def command(place: Place, hostfile_at: Path, train: Sequence[str]) -> list[str]:
+def command(place: Placement, hostfile_at: Path, train: Sequence[str]) -> list[str]:
     """The command that starts this node's ranks."""
     where = ["--master_port", str(place.port)]
     if place.nodes > 1:
@@ -63,7 +63,7 @@ def command(place: Place, hostfile_at: Path, train: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *where, str(TRAIN), *train]
 
 
-def included(place: Place) -> str:
+def included(place: Placement) -> str:
     """The GPUs of every node in DeepSpeed's words; of another node's only the number is of interest to this one."""
     if place.nodes == 1:
         return f"localhost:{listed(place.gpus)}"
@@ -71,7 +71,7 @@ def included(place: Place) -> str:
     return "@".join(f"node-{node}:{listed(place.gpus if node == place.rank else first)}" for node in range(place.nodes))
 
 
-def environment(place: Place, environ: Mapping[str, str], **variables: str) -> dict[str, str]:
+def environment(place: Placement, environ: Mapping[str, str], **variables: str) -> dict[str, str]:
     """The launcher's and the ranks': ours, and the program can be imported wherever it lies."""
     path = environ.get("PYTHONPATH")
     # DeepSpeed looks for numactl, and fails at a folder that it may not look into, as of the user who was here before.

@@ -24,7 +24,7 @@ LOCAL = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class Placement:
     """This node among the nodes of a job."""
 
     nodes: int
@@ -42,7 +42,7 @@ class Place:
     """torch was asked, and sees none here."""
 
 
-def resolve(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> Place:
+def resolve(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> Placement:
     """The place that the arguments `given` (nodes, rank, master, port, slots; None: not given) or `environ` say.
 
     Raises:
@@ -70,7 +70,7 @@ def resolve(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -
         raise ConfigError(f"node-rank is missing for {count} nodes; give --node-rank or set JOB_COMPLETION_INDEX")
     if master is None:
         raise ConfigError(f"the master is missing for {count} nodes; give --master HOST or set CHISPIKE_MASTER")
-    return Place(
+    return Placement(
         nodes=count,
         rank=_number(f"node-rank among {count} nodes", rank, 0, count - 1),
         master=str(master),

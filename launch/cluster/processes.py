@@ -38,7 +38,7 @@ class Process(NamedTuple):
     """RANK in its environment: of a rank, and of the processes that a rank starts."""
 
 
-class Ranks:
+class Processes:
     """A started launcher. `close()`, or no process of it is left alone.
 
     Args:
@@ -134,7 +134,7 @@ def _read(folder: Path, parents: Mapping[int, int]) -> Process | None:
     return Process(int(folder.name), parents[int(folder.name)], rank)
 
 
-def attend(ranks: Ranks, signals: Signals, grace_s: float, say: Callable[[str], None]) -> int:
+def attend(ranks: Processes, signals: Signals, grace_s: float, say: Callable[[str], None]) -> int:
     """From the launcher's start to its end, with no process left behind; the launcher's exit code.
 
     A request to stop is passed on to the ranks; they are killed on a second one, `grace_s` after the first, and where

@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from launch.cluster.handshake import Hello, mark, refusal, unshared, why_not
-from launch.cluster.placement import MASTER_PORT, Place
+from launch.cluster.placement import MASTER_PORT, Placement
 from launch.cluster.signals import Signals
 from pipeline.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError
 
@@ -82,7 +82,7 @@ class _Peer:
 
 
 def gather(
-    place: Place, hello: Hello, folder: Path, seconds: float, signals: Signals, say: Callable[[str], None]
+    place: Placement, hello: Hello, folder: Path, seconds: float, signals: Signals, say: Callable[[str], None]
 ) -> None:
     """Returns when every node is here and all agree, or when a signal to stop has come.
 
@@ -117,7 +117,7 @@ def gather(
             own_mark.unlink()
 
 
-def _alone(place: Place, hello: Hello, seconds: float, signals: Signals) -> None:
+def _alone(place: Placement, hello: Hello, seconds: float, signals: Signals) -> None:
     """The only node: its ranks need a port all the same, but choose one where none was named (ports.py)."""
     if hello.problem:
         raise refusal(hello.problem, hello.code)
@@ -134,7 +134,7 @@ def _leave_mark(path: Path, hello: Hello) -> None:
             raise OSError(f"{path} cannot be written ({error.strerror})") from None
 
 
-def _listen(place: Place, seconds: float, signals: Signals) -> socket.socket:
+def _listen(place: Placement, seconds: float, signals: Signals) -> socket.socket:
     """Node 0's port; ranks that are on their way out may hold it for a moment."""
     end = time.monotonic() + min(seconds, SILENT_S)
     while True:
@@ -152,7 +152,7 @@ def _listen(place: Place, seconds: float, signals: Signals) -> socket.socket:
 
 
 def _receive(
-    place: Place, own: Hello, folder: Path, seconds: float, signals: Signals, say: Callable[[str], None]
+    place: Placement, own: Hello, folder: Path, seconds: float, signals: Signals, say: Callable[[str], None]
 ) -> None:
     """Node 0: waits until it has heard every other node, then answers all."""
     peers: list[_Peer] = []
@@ -231,7 +231,7 @@ def _named(missing: set[int]) -> str:
     return f"node {shown}" if len(missing) == 1 else f"{len(missing)} nodes ({shown})"
 
 
-def _visit(place: Place, own: Hello, seconds: float, signals: Signals, say: Callable[[str], None]) -> None:
+def _visit(place: Placement, own: Hello, seconds: float, signals: Signals, say: Callable[[str], None]) -> None:
     """Another node: looks for node 0 until it has heard its answer."""
     told, end, reason = time.monotonic(), time.monotonic() + seconds, ""
     while not signals.seen:

@@ -20,7 +20,7 @@ from pipeline.data.order import Order
 from pipeline.data.prefetcher import Batch, Request, Stream
 from pipeline.data.remote import join
 from pipeline.data.samples import BadSamples, Samples, Taken, refuse, too_many
-from pipeline.data.shards import Shards
+from pipeline.data.shard_reader import Shards
 from pipeline.errors import ConfigError
 from pipeline.ranks.cores import local_ranks
 

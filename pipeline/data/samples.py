@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data.image_headers import HeaderError, TruncatedError, read_header
-from pipeline.data.shards import Shards
+from pipeline.data.shard_reader import Shards
 from pipeline.errors import DataError
 
 log = logging.getLogger(__name__)

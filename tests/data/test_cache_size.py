@@ -18,7 +18,7 @@ from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.data.manifest import Manifest, Shard
 from pipeline.data.order import Order
 from pipeline.data.remote import Remote
-from pipeline.data.shards import Shards
+from pipeline.data.shard_reader import Shards
 from pipeline.errors import ConfigError
 from tests.support.data_servers import serve
 from tests.support.data_sets import drawn_jpeg, write_set

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.plan import Options, make_plan
-from data_prep.shards import RECORDS, write_shard
+from data_prep.shard_writer import RECORDS, write_shard
 from data_prep.sources.imagefolder import ImageFolder
 from data_prep.sources.readers import ZipReader
 from data_prep.sources.tars import walk_tar

@@ -8,7 +8,7 @@ import pytest
 
 from launch.cluster import launcher
 from launch.cluster.launcher import command, environment, hostfile, with_ranks
-from launch.cluster.placement import Place, first_host, resolve
+from launch.cluster.placement import Placement, first_host, resolve
 from launch.options import parse
 from launch.supervise import main
 from pipeline.errors import EXIT_INTERNAL, ConfigError
@@ -47,7 +47,7 @@ ARGUMENTS = {"nodes": 2, "rank": 1, "master": "a", "port": None, "slots": 4}
 )  # fmt: skip
 def test_the_place_from_every_source(given, environ, place):
     nodes, rank, master, port, slots = place
-    expected = Place(nodes=nodes, rank=rank, master=master, port=port, slots=slots)
+    expected = Placement(nodes=nodes, rank=rank, master=master, port=port, slots=slots)
     assert resolve({**NOTHING, **given}, environ) == expected
 
 
@@ -93,7 +93,7 @@ def test_the_first_host_of_a_slurm_list(nodelist, host):
 def test_the_hostfile_is_read_by_deepspeed_as_it_is_meant():
     from deepspeed.launcher.runner import _parse_hostfile
 
-    text = hostfile(Place(nodes=3, rank=1, master="a", port=1, slots=4))
+    text = hostfile(Placement(nodes=3, rank=1, master="a", port=1, slots=4))
     assert list(_parse_hostfile(text.splitlines()).values()) == [4, 4, 4]
 
 
@@ -102,7 +102,7 @@ def test_ranks_take_the_gpus_that_the_environment_leaves_them(nodes, node):
     """DeepSpeed's launcher takes CUDA_VISIBLE_DEVICES away and sets it to what it reads here."""
     from deepspeed.launcher.runner import _parse_hostfile, parse_args, parse_inclusion_exclusion
 
-    place = Place(nodes=nodes, rank=nodes // 2, master="a", port=1, slots=2, gpus=(2, 5))
+    place = Placement(nodes=nodes, rank=nodes // 2, master="a", port=1, slots=2, gpus=(2, 5))
     args = parse_args(command(place, Path("HOSTFILE"), ["--recipe", "digits"])[3:])
     assert (args.num_gpus, args.user_args) == (-1, ["--recipe", "digits"])
     there = {"localhost": 8} if nodes == 1 else _parse_hostfile(hostfile(place).splitlines())
@@ -115,7 +115,7 @@ def test_ranks_take_the_gpus_that_the_environment_leaves_them(nodes, node):
 
 
 def test_hidden_gpus_stay_hidden_and_what_the_launcher_cannot_hide_is_refused(monkeypatch, capsys):
-    place, config = Place(nodes=1, rank=0, master="a", port=1, slots=2), parse(["--recipe", "digits"])
+    place, config = Placement(nodes=1, rank=0, master="a", port=1, slots=2), parse(["--recipe", "digits"])
     cpu = {"DS_ACCELERATOR": "cpu"}
     assert with_ranks(place, config, cpu) == with_ranks(place, config, cpu | {"CUDA_VISIBLE_DEVICES": "-1"}) == place
     assert environment(place, {"CUDA_VISIBLE_DEVICES": "-1"})["DS_ACCELERATOR"] == "cpu"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.cluster.handshake import Hello, introduce, why_not
-from launch.cluster.placement import Place
+from launch.cluster.placement import Placement
 from launch.options import parse
 from pipeline.errors import EXIT_DATA, EXIT_STOPPED, EXIT_USAGE
 from pipeline.run_dir import run_folder
@@ -46,7 +46,7 @@ def test_data_that_one_node_lacks_end_all_with_the_reason(digits, tmp_path):
 
 def test_a_node_says_that_its_options_are_not_those_of_the_stored_run(digits, tmp_path):
     """So that node 0, whose options are those, does not wait for it in vain."""
-    place = Place(nodes=2, rank=1, master="a", port=1, slots=1)
+    place = Placement(nodes=2, rank=1, master="a", port=1, slots=1)
     config = parse(["--recipe", "digits", "--run_dir", str(tmp_path / "run"), "--data.path", str(digits)])
     assert introduce(place, config).problem == ""
     run_folder.write_json(tmp_path / "run/config.json", config.to_dict())

@@ -19,7 +19,7 @@ from pipeline.metrics.rank_metrics import RankMetrics
 from pipeline.metrics.trackers import Trackers
 
 
-class Progress:
+class RunLog:
     """Rank 0's console and journal, and every rank's metrics for Prometheus.
 
     Args:

@@ -22,8 +22,8 @@ from pipeline.chi.tap import Reading
 from pipeline.data.loader import Figures
 from pipeline.metrics.exporter import FOLDER_VARIABLE
 from pipeline.metrics.journal import COLUMNS, coloured, progress_line, read_journal
-from pipeline.metrics.progress import Progress
 from pipeline.metrics.rank_metrics import RankMetrics
+from pipeline.metrics.run_log import RunLog
 from pipeline.run_dir.rank_log import Tee
 from tests.conftest import ROOT
 
@@ -45,15 +45,15 @@ LAYERS = ["first", "second"]
 
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
-    """Progress of a process that goes on after a step; its metrics lie in `tmp_path`."""
+    """RunLog of a process that goes on after a step; its metrics lie in `tmp_path`."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     config = parse(["--recipe", "digits", "--run_dir", str(tmp_path), "--train.log_every", "5"])
 
-    def after(step: int, waited: Callable[[], float] = lambda: 0.0) -> Progress:
+    def after(step: int, waited: Callable[[], float] = lambda: 0.0) -> RunLog:
         exporter = RankMetrics(
             config, rank=0, local_rank=0, world_size=1, layers=LAYERS, num_steps=100, identity="0" * 64
         )
-        return Progress(
+        return RunLog(
             config,
             rank=0,
             num_samples=426,  # 100 steps

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, read_samples
-from pipeline.data.shards import Shards
+from pipeline.data.shard_reader import Shards
 from pipeline.errors import DataError
 from tests.support.data_servers import serve
 from tests.support.data_sets import ROOT, drawn_jpeg, write_set
