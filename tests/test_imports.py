@@ -24,6 +24,7 @@ ROOMS = {
 }
 """Each room of pipeline/ and the rooms that it may import; the package itself holds the version alone."""
 SHARED_WITH_DATA_PREP = {
+    "pipeline",
     "pipeline.data.manifest",  # the shard format
     "pipeline.data.image_headers",  # what a whole image is
     "pipeline.errors",
