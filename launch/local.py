@@ -16,7 +16,7 @@ from launch.cluster.placement import LOCAL, MASTER_PORT, Placement
 from launch.cluster.processes import NOT_BEGUN, Processes, attend, why
 from launch.cluster.signals import Signals
 from launch.devices import TorchError
-from launch.train import preflight, say_finished
+from launch.train import not_permitted, preflight, say_finished
 from pipeline.config import Config
 from pipeline.errors import (
     EXIT_DATA,
@@ -60,6 +60,9 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, TorchError) as error:
         say(f"error: {error}")
         return error.exit_code
+    except PermissionError as error:
+        say(f"error: {not_permitted(error)}")
+        return EXIT_USAGE
     finally:
         signals.close()
 
