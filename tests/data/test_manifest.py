@@ -147,6 +147,7 @@ def test_every_rank_refuses_before_torch_comes(folder, monkeypatch, capsys):
     monkeypatch.setattr("launch.train.PATIENCE_S", 0)  # ranks but 0 give it time to speak
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(words) == ConfigError.exit_code
         said = capsys.readouterr().err

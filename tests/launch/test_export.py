@@ -104,7 +104,7 @@ def test_the_card_tells_of_the_evaluation_that_was_made(run, tmp_path):
         "| 75.00 % |",
         "| 90.00 % |",
         "| 2.100 µJ |",
-        "| 8 | eight | 36 | 58.00 % |",
+        "| 8 | 8: eight | 36 | 58.00 % |",
         "| 9 | 9 | 36 | 59.00 % |",
         "| 0.1250 | 10.0 |",
     ):

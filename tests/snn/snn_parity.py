@@ -1,6 +1,6 @@
 """SpikingJelly 2.0.0 against this project: fp64 end to end, fp32 neuron by neuron on the peer's inputs.
 
-    python tests/snn/snn_parity.py [--freeze tests/data/sew_reference.json]
+    python tests/snn/snn_parity.py [--freeze tests/snn/sew_reference.json]
 
 Runs in an environment that has torch and spikingjelly==2.0.0 (`python -m benchmarks.train_step` makes one in
 build/peer), with the repository on PYTHONPATH. Fails where the two differ by more than tests/snn/test_parity.py allows;
