@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.config import DataConfig
+from pipeline.data.background import Background
 from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, Shard
-from pipeline.data.prefetcher import Background
 from pipeline.data.remote import ClosedError, MismatchError, Remote
 from pipeline.errors import ConfigError, DataError, StoreError
 

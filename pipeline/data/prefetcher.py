@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,61 +20,10 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.data.augment import Windows
+from pipeline.data.background import Background
 from pipeline.data.dali_pipeline import Graph, undecodable
 from pipeline.data.remote import ClosedError
 from pipeline.data.samples import UNDECODABLE, BadSamples, Samples
-
-_Result = TypeVar("_Result")
-_Call = tuple[Future, Callable[..., Any], tuple]
-
-
-class Background:
-    """`num_threads` daemon threads."""
-
-    def __init__(self, num_threads: int, *, name: str) -> None:
-        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        self._closed = threading.Event()
-        self._guard = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True) for number in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, call: Callable[..., _Result], *arguments: object) -> Future[_Result]:
-        """Does `call(*arguments)` in its turn; after `close` the future is cancelled."""
-        future: Future[_Result] = Future()
-        with self._guard:  # else a call could slip in behind those that closing cancels, and wait for ever
-            if self._closed.is_set():
-                future.cancel()
-                future.set_running_or_notify_cancel()
-            else:
-                self._calls.put((future, call, arguments))
-        return future
-
-    def _work(self) -> None:
-        while (item := self._calls.get()) is not None:
-            future, call, arguments = item
-            if self._closed.is_set():
-                future.cancel()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call(*arguments))
-            except BaseException as error:  # whoever asks for the result raises it
-                future.set_exception(error)
-
-    def close(self, *, wait: bool) -> None:
-        """Cancels what has not begun. With `wait`, returns when what has begun is over."""
-        with self._guard:
-            if not self._closed.is_set():
-                self._closed.set()
-                for _ in self._threads:
-                    self._calls.put(None)
-        if wait:
-            for thread in self._threads:
-                thread.join()
-
 
 GRAPH_AHEAD = 3  # batches inside DALI; with fewer its threads run dry between two
 

@@ -7,16 +7,18 @@ to the first, handing the gradient of the potential down, and computes the poten
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.snn.kernels.dispatch import Call
+if TYPE_CHECKING:
+    from pipeline.snn.kernels.dispatch import Call
 
 CHUNK = 16
 """Steps that a twin takes at once: their potentials lie in a GPU's registers, or in the first-level cache."""
 
 
-def in_chunks(call: Call) -> "Call | Chunks":
+def in_chunks(call: "Call") -> "Call | Chunks":
     """The call itself where it is short, else one that runs it in chunks."""
     return call if call.num_steps <= CHUNK else Chunks(call)
 
@@ -25,7 +27,7 @@ def in_chunks(call: Call) -> "Call | Chunks":
 class Chunks:
     """A call of more than `CHUNK` steps, with the interface of `compiled.Call`."""
 
-    whole: Call
+    whole: "Call"
     """The call for all steps: what they share."""
     states: list[torch.Tensor] = field(default_factory=list)
     """Potentials before every chunk but the first, (M,) fp32; the forward pass leaves them for the backward pass."""
@@ -38,7 +40,7 @@ class Chunks:
     def static(self) -> bool:
         return self.whole.static
 
-    def _parts(self) -> Iterator[tuple[Call, slice]]:
+    def _parts(self) -> "Iterator[tuple[Call, slice]]":
         """The calls of the chunks, in order of time, and the steps of each."""
         for start in range(0, self.num_steps, CHUNK):
             steps = slice(start, min(start + CHUNK, self.num_steps))
