@@ -36,6 +36,8 @@ from pipeline.ranks.stop_requests import Watch
 from pipeline.run_dir import caches, rank_log, run_folder, run_lock
 
 PATIENCE_S = 10
+QUIET = ("pipeline.engine", "pipeline.snn", "pipeline.run_dir.checkpoint_files")
+"""Loggers of which rank 0 alone says what is no error."""
 LAUNCHED = frozenset(("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
 """One of these is set by whatever launcher starts ranks."""
 Expected = CheckpointError | ConfigError | DataError | DivergedError | LostRankError | NonFiniteError
@@ -54,7 +56,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if rank != 0:  # what these say is of the machine (no compiler, no bf16) or the run (a damaged checkpoint), once
-        for name in ("pipeline.engine", "pipeline.snn", "pipeline.run_dir.checkpoint_files"):
+        for name in QUIET:
             logging.getLogger(name).setLevel(logging.ERROR)
     if rank == 0 and (told := caches.line(homeless)):
         logging.getLogger("pipeline.run_dir.caches").info(told)

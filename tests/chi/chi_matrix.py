@@ -226,7 +226,7 @@ def sew(precision: str) -> dict:
 
 def mean_squares(stage: int) -> dict:
     """What ds_atgo and scale rms need, over two steps of the same images and weights, the second at half the width."""
-    engine, module, _ = make(stage, "fp32", tapped=False, rule=Rule(scale="rms"), lr=1e-30)
+    engine, module, _ = make(stage, "fp32", tapped=False, rule=Rule(scale="rms"), lr=1e-18)
     neurons, data = bind(module), batches(dist.get_rank(), 1, 0)
     spread = PotentialStats(ChiConfig(policy="ds_atgo", interval=1), module.spiking_layers(), neurons)
     tap = Tap(engine, module.spiking_layers(), neurons, spread=spread)

@@ -231,7 +231,7 @@ def test_memory_is_steady_over_twenty_epochs(drawn):
 ENDLESS = """
 import sys, torch
 from pipeline.config import DataConfig
-from pipeline.data.graph import Graph
+from pipeline.data.dali_pipeline import Graph
 from pipeline.data.loader import Loader
 data = DataConfig(path=sys.argv[1], image_size=24, global_batch=12, micro_batch=2, threads=2)
 for step in Loader(data, seed=0, rank=0, world_size=1, device=torch.device("cpu")).steps(0, 10**9):

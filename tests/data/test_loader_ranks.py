@@ -63,7 +63,7 @@ def digests(path: str, rank: int, world_size: int) -> dict[str, str]:
 
 RANK = """
 import json, sys
-from tests.test_data_ranks import digests
+from tests.data.test_loader_ranks import digests
 print(json.dumps(digests(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
 """
 

@@ -1,6 +1,7 @@
 """What is found out about both splits before the first step, and that few samples are as good as many."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.train import main
+from launch.train import QUIET, main
 from pipeline.config import DataConfig
 from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, check_splits, load_manifest
@@ -141,7 +142,17 @@ def test_more_wrong_labels_than_are_allowed_are_found_at_the_start(folder, split
     assert f"(sample 0 of {split}-000001.tar has label {label})" in str(caught.value)
 
 
-def test_every_rank_refuses_before_torch_comes(folder, monkeypatch, capsys):
+@pytest.fixture
+def quiet_ranks():
+    """What a rank sets of this process's loggers is taken back."""
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in ("pipeline", *QUIET))]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def test_every_rank_refuses_before_torch_comes(folder, monkeypatch, capsys, quiet_ranks):
     change(folder / "val", lambda document: document["classes"].reverse())
     words = ["--recipe", "digits", "--run_dir", str(folder / "run"), "--data.path", str(folder)]
     monkeypatch.setattr("launch.train.PATIENCE_S", 0)  # ranks but 0 give it time to speak

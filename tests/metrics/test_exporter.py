@@ -66,7 +66,7 @@ def test_a_change_is_seen_by_the_next_scrape_and_a_counter_never_falls(server):
 
 def test_the_snapshot_of_a_killed_process_stays_and_is_whole(server):
     code = (
-        "import sys; from pathlib import Path; from pipeline.snapshots import Snapshot\n"
+        "import sys; from pathlib import Path; from pipeline.metrics.snapshots import Snapshot\n"
         "snapshot = Snapshot(Path(sys.argv[1]), 'rank-3', run='r', rank='3'); count = 0\n"
         "while True:\n"
         "    count += 1\n"

@@ -14,7 +14,7 @@ FAILING = """
 import sys
 import torch
 from launch.options import parse
-from pipeline.rank_metrics import RankMetrics
+from pipeline.metrics.rank_metrics import RankMetrics
 
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
 config = parse(["--recipe", "digits", "--metrics.port", "0"])

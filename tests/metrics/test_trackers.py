@@ -42,7 +42,7 @@ def test_a_run_that_was_killed_and_goes_on_has_the_journals_curves_and_no_step_t
     pytest.importorskip(name, reason=f"{name} is not installed: it is an extra")
     journal = [{"step": 0, "decision_log_width": [0.0, 0.0]}, record(1), record(2), evaluated(2), record(3)]
     code = (
-        "import os, signal; from pathlib import Path; from tests import test_trackers as t; "
+        "import os, signal; from pathlib import Path; from tests.metrics import test_trackers as t; "
         f"first = t.Trackers(t.configured({name!r}, Path({str(tmp_path)!r})), t.LAYERS, []); "
         f"[first.write(each) for each in {journal!r}]; "
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -63,7 +63,7 @@ def test_a_run_that_was_killed_and_goes_on_has_the_journals_curves_and_no_step_t
 
 def test_a_tracker_that_is_not_asked_for_is_not_loaded(tmp_path):
     code = (
-        "import sys; from launch.options import parse; from pipeline.trackers import Trackers; "
+        "import sys; from launch.options import parse; from pipeline.metrics.trackers import Trackers; "
         f"Trackers(parse(['--recipe', 'digits', '--run_dir', {str(tmp_path)!r}]), ['a'], []).close(); "
         "assert not {'torch', 'tensorboard', 'wandb', 'mlflow'} & sys.modules.keys()"
     )

@@ -26,7 +26,7 @@ while rank.poll() is None:
 """
 RANK = """
 import threading, time
-from pipeline import stops
+from pipeline.ranks import stop_requests as stops
 
 stops.LOOK_S = 0.1
 asked = threading.Event()
