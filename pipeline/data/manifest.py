@@ -121,7 +121,7 @@ class Manifest:
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"{where} lacks or misspells a field ({error}); make the shards again") from None
-        if not isinstance(document["classes"], list) or not all(isinstance(name, str) for name in manifest.classes):
+        if not isinstance(document["classes"], list) or not all(map(_is_text, manifest.classes)):
             raise DataError(f"{where} gives classes that are not a list of names; make the shards again")
         _check(manifest.shards, where)
         shown = manifest.display_names
@@ -157,6 +157,11 @@ class Manifest:
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text ({error.reason}); make the shards again") from None
         return cls.from_json(text, path)
+
+
+def _is_text(value: object) -> bool:
+    """Whether it can be written as UTF-8: JSON lets half a character pass, which `identity` could not hash."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _check(shards: tuple[Shard, ...], where: str) -> None:

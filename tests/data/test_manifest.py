@@ -84,6 +84,8 @@ def test_a_validation_split_of_other_classes_is_refused(folder, kind):
         (lambda d: d.update(classes=[]), "names no classes; make the shards again"),
         (lambda d: d.update(classes="abcd"), "gives classes that are not a list of names"),
         (lambda d: d.update(classes=[0, 1, 2, 3]), "gives classes that are not a list of names"),
+        (lambda d: d["classes"].__setitem__(0, "\ud800"), "gives classes that are not a list of names"),
+        (lambda d: d.update(split=3), "gives split=3, not a name"),
         (lambda d: d["shards"][0].update(num_samples=10**20), "gives num_samples=100000000000000000000 for"),
     ],
 )
