@@ -123,9 +123,11 @@ class Manifest:
             raise DataError(f"{where} lacks or misspells a field ({error}); make the shards again") from None
         if not isinstance(document["classes"], list) or not all(map(_is_text, manifest.classes)):
             raise DataError(f"{where} gives classes that are not a list of names; make the shards again")
+        if not _is_text(manifest.split):
+            raise DataError(f"{where} gives split={manifest.split!r}, not a name; make the shards again")
         _check(manifest.shards, where)
         shown = manifest.display_names
-        if shown and (len(shown) != len(manifest.classes) or not all(isinstance(name, str) for name in shown)):
+        if shown and (len(shown) != len(manifest.classes) or not all(map(_is_text, shown))):
             raise DataError(
                 f"{where} has {len(shown)} display_names for {len(manifest.classes)} classes, or not all are text; "
                 "make the shards again, or leave the field out"

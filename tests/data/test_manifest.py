@@ -158,6 +158,8 @@ def test_every_rank_refuses_before_torch_comes(folder, monkeypatch, capsys, quie
     change(folder / "val", lambda document: document["classes"].reverse())
     words = ["--recipe", "digits", "--run_dir", str(folder / "run"), "--data.path", str(folder)]
     monkeypatch.setattr("launch.train.PATIENCE_S", 0)  # ranks but 0 give it time to speak
+    for name in ("WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
