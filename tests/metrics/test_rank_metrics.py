@@ -20,7 +20,7 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}"
 config = parse(["--recipe", "digits", "--metrics.port", "0"])
 about = {"layers": ["stem"], "num_steps": 5, "identity": "0"}
 metrics = RankMetrics(config, rank=0, local_rank=0, world_size=1, **about)
-print(metrics.address, flush=True)
+print(metrics.said.split()[-1], flush=True)
 sys.stdin.readline()
 metrics.count(train_nonfinite_steps=1)
 metrics.fail()

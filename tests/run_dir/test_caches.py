@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -91,13 +92,19 @@ def python_for_nobody() -> str:
     pytest.skip("needs a Python that any user may start")
 
 
-def test_a_user_id_that_nobody_knows_trains_reports_and_evaluates(digits, tmp_path):
+@pytest.fixture
+def open_folder():
+    """One that other users can look into: pytest closes its own to them, whenever another pytest starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_user_id_that_nobody_knows_trains_reports_and_evaluates(digits, open_folder):
     """From a checkout and at a working folder that it cannot write, with a PATH that it may not look into."""
     python = python_for_nobody()
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o055)
-    shards = Path(shutil.copytree(digits, tmp_path / "digits"))
-    run_dir, temporary = tmp_path / "run", tmp_path / "temporary"
+    shards = Path(shutil.copytree(digits, open_folder / "digits"))
+    run_dir, temporary = open_folder / "run", open_folder / "temporary"
     for folder in (run_dir, temporary):
         folder.mkdir()
     for path in (run_dir, temporary, shards, *shards.rglob("*")):

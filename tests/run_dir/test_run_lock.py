@@ -12,7 +12,13 @@ from pipeline.errors import ConfigError
 from pipeline.run_dir import run_lock
 from tests.conftest import ROOT
 
-HOLD = "import sys; from pipeline.run_dir import run_lock; file = run_lock.hold(sys.argv[1]); print('held', flush=True); input()"
+HOLD = """
+import sys
+from pipeline.run_dir import run_lock
+file = run_lock.hold(sys.argv[1])
+print('held', flush=True)
+input()
+"""
 
 
 def test_a_folder_in_use_is_refused_naming_who_uses_it_until_he_is_killed(digits, tmp_path):
