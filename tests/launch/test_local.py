@@ -105,10 +105,10 @@ def test_a_mistake_is_one_line_before_anything_is_started(digits, tmp_path, monk
     monkeypatch.setattr(local, "Ranks", lambda *_, **__: pytest.fail("the launcher is started"))
     hidden = Manifest.load
 
-    def load(path: str) -> Manifest:
+    def load(path: str, **options) -> Manifest:
         if "hidden" in path:
             raise PermissionError(13, "Permission denied", path)
-        return hidden(path)
+        return hidden(path, **options)
 
     monkeypatch.setattr(Manifest, "load", load)
     for words, part in (
