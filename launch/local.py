@@ -79,6 +79,9 @@ def verdict(config: Config, ended: int, signals: Signals) -> int:
         return 128 + signals.seen[-1]
     if ended in SAID:
         return ended
+    if signals.seen and ended < 0:  # our whole group was signalled, and the launcher took the ranks' codes with it
+        say("stopped on request; run again to go on from the newest checkpoint")
+        return 128 + signals.seen[0]
     if signals.seen and ended == NOT_BEGUN:
         return stopped_early()
     say(f"error: the run ended early: {why(ended)}; run again to go on from the newest checkpoint")

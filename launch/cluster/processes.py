@@ -83,6 +83,10 @@ class Processes:
                 ranks[pid] = int(process.rank)
         return ranks
 
+    def stopping(self) -> bool:
+        """Whether ranks that outlive their launcher still save: those of our own group, which it died with."""
+        return self._session is None and bool(self.living())
+
     def send(self, number: int, pids: Iterable[int]) -> None:
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -143,7 +147,7 @@ def attend(ranks: Processes, signals: Signals, grace_s: float, say: Callable[[st
     told: set[int] = set()
     most, alone_since, asked_at = 0, None, None  # ranks seen at a time; since when fewer; when they were asked
     try:
-        while (ended := ranks.poll()) is None:
+        while (ended := ranks.poll()) is None or ranks.stopping():
             signals.wait(POLL_S)
             now, living = time.monotonic(), ranks.living()
             most = max(most, len(living))

@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from launch import local, ports
@@ -22,7 +23,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError
 from pipeline.metrics.exporter import USUAL_PORT
 from tests.conftest import ROOT, free_port
-from tests.support.training_runs import arguments
+from tests.support.training_runs import arguments, rank_of, read_until
 
 
 def at_a_terminal(command: list[str], until: str) -> tuple[int, str]:
@@ -73,6 +74,30 @@ def test_a_terminal_shows_our_lines_alone_and_ctrl_c_stops_with_a_checkpoint_on_
     assert "rank 1: SIG" in (run_dir / "logs" / "rank-1.log").read_text()
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", ["group", "launcher"])
+def test_ranks_whose_launcher_dies_save_before_the_command_ends(digits, tmp_path, victim):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.local", *arguments(digits, run_dir), "--train.epochs", "30"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    read_until(process, r"^step +6/")
+    if victim == "group":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        psutil.Process(rank_of(process, 0).ppid()).kill()
+    output, _ = process.communicate(timeout=120)
+    said = re.search(r"stopped on request after step (\d+), checkpoint saved", output)
+    assert said, output
+    assert (run_dir / "checkpoints" / f"step-{int(said[1]):08d}").exists()
+    assert process.returncode == (128 + signal.SIGTERM if victim == "group" else EXIT_INTERNAL), output
+
+
 @pytest.mark.parametrize(
     ("ended", "signals", "code", "line"),
     [
@@ -81,6 +106,7 @@ def test_a_terminal_shows_our_lines_alone_and_ctrl_c_stops_with_a_checkpoint_on_
         (EXIT_STOPPED, [signal.SIGINT], EXIT_STOPPED, ""),
         (NOT_BEGUN, [signal.SIGINT], EXIT_STOPPED, "stopped on request before the first step; run again to continue\n"),
         (EXIT_INTERNAL, [signal.SIGINT, signal.SIGINT], 128 + signal.SIGINT, ""),
+        (-signal.SIGTERM, [signal.SIGTERM], 128 + signal.SIGTERM, "stopped on request; run again to go on from"),
         (256 - signal.SIGKILL, [], EXIT_INTERNAL, "a rank was ended by SIGKILL, as where memory runs out; run again"),
         (256 - signal.SIGBUS, [signal.SIGTERM], EXIT_INTERNAL, "a rank was ended by SIGBUS; run again"),
         (-signal.SIGKILL, [], EXIT_INTERNAL, "the launcher was ended by SIGKILL"),
