@@ -15,7 +15,7 @@ from launch.devices import TorchError
 from launch.place import LOCAL, MASTER_PORT, Place
 from launch.ranks import NOT_BEGUN, Ranks, attend, why
 from launch.signals import Signals
-from launch.train import preflight, say_finished
+from launch.train import not_permitted, preflight, say_finished
 from pipeline import caches
 from pipeline.config import Config
 from pipeline.errors import (
@@ -55,6 +55,9 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, TorchError) as error:
         say(f"error: {error}")
         return error.exit_code
+    except PermissionError as error:
+        say(f"error: {not_permitted(error)}")
+        return EXIT_USAGE
     finally:
         signals.close()
 

@@ -82,8 +82,14 @@ def main(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             where = f"{error.filename} " if error.filename else ""
             return refuse(CheckpointError(f"{where}cannot be written ({error.strerror}); mend it and run again"), rank)
+        if isinstance(error, PermissionError) and error.filename:
+            return refuse(not_permitted(error), rank)
         traceback.print_exc()
         return EXIT_INTERNAL
+
+
+def not_permitted(error: PermissionError) -> ConfigError:
+    return ConfigError(f"{error.filename} cannot be used by this user ({error.strerror}); change its permissions")
 
 
 def alone_without_launcher(environ: MutableMapping[str, str]) -> None:

@@ -92,14 +92,16 @@ def python_for_nobody() -> str:
 
 
 def test_a_user_id_that_nobody_knows_trains_reports_and_evaluates(digits, tmp_path):
+    """From a checkout and at a working folder that it cannot write, with a PATH that it may not look into."""
     python = python_for_nobody()
-    for folder in (*digits.parents[:3], *tmp_path.parents[:3]):
+    for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(folder.stat().st_mode | 0o055)
     shards = Path(shutil.copytree(digits, tmp_path / "digits"))
     run_dir, temporary = tmp_path / "run", tmp_path / "temporary"
-    for folder in (run_dir, temporary, shards / "train"):
-        folder.mkdir(exist_ok=True)
-        folder.chmod(0o777)
+    for folder in (run_dir, temporary):
+        folder.mkdir()
+    for path in (run_dir, temporary, shards, *shards.rglob("*")):
+        path.chmod(0o777)
     environ = {"PATH": "/root/none:/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{sysconfig.get_path('purelib')}"}
     environ |= {"TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
     train = ["launch.local", "--recipe", "digits", "--data.path", str(shards), "--run_dir", str(run_dir)]

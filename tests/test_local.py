@@ -18,6 +18,7 @@ from launch.options import parse
 from launch.place import MASTER_PORT
 from launch.ranks import NOT_BEGUN
 from launch.train import LAUNCHED, alone_without_launcher
+from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError
 from pipeline.exporter import USUAL_PORT
 from tests.conftest import ROOT, free_port
@@ -102,7 +103,19 @@ def test_how_a_run_ended_is_told_where_its_ranks_have_not(ended, signals, code, 
 def test_a_mistake_is_one_line_before_anything_is_started(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(local, "Ranks", lambda *_, **__: pytest.fail("the launcher is started"))
-    for words, part in ((["--data.path", str(tmp_path)], "no shard set in"), (["--optim.lr", "-1"], "optim.lr=-1")):
+    hidden = Manifest.load
+
+    def load(path: str) -> Manifest:
+        if "hidden" in path:
+            raise PermissionError(13, "Permission denied", path)
+        return hidden(path)
+
+    monkeypatch.setattr(Manifest, "load", load)
+    for words, part in (
+        (["--data.path", "hidden"], "hidden/train cannot be used by this user (Permission denied)"),
+        (["--data.path", str(tmp_path)], "no shard set in"),
+        (["--optim.lr", "-1"], "optim.lr=-1"),
+    ):
         assert local.main(["--recipe", "digits", "--run_dir", str(tmp_path / "run"), *words]) == EXIT_USAGE
         said = capsys.readouterr().err
         assert said.startswith("error: ")
