@@ -4,8 +4,8 @@
 
 After that every `optimizer.step()` measures the gradient it is about to use and steers the widths for the next step;
 the script's loop stays as it is. Spiking layers are `snn.neurons.Neuron`, or any neuron that takes its spike from a
-`snn.foreign.Surrogate` (SpikingJelly's do). Under DDP this rank's counts ride on the last bucket of the gradient
-all-reduce, so that all ranks read the same numbers and steer alike; no collective is added.
+`snn.external_neurons.Surrogate` (SpikingJelly's do). Under DDP this rank's counts ride on the last bucket of the
+gradient all-reduce, so that all ranks read the same numbers and steer alike; no collective is added.
 """
 
 import torch

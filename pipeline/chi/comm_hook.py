@@ -57,7 +57,7 @@ class Total:
     """What all ranks saw during a step, the same on each."""
 
     sums: Tensor
-    """`(L, 3)` float64, `indicator.gradient_sums` of the layers' weights."""
+    """`(L, 3)` float64, `indicators.gradient_sums` of the layers' weights."""
     nnz: Tensor
     """0-d float64, non-zero gradients over all trainable parameters."""
     counts: Tensor

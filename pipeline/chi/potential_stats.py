@@ -18,7 +18,7 @@ class PotentialStats:
     """Measures what `chi.policy` and the surrogates' scale ask for, and nothing where they ask for nothing.
 
     mpd_agl reads the batch normalisations. ds_atgo looks at the potentials of the step before each decision, by a
-    second pass over every layer's current (snn/potential.py), in the training forward pass of each rank.
+    second pass over every layer's current (snn/membrane_probe.py), in the training forward pass of each rank.
     """
 
     def __init__(self, config: ChiConfig, layers: list[SpikingLayer], neurons: NeuronState) -> None:

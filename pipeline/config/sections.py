@@ -1,4 +1,4 @@
-"""How a run trains: two sections of a `Config`, the optimizer's and everything else's. See config.py."""
+"""Sections of a `Config`: the network, χ, the optimizer, the run. __init__.py has those for data and metrics."""
 
 import math
 import re

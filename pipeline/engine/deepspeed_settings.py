@@ -62,7 +62,7 @@ LIBRARIES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"
 
 
 def deepspeed_settings(config: Config, world_size: int, num_parameters: int) -> dict:
-    """The engine's settings. One fp32 bucket holds all gradients, so χ can ride its all-reduce (chi/bucket.py).
+    """The engine's settings. One fp32 bucket holds all gradients, so χ can ride its all-reduce (chi/comm_hook.py).
 
     Raises:
         ConfigError: the user's file cannot be read, or it contradicts one of them.

@@ -1,4 +1,4 @@
-"""What people see while a run goes on: rank 0 turns readings into records and hands them to metrics.py's sinks."""
+"""What people see while a run goes on: rank 0 turns readings into records, for the journal, trackers and metrics."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Two DDP ranks with `chi.attach`, run by test_chi_attach.py: exact counts, no collective added, equal widths."""
+"""Two DDP ranks with `chi.attach`, run by test_attach.py: exact counts, no collective added, equal widths."""
 
 from collections import Counter
 from typing import Any

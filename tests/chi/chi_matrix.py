@@ -1,4 +1,4 @@
-"""Run on every rank by test_chi_allreduce.py: the tap against two independent counts, over a matrix of engines.
+"""Run on every rank by test_tap.py: the tap against two independent counts, over a matrix of engines.
 
 The engines and their network are chi_engines.py's. Each case prints one JSON line from rank 0. With the argument
 `short`, only few of the cases.
