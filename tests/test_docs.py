@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("pipeline", "launch", "data_prep", "benchmarks", "tests", "docs", "k8s")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*")) if path.is_file()]
-PAGES = sorted([*ROOT.glob("*.md"), *(path for path in FILES if path.suffix == ".md")])
+PAGES = sorted([*ROOT.glob("[A-Z]*.md"), *(path for path in FILES if path.suffix == ".md")])
 SOURCES = [path for path in FILES if path.suffix == ".py"]
 OTHERS = [path for path in FILES if path.suffix in (".cpp", ".yaml", ".yml")]
 OTHERS += [ROOT / name for name in ("Makefile", "Dockerfile", "pyproject.toml")]
@@ -20,7 +20,7 @@ _PATH = re.compile(rf"(?<![\w/.{{}}$-])(?:{'|'.join(ROOMS)})/[\w.*/-]*")
 _FILE = re.compile(r"(?<![\w/.{}$*-])(?:\w+/)*\w+\.py\b")
 _MODULE = re.compile(rf"\bpython3? -m ((?:{'|'.join(ROOMS)})(?:\.[a-z_]\w*)*)(?![\w$]|\.[A-Z$])")  # not NAME, $$name
 _DOTTED = re.compile(r"(?<![\w/.-])(?:pipeline|launch|data_prep|benchmarks)(?:\.[a-z]\w*)+(?:\.[A-Z]\w+)?")
-_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_LINK = re.compile(r"\]\(([^)\s]+)(?: [^)]*)?\)")
 _IMPORT = re.compile(r"^(?:from|import) (?:pipeline|launch|data_prep)\b.*$", re.MULTILINE)
 
 
@@ -80,7 +80,7 @@ def test_what_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
     assert not missing(text)
     for link in _LINK.findall(text):
-        if "://" not in link:
+        if not re.match(r"\w+:", link):
             path, _, anchor = link.partition("#")
             target = (page.parent / path).resolve() if path else page
             assert target.is_relative_to(ROOT), link
