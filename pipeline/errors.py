@@ -1,9 +1,9 @@
-"""What can go wrong, and the exit code that says so.
+"""The errors of a run, and the exit code of each.
 
 A rank ends with one of the codes below; the launcher and Kubernetes pass them on, so that a scheduler can tell a
 mistake of the user (do not retry) from a request to stop (retry to continue). A second request of the same kind, 2 s or
-more after the first, ends a rank at once, without a checkpoint: 128 and the signal's number, as 143 for SIGTERM (retry
-to continue).
+more after the first, ends a rank at once, without a checkpoint. The code is then 128 plus the signal's number, such as
+143 for SIGTERM (retry to continue).
 """
 
 EXIT_DONE = 0
@@ -14,7 +14,7 @@ EXIT_STOPPED = 75
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line; its class where it says nothing."""
+    """The first line of an error's message; the name of its class if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -31,22 +31,22 @@ class DataError(ValueError):
 
 
 class StoreError(DataError):
-    """The data could not be read now, and nothing says that they are wrong: their store is away, slow or overloaded.
+    """The data could not be read now: their store is unreachable, slow or overloaded. They need not be wrong.
 
-    A later start may read them, so it is no mistake of the user, and a scheduler starts the run again.
+    A later start may succeed, so this is not the user's mistake, and a scheduler may start the run again.
     """
 
     exit_code = EXIT_INTERNAL
 
 
 class LostRankError(RuntimeError):
-    """Another rank is gone, or silent for `train.timeout_s`: no collective can end."""
+    """Another rank is gone, or did not answer for `train.timeout_s`: no collective can complete."""
 
     exit_code = EXIT_INTERNAL
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written; the earlier ones are intact."""
 
     exit_code = EXIT_INTERNAL
 

@@ -1,4 +1,4 @@
-"""Builds every part of a training run and puts the newest checkpoint into it; train.py is what then goes round."""
+"""Builds every part of a training run and loads its newest checkpoint; train.py holds the loop."""
 
 import hashlib
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from pipeline.snn.neurons import NeuronState, bind
 from pipeline.snn.sew_resnet import SpikingLayer
 
 IMAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-"""What the images of each precision are stored as."""
+"""Dtype of the input images for each `train.precision`."""
 
 
 class Stateful(Protocol):
@@ -68,11 +68,11 @@ class Run:
     replicas: ReplicaCheck
     writer: Writer
     step: int
-    """Optimizer steps that were made."""
+    """Optimizer steps done."""
 
     @property
     def parts(self) -> dict[str, Stateful]:
-        """Everything that a checkpoint holds, by its name there: saving and resuming walk this list."""
+        """Everything that a checkpoint holds, by its key there; saving and resuming iterate over it."""
         return {
             "loader": self.loader,
             "model": EngineState(self.engine),
@@ -83,16 +83,16 @@ class Run:
 
     @property
     def after_step(self) -> tuple:
-        """Parts with something to do after every step, or every few."""
+        """Parts whose `after_step` the loop calls after every step."""
         return self.ema, self.trace, self.straggler, self.replicas
 
     def state_dict(self) -> dict:
-        """The checkpoint after `step`. A collective."""
+        """The checkpoint after `step`. A collective: every rank calls it."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         return {"step": self.step, "config": self.config.to_dict(), **parts}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Goes on from a checkpoint, of any number of ranks. A collective."""
+        """Loads a checkpoint, written by any number of ranks. A collective."""
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         self.step = saved["step"]
@@ -104,7 +104,7 @@ class Run:
 
 
 def prepare(config: Config, watch: Watch) -> Run:
-    """Builds every part and puts the newest checkpoint into it; from then on `watch` stops the run by request."""
+    """Builds every part and loads the newest checkpoint; from then on, a request seen by `watch` stops the run."""
     place = join(config)
     loader = Loader(
         config.data,
@@ -120,8 +120,8 @@ def prepare(config: Config, watch: Watch) -> Run:
     classes = len(loader.manifest.classes)
     model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)
     if config.train.precision == "fp64":
-        model.double()  # before weights are read into it
-    num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
+        model.double()  # before weights are loaded into it
+    num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 partitions them
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
     widths = None
@@ -153,7 +153,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         elif config.chi.calibrate:
             calibrate(run)
         run.log.began(run.widths.controller.log_width)
-    watch.on_request(run.flags.ask_to_stop)  # all ranks hear of it with the next all-reduce
+    watch.on_request(run.flags.ask_to_stop)  # the next all-reduce tells all ranks
     return run
 
 
@@ -167,7 +167,7 @@ def assembled(
     schedule: Schedule,
     step: int,
 ) -> Run:
-    """The parts around an engine, for a run that goes on after `step`."""
+    """Builds the parts around an engine, for a run that continues after `step`."""
     network = cast(nn.Module, engine.module)
     widths = Widths(config.chi, layers, neurons)
     tap = Tap(
@@ -238,7 +238,7 @@ def assembled(
 
 
 def calibrate(run: Run) -> None:
-    """The widths of a run that is not resumed, from the same images on every rank."""
+    """Sets the first widths of a run that is not resumed, from the same images on every rank."""
     batches = evaluation_batches(run.config.data, rank=0, world_size=1, device=run.place.device, split="train")
     images = next(batches).images.to(IMAGES[run.config.train.precision])
     batches.close()
@@ -246,7 +246,7 @@ def calibrate(run: Run) -> None:
 
 
 def agree(config: Config, step: int, data_identity: str, device: torch.device) -> None:
-    """All ranks run one program with one configuration on the same data from one step, or none does.
+    """Checks that all ranks have the same program, configuration, data and first step.
 
     Raises:
         ConfigError: on every rank, naming what differs between them.

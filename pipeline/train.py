@@ -21,7 +21,7 @@ from pipeline.snn import losses
 
 
 def train(config: Config, watch: Watch) -> int:
-    """Trains `config`'s run to its end, from its newest checkpoint where there is one; returns the exit code."""
+    """Trains the run of `config` to its end, from its newest checkpoint if there is one; returns the exit code."""
     with answered(config):
         run = prepare(config, watch)
         try:
@@ -48,7 +48,7 @@ def loop(run: Run) -> int:
             logits = engine(batch.images)
             loss = losses.loss(run.config.train, logits, batch.labels)
             stats.observe(batch, loss, logits)
-            engine.backward(loss)  # after the last micro-batch it reduces the gradients, and χ rides along
+            engine.backward(loss)  # the last micro-batch of a step also all-reduces the gradients and χ
             stats.check()  # no update is made from a gradient that is not finite
             engine.step()
         run.step = step
@@ -69,48 +69,48 @@ def loop(run: Run) -> int:
 
 
 def save(run: Run) -> None:
-    """A checkpoint of everything that the rest of the run depends on; on the disk once the writer has waited."""
+    """Starts a checkpoint of all that the run needs to continue; `writer.wait` returns when it is on the disk."""
     began = time.monotonic()
     run.replicas.compare(run.step)
-    run.log.flush()  # decisions before this step are not told again by a run that goes on from here
+    run.log.flush()  # a run that resumes from here does not repeat earlier decisions
     run.writer.begin(run.step, run.state_dict())
     run.log.held_up(time.monotonic() - began)
 
 
 def stopped(run: Run) -> int:
-    """The end of a run that was asked to stop, with its checkpoint on the disk."""
+    """Ends a run that was asked to stop, once its checkpoint is on the disk."""
     run.writer.wait()
     run.log.say(f"stopped on request after step {run.step}, checkpoint saved; run again to continue")
     return EXIT_STOPPED
 
 
 def catch_up(run: Run) -> None:
-    """The evaluation after the step that is resumed from, where a stop or a kill came before it."""
+    """Makes the evaluation due after the step resumed from, if a stop or a kill came before it."""
     if run.schedule.evaluates(run.step) and of_rank_0(run.log.evaluated_step) < run.step:
         validate(run)
 
 
 def validate(run: Run) -> Evaluation:
-    """Of the weights that the run evaluates: their moving average, where it keeps one."""
+    """Evaluates the weights on the validation split: their moving average, if the run keeps one."""
     began = time.monotonic()
     place = run.place
     batches = evaluation_batches(run.config.data, rank=place.rank, world_size=place.world_size, device=place.device)
     engine_state.average_buffers(run.engine)
     with run.ema.shown():
-        engine_state.average_buffers(run.engine)  # the average's own
+        engine_state.average_buffers(run.engine)  # the moving average has its own buffers
         result = evaluate(run.engine, batches, place.device)
     took_s = time.monotonic() - began
     if result.accuracy > run.writer.best:
         if run.writer.last_step != run.step:
             save(run)
         run.writer.mark_best(run.step, result.accuracy)
-    # Last: a run that is resumed here after a kill concludes from it that the best was marked, too.
+    # This must come last: a resumed run that finds this evaluation assumes that the best checkpoint is marked.
     run.log.evaluated(run.step, result.loss, result.accuracy, result.num_samples, took_s)
     return result
 
 
 def finish(run: Run) -> None:
-    """The exact evaluation, the table by layer, the report, and the marker that the run is done."""
+    """Makes the last evaluation, the table by layer, the report, and summary.json, which marks the run as finished."""
     result = validate(run)
     run.writer.wait()
     if run.place.rank != 0:

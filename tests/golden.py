@@ -1,10 +1,10 @@
 """Twenty steps of the real training loop in doubles, by two ranks: numbers that a change must not move.
 
-    python -m tests.golden --reason "why the numbers are others now"      writes tests/golden.json anew
+    python -m tests.golden --reason "why the numbers have changed"      writes tests/golden.json anew
 
 The launcher runs launch/train.py with train.precision=fp64, in which no kernel but the reference runs. Nothing of it
 depends on the machine beyond rounding: weights come from the order's integer hash, images are scikit-learn's digits as
-they are. What it holds together is the loader and its order, the network and its neurons, TET, label smoothing, the
+they are. It covers the loader and its order, the network and its neurons, TET, label smoothing, the
 schedule, the optimizer, the all-reduce, χ's control of the widths, the moving average and the evaluation.
 """
 
@@ -33,7 +33,7 @@ STEPS, BATCH, MICRO_BATCH, T = 20, 32, 8, 3
 
 
 def fill(network: torch.nn.Module) -> None:
-    """Weights that follow from their place alone, uniform and about as large as a fresh network's."""
+    """Fills in weights that depend on their place alone, uniform and about as large as a fresh network's."""
     with torch.no_grad():
         for index, (name, parameter) in enumerate(network.named_parameters()):
             if parameter.dim() > 1 or name == "fc.bias":
@@ -43,14 +43,14 @@ def fill(network: torch.nn.Module) -> None:
 
 
 def arguments(digits: Path, weights: Path, run_dir: Path) -> list[str]:
-    """The command line, with `digits` as shards and the start's `weights` as a safetensors file."""
+    """The command line, with `digits` as shards and the initial `weights` as a safetensors file."""
     epochs = (STEPS - 0.5) * BATCH / Manifest.load(digits / "train").num_samples  # the number of steps is rounded up
     settings = {
         "--recipe": "digits",
         "--run_dir": run_dir,
         "--init-from": weights,
         "--data.path": digits,
-        "--data.image_size": 8,  # the files' own, uncropped: nothing is interpolated
+        "--data.image_size": 8,  # the size of the files, uncropped: nothing is interpolated
         "--data.crop_area_min": 1,
         "--data.crop_aspect": 1,
         "--data.global_batch": BATCH,

@@ -48,7 +48,7 @@ def assert_same_result(run_dir: Path, straight: Finished) -> None:
         assert kept(ours).keys() == kept(theirs).keys() != set()
         for name, value in kept(theirs).items():
             assert torch.equal(kept(ours)[name], value), name
-    # A save averages the running statistics over ranks: with one save more, as before a stop, they round otherwise.
+    # A save averages the running statistics over ranks: with an extra save, as before a stop, they round differently.
     for name, value in theirs["ema"]["buffers"].items():
         torch.testing.assert_close(ours["ema"]["buffers"][name], value, rtol=1e-5, atol=1e-6)
     assert torch.equal(ours["widths"]["log_width"], theirs["widths"]["log_width"])
@@ -136,7 +136,7 @@ def test_a_run_killed_and_started_again_repeats_the_same_losses_bit_for_bit(digi
     assert "step-00000005" in [folder.name for folder in (run_dir / "checkpoints").iterdir()]
     own = tmp_path / "deepspeed.json"
     own.write_text(json.dumps({"wall_clock_breakdown": True, "steps_per_print": 1, "comms_logger": {"enabled": True}}))
-    # What only watches a run changes nothing that it computes.
+    # Options that only watch a run do not change what it computes.
     watched = ["--metrics.tensorboard", "true", "--train.profile_steps", "2", "--deepspeed_config", str(own)]
     run_dir = run_dir.rename(tmp_path / "moved")
     again = launch("launch/train.py", "--resume", str(run_dir), *watched)
@@ -175,7 +175,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
     config = json.loads((run_dir / "config.json").read_text())
     config["train"]["eval_every_epochs"] = every
     (run_dir / "config.json").write_text(json.dumps(config))
-    # In step 13 it meets a NaN, which it passes over.
+    # Step 13 meets a NaN, and is skipped.
     words = [*arguments(digits, run_dir), "--train.on_nonfinite", "skip(1)", "--train.eval_every_epochs", str(every)]
     again = launch("tests/faults/fault_job.py", *words, ranks=1, FAULT="0 NAN forward 17")
     assert again.returncode == EXIT_DONE, again.output
@@ -236,13 +236,13 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(digits, tmp_path):
     assert process.returncode == EXIT_STOPPED, output
     said = re.search(r"stopped on request after step (\d+)", output)
     assert said, output
-    assert (run_dir / "checkpoints" / f"step-{int(said[1]):08d}").exists()  # test_supervise.py goes on from such a one
+    assert (run_dir / "checkpoints" / f"step-{int(said[1]):08d}").exists()  # test_supervise.py resumes from one
 
 
 def test_a_run_starts_from_the_weights_of_another(digits, straight, tmp_path):
-    """With AdamW and TET, for two steps of next to no length: the weights must be the average that it was given.
+    """With AdamW and TET, for two tiny steps: the weights must be the average that the run started from.
 
-    The widths begin where the other's ended.
+    The widths start where the other run's ended.
     """
     settings = {
         "--init-from": straight.run_dir,

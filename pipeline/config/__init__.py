@@ -1,8 +1,8 @@
-"""Everything that can be set, with its unit and range. Nothing but the standard library.
+"""All options of a run, with their units and ranges. Standard library only.
 
 A `Config` is built once, in the entry point, from a recipe and its overrides, and then only read. The string under
-each field is its documentation; `launch/options.py` prints it for `--help`. The sections for the network and χ are in
-sections.py, with those for the optimizer and the run.
+each field is its documentation; `launch/options.py` prints it for `--help`. `Config` and its sections data and metrics
+are here; its sections model, chi, optim and train are in sections.py.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from pipeline.errors import ConfigError
 __all__ = ["ChiConfig", "Config", "DataConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
 
 POSITIONS_MAX = 2**45
-"""Of the pixels of a micro-batch at all time steps: the bytes of some hundred channels of them are a 64-bit number."""
+"""Most pixels of a micro-batch over all time steps. With some hundred channels, their bytes still fit in 64 bits."""
 NEAREST = 8
-"""Numbers of ranks, at most, that a refusal names."""
+"""Most numbers of ranks that an error message suggests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,26 +26,26 @@ class DataConfig:
     path: str = "data/digits"
     """Folder, or URL (http, https, s3 and others), that holds the shard sets `train/` and `val/`."""
     cache_dir: str = ""
-    """Local folder for the shards of a URL, shared by the ranks of a node; empty takes ~/.cache/chispike."""
+    """Local folder for the shards of a URL, shared by the ranks of a node; empty uses ~/.cache/chispike."""
     cache_bytes: int = 200_000_000_000
-    """The most that cache_dir may hold, in bytes; what a node's ranks need at once must fit, see docs/data.md."""
+    """Largest size of cache_dir, in bytes; the shards that a node's ranks need at once must fit, see docs/data.md."""
     retries: int = 5
-    """Further attempts at a remote file after one that failed, with growing pauses; at least 0."""
+    """Further attempts at a remote file after the first has failed, with growing pauses; at least 0."""
     timeout_s: float = 30.0
-    """Seconds without a byte after which an attempt at a remote file has failed, above 0."""
+    """Seconds without any data after which an attempt at a remote file fails, above 0."""
     image_size: int = 16
-    """Side of the square that the network sees, in pixels; with image_size_start, what it is at the end."""
+    """Side of the square image that the network gets, in pixels; with image_size_start, its side at the end."""
     image_size_start: int = 0
-    """Side at the start of training, from which it grows to image_size, in pixels; 0 takes image_size throughout.
-    Evaluations are at image_size."""
+    """Side of the images at the start of training, in pixels, which grows to image_size; 0 uses image_size throughout.
+    Evaluations always use image_size."""
     image_size_ramp: tuple[float, ...] = ()
-    """Where it grows, with image_size_start: from the first to the second epoch, as in 30,80; at starts of epochs."""
+    """With image_size_start: two epochs between which the side grows, as in 30,80. It changes when an epoch starts."""
     image_size_step: int = 32
-    """In between, the side is a multiple of this, in pixels, at least 1."""
+    """While it grows, the side is a multiple of this, in pixels, at least 1."""
     global_batch: int = 128
     """Samples per optimizer step, over all ranks and micro-batches."""
     micro_batch: int = 16
-    """Samples per forward pass on one rank: the group that BatchNorm normalises. Part of the recipe."""
+    """Samples per forward pass on one rank: BatchNorm normalises over them, so it changes the result."""
     window_shards: int = 16
     """Samples are shuffled within windows of this many shards; 0 shuffles the whole epoch."""
     crop_area_min: float = 0.08
@@ -53,23 +53,23 @@ class DataConfig:
     crop_aspect: float = 4 / 3
     """Widest aspect ratio of a random crop, at least 1."""
     flip: bool = True
-    """Mirror every second image at random while training."""
+    """Mirror each training image with probability 1/2."""
     eval_resize: int = 0
-    """Shorter side before the central crop of an evaluation, in pixels; 0 takes image_size."""
+    """Shorter side before the central crop of an evaluation, in pixels; 0 uses image_size."""
     threads: int = 0
-    """Decoding threads per rank; 0 takes this rank's share of the cores."""
+    """Decoding threads per rank; 0 uses this rank's share of the cores."""
     hw_decoder_load: float = 0.0
-    """Share of the JPEGs for a GPU's hardware decoder, in [0, 1]; its pixels differ: only 0 promises exactness."""
+    """Share of the JPEGs for a GPU's hardware decoder, in [0, 1]. Its pixels differ: exact results need 0."""
     prefetch: int = 3
-    """Decoded micro-batches that wait for their step, at least 1; up to three more are in work."""
+    """Decoded micro-batches that wait for their step, at least 1; up to three more are being decoded."""
     max_bad_ratio: float = 0.001
-    """Share of bad samples (unreadable, truncated, undecodable, wrongly labelled) that ends the run, in [0, 1]."""
+    """Share of bad samples (unreadable, truncated, undecodable, mislabelled) above which the run ends, in [0, 1]."""
 
     def __post_init__(self) -> None:
         checked("data.", self)
 
     def check(self) -> None:
-        """The section's own rules; raises ConfigError."""
+        """Checks the section's own rules; raises ConfigError."""
         for name in ("image_size", "image_size_step", "global_batch", "micro_batch", "prefetch"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
         for name in ("window_shards", "eval_resize", "threads", "cache_bytes", "retries"):
@@ -111,27 +111,27 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricsConfig:
     port: int = 9464
-    """TCP port where rank 0 serves metrics for Prometheus while it trains; 0 takes a free one."""
+    """TCP port where rank 0 serves metrics for Prometheus while it trains; 0 uses a free one."""
     host: str = "127.0.0.1"
-    """Address that the port is opened on; 0.0.0.0 lets other machines read it."""
+    """Address that the port listens on; 0.0.0.0 lets other machines read the metrics."""
     tls_cert: str = ""
     """Certificate, a PEM file, to serve https with; empty serves http."""
     tls_key: str = ""
-    """Its private key, a PEM file."""
+    """Private key of tls_cert, a PEM file."""
     tls_client_ca: str = ""
-    """Certificates, a PEM file, of which one must have signed a client's own; empty serves every client."""
+    """CA certificates, a PEM file: one of them must have signed a client's certificate; empty serves every client."""
     tensorboard: bool = False
     """Write the curves for TensorBoard too, into RUN/tensorboard; needs the extra tensorboard."""
     wandb: bool = False
-    """Write them for Weights & Biases too, offline, into RUN/wandb; needs the extra wandb."""
+    """Write the curves for Weights & Biases too, offline, into RUN/wandb; needs the extra wandb."""
     mlflow: bool = False
-    """Write them for MLflow too, into RUN/mlflow; needs the extra mlflow."""
+    """Write the curves for MLflow too, into RUN/mlflow; needs the extra mlflow."""
 
     def __post_init__(self) -> None:
         checked("metrics.", self)
 
     def check(self) -> None:
-        """The section's own rules; raises ConfigError."""
+        """Checks the section's own rules; raises ConfigError."""
         require(0 <= self.port <= 65535, "metrics.port", self.port, "0 to 65535")
         both = bool(self.tls_cert) == bool(self.tls_key)
         require(both, "metrics.tls_key", self.tls_key, "a file together with metrics.tls_cert, and none without it")
@@ -144,16 +144,16 @@ class Config:
     recipe: str
     """Name of the recipe that this configuration started from."""
     run_dir: str = "runs/digits"
-    """Folder of the run: config, metrics, checkpoints, report. A run that stands there is resumed."""
+    """Folder of the run: config, metrics, checkpoints, report. A run that is already there is resumed."""
     init_from: str = ""
-    """Weights to start from instead of fresh ones: another run's folder or checkpoint, a safetensors file, or a state
-    dict in our names, SpikingJelly's or the original SEW-ResNet code's; a run that is resumed does not read it. A run
-    with train.ema_decay gives its averaged weights. A run with the same layers, model.surrogate and model.width also
-    gives the widths that it ended with, which chi.calibrate then does not change."""
+    """Weights to start from: another run's folder or checkpoint, a safetensors file, or a state dict with our names of
+    tensors, SpikingJelly's or the original SEW-ResNet code's. A resumed run does not read it. Of a run with
+    train.ema_decay, the averaged weights are taken. Of a run with the same layers, model.surrogate and model.width, the
+    last widths are taken too; chi.calibrate then does not change them."""
     deepspeed_config: str = ""
-    """A JSON file of DeepSpeed settings of your own, merged into the run's: what shows or speeds up a run and changes
-    nothing that it computes (comms_logger, flops_profiler, stage3_prefetch_bucket_size and others). All else has an
-    option here, and is refused with its name."""
+    """A JSON file with your own DeepSpeed settings, merged into the run's. Allowed are settings that report on a run or
+    speed it up, and do not change what it computes (comms_logger, flops_profiler, stage3_prefetch_bucket_size and
+    others). Any other is refused; the message names the option to use instead."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     chi: ChiConfig = field(default_factory=ChiConfig)
@@ -165,7 +165,7 @@ class Config:
         checked("", self)
 
     def check(self) -> None:
-        """The rules between sections; raises ConfigError."""
+        """Checks the rules between sections; raises ConfigError."""
         data, T = self.data, self.model.T
         if T * data.micro_batch * data.image_size**2 > POSITIONS_MAX:
             raise ConfigError(
@@ -210,7 +210,7 @@ class Config:
         """Optimizer steps in the run over a split of `num_samples`.
 
         Raises:
-            ConfigError: the split holds none, or there would be more than INTEGER_MAX.
+            ConfigError: the split holds no samples, or the run would have more than INTEGER_MAX steps.
         """
         if num_samples < 1:
             raise ConfigError(
@@ -227,7 +227,7 @@ class Config:
 
     @property
     def evaluated_weights(self) -> str:
-        """The weights that the run evaluates: last, or ema where it keeps their moving average."""
+        """The weights that the run evaluates: last, or ema if it keeps their moving average."""
         return "ema" if self.train.ema_decay else "last"
 
     def to_dict(self) -> dict:

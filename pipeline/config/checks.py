@@ -1,7 +1,7 @@
 """Checks that the sections of a configuration share; each refuses a value in one line: what, got, allowed.
 
-`checked` is what every section does when it is built: each field has the kind that its class says, the section's own
-rules hold, and they still hold when every number is rounded to fp32, in which the training computes.
+Every section calls `checked` when it is built: each field must have its declared type, the section's own rules must
+hold, and they must still hold when every number is rounded to fp32, in which the training computes.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.errors import ConfigError
 
 SMALLEST, LARGEST = 1e-18, 1e12
-"""Sizes of a float that is not 0: fp32 holds it, its inverse, its square, and a sum of a trillion such squares."""
+"""Limits of a float that is not 0: fp32 holds it, its inverse, its square, and a sum of a trillion such squares."""
 INTEGER_MAX = 2**31 - 1
 WIDE_MAX = 2**63 - 1
 WIDE = ("data.cache_bytes", "train.seed")
@@ -47,10 +47,10 @@ def checked(prefix: str, section: Any) -> None:
     """Checks `section`, a frozen dataclass whose method `check` holds its own rules.
 
     Args:
-        prefix: of its fields' names in messages: "data." or "".
+        prefix: put before its fields' names in messages: "data." or "".
 
     Raises:
-        ConfigError: a field is of another kind, breaks a rule, or breaks one when it is rounded to fp32.
+        ConfigError: a field has another type, breaks a rule, or breaks one when it is rounded to fp32.
     """
     for field in dataclasses.fields(section):
         _kind(prefix + field.name, getattr(section, field.name), field)
@@ -75,7 +75,7 @@ def checked(prefix: str, section: Any) -> None:
 
 
 def _kind(name: str, got: object, field: dataclasses.Field) -> None:
-    """Refuses what is not of the field's type, which values of a file may be."""
+    """Refuses a value that is not of the field's type, as a file may hold."""
     if dataclasses.is_dataclass(field.type):
         require(isinstance(got, field.type), name, got, "a section")  # pyright: ignore[reportArgumentType]
         return
@@ -93,14 +93,14 @@ def _kind(name: str, got: object, field: dataclasses.Field) -> None:
 
 
 def _is_number(got: object) -> bool:
-    """Whether it is a float, or an integer that is one without overflow."""
+    """Whether it is a float, or an integer that becomes one without overflow."""
     return isinstance(got, float) or (type(got) is int and abs(got) <= LARGEST)
 
 
 def _size(name: str, got: object, number: float, *, zero: Callable[[], bool]) -> None:
-    """Refuses a number that fp32 has no room to compute with; `zero` tells whether 0 is allowed."""
+    """Refuses a number too large or too small to compute with in fp32; `zero` tells whether 0 is allowed."""
     require(number != 0 or math.copysign(1, number) > 0, name, got, "0 without a sign")
-    if number != 0 and not SMALLEST <= abs(number) <= LARGEST:  # NaN neither
+    if number != 0 and not SMALLEST <= abs(number) <= LARGEST:  # also true for NaN
         fitting = f"a number from {SMALLEST:g} to {LARGEST:g} in size, which fp32 can compute with"
         require(False, name, got, f"0, or {fitting}" if zero() else fitting)
 
@@ -111,7 +111,7 @@ def _fp32(number: float) -> float:
 
 
 def _with(section: Any, values: dict[str, object]) -> Any:
-    """A copy that nothing has checked."""
+    """A copy with `values`, which are not checked."""
     twin = copy.copy(section)
     for name, value in values.items():
         object.__setattr__(twin, name, value)
@@ -127,7 +127,7 @@ def _holds(section: Any, values: dict[str, object]) -> bool:
 
 
 def _rounding(prefix: str, section: Any, rounded: dict[str, object], error: ConfigError) -> str:
-    """Which number of `section` became another one, for the error that it then met."""
+    """Which number of `section` was changed by rounding, to explain an error that only the rounded numbers cause."""
     name = str(error).partition("=")[0].removeprefix(prefix)
     if name in rounded and getattr(section, name) != rounded[name]:
         return f"{getattr(section, name)!r} is {rounded[name]!r} in fp32, in which the training computes"

@@ -1,7 +1,7 @@
-"""A configuration as a JSON document, as config.json of a run's folder holds it: read, compared, made a `Config` again.
+"""A configuration as a JSON document, such as a run's config.json: read, compared, made a `Config` again.
 
-A document may be of another version of this program, or written by hand: its keys are compared with those of today
-before anything is made of it.
+A document may come from another version of this program, or be written by hand. So its keys are compared with those of
+this version before a `Config` is made of it.
 """
 
 import json
@@ -16,7 +16,7 @@ SECTIONS: dict[str, type] = {
     field.name: field.type for field in fields(Config) if is_dataclass(field.type) and isinstance(field.type, type)
 }
 NAMED = 12
-"""Keys, at most, that a message names of each kind."""
+"""Most keys of each kind that a message names."""
 
 
 def flatten(config: dict, prefix: str = "") -> dict[str, object]:
@@ -28,13 +28,13 @@ def flatten(config: dict, prefix: str = "") -> dict[str, object]:
 
 
 def read(path: Path, mend: str) -> dict | None:
-    """The document in a file, with the sections that it has; None where there is no file.
+    """The document in a file, which may lack sections; None if there is no file.
 
     Args:
-        mend: what to do where the file holds something else, for the message.
+        mend: for the message, what to do if the file holds something else.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: the file cannot be read, or does not hold a configuration.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def read(path: Path, mend: str) -> dict | None:
 
 
 def names() -> set[str]:
-    """Of all fields, as `data.path`."""
+    """Names of all fields, such as `data.path`."""
     top = {field.name for field in fields(Config)} - SECTIONS.keys()
     return top | {f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in fields(kind)}
 
@@ -77,7 +77,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def config_of(document: dict) -> Config:
-    """`Config.to_dict`'s inverse, of a document whose keys are known; fields that it lacks take their defaults.
+    """The `Config` of a document whose keys are all known, as `Config.to_dict` made it; missing fields take defaults.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -87,5 +87,5 @@ def config_of(document: dict) -> Config:
 
 
 def _tuples(section: dict) -> dict:
-    """JSON knows lists only."""
+    """The section with tuples for lists, since JSON has no tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}

@@ -1,4 +1,4 @@
-"""Sections of a `Config`: the network, χ, the optimizer, the run. __init__.py has those for data and metrics."""
+"""The sections model, chi, optim and train of a `Config`; the others are in __init__.py."""
 
 import math
 import re
@@ -10,8 +10,8 @@ from pipeline.config.checks import checked, one_of, positive, require
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     arch: str = "sew_tiny"
-    """Name of the network: sew_tiny; sew_cifar with 8, 20, 26, 32 or 56 behind it, for small images; sew_resnet with
-    18, 34, 50, 101 or 152."""
+    """Name of the network: sew_tiny; for small images sew_cifar8, or 20, 26, 32, 56; sew_resnet18, or 34, 50, 101,
+    152."""
     T: int = 4
     """Time steps, at least 1."""
     connect: str = "add"
@@ -27,7 +27,7 @@ class ModelConfig:
     detach_reset: bool = True
     """No gradient flows through a spike's reset of the potential."""
     zero_init_residual: bool = False
-    """Start every block as its shortcut: the last batch normalisation of its branch begins at 0."""
+    """Start every block as its shortcut alone: the scale of its branch's last batch normalisation starts at 0."""
     surrogate: str = "triangle"
     """Shape of the surrogate gradient: triangle, rectangle, atan, sigmoid."""
     scale: str = "area"
@@ -35,13 +35,13 @@ class ModelConfig:
     width: float = 1.0
     """Half-width of the surrogate at the start, in units of the potential, above 0."""
     checkpoint: bool = False
-    """Compute convolutions again in the backward pass instead of keeping their outputs: slower, far less memory."""
+    """Recompute convolutions in the backward pass instead of keeping their outputs: slower, far less memory."""
 
     def __post_init__(self) -> None:
         checked("model.", self)
 
     def check(self) -> None:
-        """The section's own rules; raises ConfigError."""
+        """Checks the section's own rules; raises ConfigError."""
         require(self.T >= 1, "model.T", self.T, "an integer of at least 1")
         one_of("model.connect", self.connect, ("add", "and", "iand"))
         one_of("model.neuron", self.neuron, ("if", "lif", "plif"))
@@ -57,34 +57,34 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChiConfig:
     policy: str = "chi"
-    """Who sets the widths: fixed leaves them, schedule goes from model.width to width_end, chi holds every layer's
-    indicator at its target; mpd_agl and ds_atgo are published rivals, see chi/policies.py."""
+    """What sets the widths: fixed leaves them, schedule goes from model.width to width_end, chi holds every layer's
+    indicator at its target; mpd_agl and ds_atgo are published methods to compare with, see chi/policies.py."""
     indicator: str = "coverage"
-    """What chi holds at the target: coverage, participation, chi, firing_rate."""
+    """Indicator that policy chi holds at the target: coverage, participation, chi, firing_rate."""
     target: float = 0.5
     """Target at the start of training, in (0, 1)."""
     target_end: float = 0.3
-    """Target at the end; between the two it moves linearly with the position in the run."""
+    """Target at the end of training; it moves linearly from the one at the start."""
     target_slope: float = 0.0
-    """Added to the target from the first layer (half of it below) to the last (half of it above), in (-1, 1)."""
+    """The last layer's target minus the first's, in (-1, 1); linear in between, with the target as the mean."""
     width_end: float = 0.5
     """Width at the end under policy schedule, in units of the potential; log-linear from model.width."""
     eta: float = 0.5
-    """Gain of the controller, above 0: the share of the distance to its target, in log w, that a coverage goes in one
-    decision; of other indicators log w += eta (target - indicator)."""
+    """Gain of the controller, above 0. For coverage: the share of the distance to the target, in log w, that a decision
+    goes. For other indicators: log w += eta (target - indicator)."""
     interval: int = 10
     """Optimizer steps between two decisions, at least 1."""
     floor_coverage: float = 0.01
-    """A layer whose coverage falls below this is widened whatever its indicator says; in [0, 1), 0 is off."""
+    """A layer whose coverage is below this is widened, whatever its indicator says; in [0, 1), 0 is off."""
     floor_rate: float = 0.001
-    """The same for its firing rate; in [0, 1), 0 is off."""
+    """A layer whose firing rate is below this is widened in the same way; in [0, 1), 0 is off."""
     width_min: float = 0.05
     """Narrowest width, above 0."""
     width_max: float = 8.0
     """Widest width."""
     calibrate: bool = False
     """Start chi from widths that put the first batch's coverage at the target, instead of from model.width. Widths
-    that init_from brings along come first."""
+    from init_from are used first."""
     self_check: bool = True
     """Compare the first χ with DeepSpeed's own full gradient and refuse to run where they differ."""
 
@@ -92,7 +92,7 @@ class ChiConfig:
         checked("chi.", self)
 
     def check(self) -> None:
-        """The section's own rules; raises ConfigError."""
+        """Checks the section's own rules; raises ConfigError."""
         one_of("chi.policy", self.policy, ("fixed", "schedule", "chi", "mpd_agl", "ds_atgo"))
         one_of("chi.indicator", self.indicator, ("coverage", "participation", "chi", "firing_rate"))
         for name in ("target", "target_end"):
@@ -120,7 +120,7 @@ class ChiConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     name: str = "sgd"
-    """Optimizer: sgd, whose weight_decay is an L2 penalty; adamw, whose weight_decay is apart from the gradient."""
+    """Optimizer: sgd, whose weight_decay is an L2 penalty; adamw, whose weight_decay is decoupled from the gradient."""
     lr: float = 0.1
     """Peak learning rate, above 0."""
     momentum: float = 0.9
@@ -128,34 +128,34 @@ class OptimConfig:
     nesterov: bool = False
     """Nesterov's form of sgd's momentum."""
     beta1: float = 0.9
-    """Memory of adamw's mean of the gradient, in [0, 1)."""
+    """Decay rate of adamw's mean of the gradient, in [0, 1)."""
     beta2: float = 0.999
-    """Memory of adamw's mean of the squared gradient, in [0, 1)."""
+    """Decay rate of adamw's mean of the squared gradient, in [0, 1)."""
     eps: float = 1e-8
-    """What adamw adds to the root of that mean, above 0."""
+    """Added to the square root of adamw's mean of the squared gradient, above 0."""
     weight_decay: float = 0.0
     """Decay of the weights, at least 0."""
     decay_norm_and_neurons: bool = False
-    """Decay batch normalisations, biases and the neurons' own parameters too, and not only matrices and filters."""
+    """Decay batch normalisations, biases and the neurons' own parameters too, not only matrices and filters."""
     schedule: str = "cosine"
-    """Learning rate after the warm-up: cosine to 0 at the end; step, times gamma at each milestone; constant."""
+    """Learning rate after the warm-up: cosine (to 0 at the end), step (times gamma at each milestone), constant."""
     by_epoch: bool = False
-    """Let the schedule move at the start of each epoch only, and not at every step; the warm-up is by step."""
+    """Let the schedule change the rate only at the start of each epoch, not at every step; the warm-up is by step."""
     milestones: tuple[float, ...] = ()
-    """Where schedule step lowers the rate, in epochs from the start of the run, rising, as in 30,60,90."""
+    """Epochs, from the start of the run, at which schedule step lowers the rate; increasing, as in 30,60,90."""
     gamma: float = 0.1
     """Factor of schedule step at each milestone, in (0, 1]."""
     warmup_epochs: float = 0.0
     """Linear warm-up before the schedule, in epochs, at least 0."""
     clip: float = 0.0
-    """Largest L2 norm of the whole gradient, to which a larger one is scaled down; 0 does not clip. χ, participation
-    and the reported norms are of the gradient before it is clipped."""
+    """Largest L2 norm of the whole gradient; a larger one is scaled down to it; 0 does not clip. χ, participation and
+    the reported norms are of the gradient before it is clipped."""
 
     def __post_init__(self) -> None:
         checked("optim.", self)
 
     def check(self) -> None:
-        """The section's own rules; raises ConfigError."""
+        """Checks the section's own rules; raises ConfigError."""
         one_of("optim.name", self.name, ("sgd", "adamw"))
         one_of("optim.schedule", self.schedule, ("cosine", "step", "constant"))
         for name in ("lr", "eps"):
@@ -187,10 +187,10 @@ class TrainConfig:
     epochs: float = 20.0
     """Length of the run, in passes over the training split, above 0."""
     loss: str = "ce"
-    """Loss: ce, the cross-entropy of the logits' mean over time; tet, the mean of every time step's own, with a pull
-    of all logits towards 1 (temporal efficient training)."""
+    """Loss: ce, the cross-entropy of the logits' mean over time; tet (temporal efficient
+    training), the mean of the cross-entropies of all time steps, with a penalty that pulls all logits towards 1."""
     tet_lambda: float = 0.001
-    """Weight of tet's pull, in [0, 1]; its cross-entropies weigh 1 - tet_lambda."""
+    """Weight of tet's penalty, in [0, 1]; its cross-entropies have the weight 1 - tet_lambda."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes while training, in [0, 1)."""
     seed: int = 0
@@ -198,44 +198,44 @@ class TrainConfig:
     precision: str = "bf16"
     """Arithmetic of the forward and backward pass: fp32; bf16 (autocast; parameters stay fp32); fp16 (with a dynamic
     loss scale and fp32 master weights; membranes and batch normalisation stay fp32); fp64 (everything in doubles, with
-    zero_stage 0, on the reference: for results that must not depend on the machine)."""
+    the reference kernels and zero_stage 0: for results that must not depend on the machine)."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage, what the ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    """DeepSpeed ZeRO stage, what it partitions: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     sync_bn: bool = False
-    """Let batch normalisation take its statistics over the micro-batches of all ranks, which are then its group: for
-    micro-batches of a few samples. Two small all-reduces a layer and micro-batch; the run keeps its number of ranks."""
+    """Let batch normalisation take its statistics over the micro-batches of all ranks together: for micro-batches of a
+    few samples. Costs two small all-reduces per layer and micro-batch. The run cannot change its number of ranks."""
     ema_decay: float = 0.0
-    """Share that stays, each step, of a moving average of the weights, which is then what is evaluated and exported, in
-    [0, 1); 0 keeps none. It averages about 1 / (1 - ema_decay) steps, and fewer in the first ones: at most (1 + step) /
-    (10 + step) stays. Costs 4 bytes a parameter, shared by the ranks from ZeRO-1 on."""
+    """Decay of a moving average of the weights, which is then evaluated and exported, in [0, 1); 0 keeps none. It
+    averages about 1 / (1 - ema_decay) steps, and fewer at the start: the decay is at most (1 + step) / (10 + step).
+    Costs 4 bytes per parameter, partitioned over the ranks from ZeRO-1 on."""
     profile_steps: int = 0
-    """Optimizer steps that rank 0 records with torch's profiler into RUN/profile, after five of each process; these are
-    slower. 0 records none."""
+    """Optimizer steps that rank 0 records with torch's profiler into RUN/profile, after the first five
+    of each process. Recorded steps are slower. 0 records none."""
     log_every: int = 10
     """Optimizer steps between two lines of progress, at least 1."""
     checkpoint_every: int = 100
     """Optimizer steps between two checkpoints, at least 1."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay, at least 1; with 1 there is none to fall back to should it be damaged. The one with
-    the best validation accuracy stays in addition."""
+    """Newest checkpoints that are kept, at least 1; with 1 there is no other if it is damaged. The one with the best
+    validation accuracy is kept too."""
     eval_every_epochs: float = 0.0
-    """Epochs between two evaluations of the validation split, each after the step by which their samples are all used;
-    0 evaluates at the end only."""
+    """Epochs between two evaluations of the validation split, each after the step that uses their last sample;
+    0 evaluates only at the end."""
     verify_every: int = 100
-    """Optimizer steps between two checks that all ranks hold the same parameters, which every save makes too; 0 makes
-    none. ZeRO-3, where each rank has its own part, has nothing to compare."""
+    """Optimizer steps between two checks that all ranks hold the same parameters; every save checks too. 0 never
+    checks. With ZeRO-3, each rank has its own part, so nothing is compared."""
     on_nonfinite: str = "stop"
     """What a loss or gradient that is not finite does, on all ranks alike: stop ends the run before the update;
-    skip(k) leaves the update out, names the step and its samples, and stops after k such steps in a row."""
+    skip(k) makes no update, names the step and its samples, and stops if more than k such steps come in a row."""
     timeout_s: float = 600.0
-    """Seconds that a rank waits for the others in a collective before it gives them up, at least 1. What one rank does
-    alone must end within it: a compilation at the first step, the decoding of a slow file."""
+    """Seconds that a rank waits for the others in a collective before it fails, at least 1. Work that one rank does
+    alone must take less: a compilation at the first step, the decoding of a slow file."""
 
     def __post_init__(self) -> None:
         checked("train.", self)
 
     def check(self) -> None:
-        """The section's own rules; raises ConfigError."""
+        """Checks the section's own rules; raises ConfigError."""
         positive("train.epochs", self.epochs)
         one_of("train.loss", self.loss, ("ce", "tet"))
         require(0 <= self.tet_lambda <= 1, "train.tet_lambda", self.tet_lambda, "a number in [0, 1]")

@@ -1,7 +1,8 @@
-"""DeepSpeed's settings for a run, and those of a user's own JSON file that may stand beside them.
+"""DeepSpeed's settings for a run, merged with those of a user's own JSON file.
 
-The file may hold what only shows or speeds up a run: nothing of it changes what is computed, so a run goes on exactly
-with it or without. What has an option here is refused with that option's name, unless it says the same.
+The file may hold only settings that report on a run or speed it up. None changes what is computed, so a run goes on
+exactly with the file or without. A setting that has an option here is refused, with the option's name, unless its value
+is the same.
 """
 
 import importlib.util
@@ -65,7 +66,7 @@ def deepspeed_settings(config: Config, world_size: int, num_parameters: int) -> 
     """The engine's settings. One fp32 bucket holds all gradients, so χ can ride its all-reduce (chi/comm_hook.py).
 
     Raises:
-        ConfigError: the user's file cannot be read, or it contradicts one of them.
+        ConfigError: the user's file cannot be read, or it contradicts one of these settings.
     """
     settings = {
         "train_batch_size": config.data.global_batch,
@@ -94,7 +95,7 @@ def deepspeed_settings(config: Config, world_size: int, num_parameters: int) -> 
 
 
 def read(path: str) -> dict:
-    """The user's file."""
+    """What the user's file holds; raises ConfigError if it is not a JSON object."""
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -110,7 +111,7 @@ def merged(ours: dict, theirs: dict, path: str) -> dict:
     """`ours` with what `theirs` may add.
 
     Raises:
-        ConfigError: a key of `theirs` contradicts ours, or is not known to leave the results alone.
+        ConfigError: a key of `theirs` contradicts ours, or is not known to keep the results the same.
     """
     both = dict(ours)
     for key, value in theirs.items():
@@ -130,7 +131,7 @@ def merged(ours: dict, theirs: dict, path: str) -> dict:
 
 
 def require_same(key: str, got: object, ours: object, path: str) -> None:
-    """Passes what says what ours does: its value, "auto", or that something is off which ours does not have."""
+    """Accepts the same value as ours, "auto", or a switch that turns off what ours does not have; else ConfigError."""
     off = isinstance(got, dict) and (got.get("enabled") is False or got.get("device") == "none")
     if got in (ours, "auto") or (off and ours is None):
         return
@@ -148,7 +149,7 @@ def refusal(key: str, got: object, instead: str | None, path: str) -> ConfigErro
 
 
 def require_library(key: str, value: object, path: str) -> None:
-    """DeepSpeed fails with a traceback where a tracker's library is absent."""
+    """Refuses a tracker whose library is absent: DeepSpeed would fail with a traceback."""
     library = LIBRARIES.get(key)
     enabled = isinstance(value, dict) and value.get("enabled") is True
     if library and enabled and importlib.util.find_spec(library) is None:

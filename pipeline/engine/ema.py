@@ -1,11 +1,11 @@
-"""An exponential moving average of the weights, which evaluates better than the last ones where the rate is high.
+"""An exponential moving average of the weights, which evaluates better than the last weights while the rate is high.
 
     average += (1 - d) (weights - average)      after every step, d = min(ema_decay, (1 + step) / (10 + step))
 
-It is of the fp32 weights that the optimizer moves and of BatchNorm's running statistics. Every rank averages the
-elements that it updates itself, so ZeRO's stages 1 to 3 share the average as they share the optimizer's state: 4 bytes
-an element, and one pass over them a step. d is a function of the step alone, so a resumed run goes on exactly. A step
-that fp16 skips counts as one: the weights that it left are averaged in once more.
+It averages the fp32 weights that the optimizer updates, and BatchNorm's running statistics. Every rank averages the
+elements that it updates itself, so ZeRO's stages 1 to 3 partition the average like the optimizer's state: 4 bytes per
+element, and one pass over them per step. d is a function of the step alone, so a resumed run goes on exactly. A step
+that fp16 skips counts too: the unchanged weights are averaged in once more.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Ema:
 
     Args:
         engine: a DeepSpeed engine of any ZeRO stage, with the weights that the average begins at.
-        decay: share of the average that stays in a step, in [0, 1).
+        decay: share of the average that is kept in a step, in [0, 1).
     """
 
     def __init__(self, engine, decay: float) -> None:
@@ -39,7 +39,7 @@ class Ema:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """While it is open, the engine computes with the average. Every rank opens and closes it."""
+        """While the context is open, the engine computes with the average. Every rank opens and closes it."""
         self._swap()
         try:
             yield
@@ -71,7 +71,7 @@ class Ema:
 
 
 def decay_at(decay: float, step: int) -> float:
-    """d of step `step`, from 0: it rises to `decay`, so that a short run's average is not of its first weights."""
+    """d of step `step`, counted from 0. It rises to `decay`, so that a short run's average forgets its start."""
     return min(decay, (1 + step) / (10 + step))
 
 

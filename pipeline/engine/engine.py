@@ -1,4 +1,4 @@
-"""A DeepSpeed engine from a `Config`: its settings, precision and loss scale."""
+"""A DeepSpeed engine from a `Config`: its settings, precision, loss scale and batch normalisation over ranks."""
 
 import logging
 
@@ -34,7 +34,7 @@ def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
         )
     if config.train.precision == "bf16" and accelerator and accelerator.device_name() == "cpu" and not cpu_has_bf16():
         log.warning("this processor has no bf16: it is emulated, several times slower than --train.precision fp32")
-    if config.deepspeed_config:  # what it asks DeepSpeed to show
+    if config.deepspeed_config:  # so that DeepSpeed shows what the file asks for
         logging.getLogger("DeepSpeed").setLevel(logging.INFO)
     # DeepSpeed broadcasts weights as bytes of contiguous memory.
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
@@ -56,14 +56,14 @@ def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
 def scale_the_loss(engine) -> None:
     """Multiplies the loss by the loss scale before `engine.backward`.
 
-    DeepSpeed 0.19 divides the gradient by it at every stage, but multiplies the loss only from ZeRO-1 on.
+    DeepSpeed 0.19 divides the gradient by the scale at every stage, but multiplies the loss only from ZeRO-1 on.
     """
     backward = engine.backward
     engine.backward = lambda loss: backward(loss * engine.optimizer.loss_scale)
 
 
 def reduce_in_doubles(engine) -> None:
-    """DeepSpeed 0.19 refuses gradients in fp64, and would send them in fp32."""
+    """Lets gradients be reduced in fp64: DeepSpeed 0.19 refuses that, and would send them in fp32."""
     accelerator = get_accelerator()
     assert accelerator is not None
     accelerator.supported_dtypes = lambda: [torch.float64]

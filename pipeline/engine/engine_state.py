@@ -1,6 +1,6 @@
 """An engine's state, by parameter name, for a checkpoint that loads at any number of ranks.
 
-`checkpoint_files.py` puts it on the disk. DeepSpeed's own checkpoints are not used: theirs do not load at another world
+`checkpoint_files.py` writes it to the disk. DeepSpeed's own checkpoints are not used: they do not load at another world
 size, and a kill during a save breaks them.
 """
 
@@ -68,7 +68,7 @@ class EngineState:
         }
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        """Puts `state_dict`'s result back, before the engine's first step."""
+        """Loads the result of `state_dict`, before the engine's first step."""
         engine = self._engine
         for name, buffer in engine.module.named_buffers():
             buffer.copy_(state["buffers"][name])
@@ -110,7 +110,7 @@ def gather_weights(engine) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _slots(engine) -> list[str]:
-    """What the optimizer keeps for every element: momentum_buffer, or exp_avg and exp_avg_sq; none before a step."""
+    """Names of the optimizer's state per element: momentum_buffer, or exp_avg and exp_avg_sq; none before a step."""
     states = engine.basic_optimizer.state.items()
     return sorted({slot for p, state in states for slot, v in state.items() if getattr(v, "shape", None) == p.shape})
 
@@ -123,12 +123,12 @@ def _updates(engine) -> dict[str, float]:
 
 
 def _step(state: dict[str, dict]) -> dict[str, torch.Tensor]:
-    """The same, as torch keeps it beside every parameter: on the CPU, and not shared, since it is counted in place."""
+    """The count of updates as torch keeps it for every parameter: a CPU tensor of its own, since it counts in place."""
     return {name: torch.tensor(value) for name, value in state["updates"].items()}
 
 
 def _begin_state(optimizer, partitions: list[torch.Tensor], state: dict[str, dict]) -> None:
-    """Makes the optimizer's state, which exists only after a first step; what it holds is put in afterwards."""
+    """Creates the optimizer's state, which else exists only after a first step; its values are loaded afterwards."""
     for partition in partitions:
         slots = {slot: torch.zeros_like(partition) for slot in state["optimizer"]}
         if slots:
@@ -136,7 +136,7 @@ def _begin_state(optimizer, partitions: list[torch.Tensor], state: dict[str, dic
 
 
 def masters(engine) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """ZeRO-0: the fp32 weight behind every parameter, which is itself but for fp16; empty at other stages."""
+    """ZeRO-0: the fp32 weight of every parameter, the parameter itself except in fp16; empty at other stages."""
     if engine.zero_optimization_stage():
         return {}
     if not engine.fp16_enabled():
@@ -159,10 +159,10 @@ def owned_weights(engine) -> list[torch.Tensor]:
 
 @contextmanager
 def replacing(engine) -> Iterator[None]:
-    """While it is open, `owned_weights` may be written to; at its end the engine computes with what stands there."""
+    """While the context is open, `owned_weights` may be written to; then the engine computes with the new values."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        engine.optimizer.checkpoint_event_prologue()  # takes apart the small parameters, which are kept whole
+        engine.optimizer.checkpoint_event_prologue()  # partitions the small parameters, which are kept whole
     yield
     if stage == 0:
         for parameter, master in masters(engine).items():
@@ -177,21 +177,21 @@ def replacing(engine) -> Iterator[None]:
 
 
 def _scaler(engine):
-    """What holds the dynamic loss scale of fp16, under one name in DeepSpeed's ZeRO and another without."""
+    """The object that holds fp16's dynamic loss scale; its name depends on whether ZeRO is used."""
     return engine.optimizer.loss_scaler if engine.zero_optimization_stage() else engine.optimizer.loss_scale_config
 
 
 def _loss_scale(engine) -> dict[str, float]:
-    """The loss scale and the steps that its growth counts from; empty in another precision than fp16."""
+    """The loss scale and the steps that its growth counts from; empty in other precisions than fp16."""
     names = ("cur_scale", "cur_iter", "last_overflow_iter") if engine.fp16_enabled() else ()
     return {name: getattr(_scaler(engine), name) for name in names}
 
 
 def _scatter_partitions(engine, state: dict[str, dict]) -> None:
-    """ZeRO-3: every rank takes its part. DeepSpeed's setters of whole parameters fail where they do not divide."""
+    """ZeRO-3: every rank loads its part. DeepSpeed's setters of whole parameters fail if they do not divide evenly."""
     optimizer = engine.optimizer
     _begin_state(optimizer, optimizer.fp32_partitioned_groups_flat, state)
-    optimizer.checkpoint_event_prologue()  # takes apart the small parameters, which are kept whole
+    optimizer.checkpoint_event_prologue()  # partitions the small parameters, which are kept whole
     for name, parameter in engine.module.named_parameters():
 
         def part(value: torch.Tensor, like: torch.Tensor = parameter.ds_tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ def _answers(logits_TNK: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detail:
-    """What one process finds out about a split."""
+    """The results of one process for a split."""
 
     loss: float
     """Mean cross-entropy, in nats."""
@@ -81,10 +81,10 @@ def evaluate_in_detail(
 
     Args:
         network: images to logits (T, N, K), on the device of the batches.
-        batches: of `evaluation_batches`; what is not `valid` does not count.
+        batches: from `evaluation_batches`; samples that are not `valid` do not count.
         num_classes: K.
-        measure_every: firing rates and energy are measured, in a pass of its own, over one batch of so many.
-        said: called with the number of samples after every batch.
+        measure_every: firing rates and energy are measured, in an extra pass, on one batch out of this many.
+        said: called after every batch, with the number of samples so far.
 
     Raises:
         ValueError: no sample was valid.

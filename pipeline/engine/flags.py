@@ -1,7 +1,7 @@
-"""What the ranks tell each other with every step, and what follows from it, at the same step on all of them.
+"""Flags that the ranks exchange with every step, and what follows from them, at the same step on all ranks.
 
-Three numbers travel with the step's all-reduce (chi/tap.py): a stop is asked for, samples were bad, a checkpoint could
-not be written. They are read a step later, when they have come by themselves: no rank waits for them.
+Three numbers travel with the step's all-reduce (chi/tap.py): a request to stop, the count of bad samples, a checkpoint
+that could not be written. They are read a step later, when they have arrived, so no rank waits for them.
 """
 
 import torch
@@ -16,10 +16,12 @@ STOP, BAD_SAMPLES, UNSAVED = range(len(FLAGS))
 
 
 class Flags:
-    """Args:
-    own: this rank's numbers, `(len(FLAGS),)` int64, which the tap sends with every step.
-    loader: counts bad samples, and says how many are too many.
-    world_size: number of ranks.
+    """This rank's flags, and those of all ranks once they have arrived.
+
+    Args:
+        own: this rank's numbers, `(len(FLAGS),)` int64, which the tap sends with every step.
+        loader: counts bad samples, and says how many are too many.
+        world_size: number of ranks.
     """
 
     def __init__(self, own: Tensor, loader: Loader, world_size: int) -> None:
@@ -27,28 +29,28 @@ class Flags:
         self._later = AsyncRead(own)
 
     def ask_to_stop(self) -> None:
-        """From any thread: all ranks stop within two steps, with a checkpoint."""
+        """Asks all ranks to stop within two steps, with a checkpoint; from any thread."""
         self._own[STOP] = 1
 
     def report_unsaved(self) -> None:
-        """From any thread: a checkpoint could not be written."""
+        """Tells all ranks that a checkpoint could not be written; from any thread."""
         self._own[UNSAVED] = 1
 
     def count_bad_samples(self) -> None:
-        """Before a step's last backward pass: what the loader has replaced on this rank so far."""
+        """Call it before a step's last backward pass: notes how many samples this rank's loader has replaced."""
         self._own[BAD_SAMPLES] = self._loader.bad.count
 
     def after(self, step: int, reading: Reading, writer: Writer, *, wait: bool) -> bool:
         """Whether to stop after `step`; the same on every rank.
 
         Args:
-            step: that `reading` is of.
-            reading: of all ranks.
+            step: the step just made.
+            reading: of this step, over all ranks.
             writer: of checkpoints.
-            wait: look at the numbers of this step, since the host waits for the device anyway.
+            wait: use the flags of this step, not the one before, since the host waits for the device anyway.
 
         Raises:
-            DataError: too many samples were bad; with their names, of all ranks.
+            DataError: too many samples were bad; the message has their names, from all ranks.
             CheckpointError: rank 0 could not write a checkpoint.
         """
         told_at, told = self._later.late(step, reading.flags)

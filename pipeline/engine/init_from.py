@@ -1,10 +1,9 @@
-"""Weights of another run or of the public codes as the start of a run, for fine-tuning; of a run its widths too.
+"""Starts a run from weights of another run or of published code, for fine-tuning; from a run, its widths too.
 
 What is read: a run's folder or one of its checkpoints, a safetensors file, or a file of torch.save (the original
 SEW-ResNet code's among them, with its weights under "model"). Names may be in any layout of snn/state_dicts.py. Every
-tensor has to fit, but for the classifier's, which starts anew where the number of classes differs. A checkpoint of ours
-also holds the widths that its layers had come to; a new run with the same layers, surrogate and model.width starts from
-them.
+tensor must fit, except the classifier's, which starts anew if the number of classes differs. A checkpoint of ours also
+holds the last widths of its layers; a new run with the same layers, surrogate and model.width starts from them.
 """
 
 import argparse
@@ -33,14 +32,14 @@ class Start(NamedTuple):
     said: str
     """What matched, in a line."""
     widths: torch.Tensor | None
-    """`(L,)` float64, of the surrogates; None where they are not taken."""
+    """`(L,)` float64, of the surrogates; None if they are not taken."""
 
 
 def load(network: SEWResNet, config: Config) -> Start:
     """Puts the weights at `config.init_from` into `network`.
 
     Raises:
-        ConfigError: nothing readable there, or a tensor is missing, left over or of another shape.
+        ConfigError: nothing readable is there, or a tensor is missing, left over or of another shape.
     """
     path = config.init_from
     saved = read(path)
@@ -54,7 +53,7 @@ def load(network: SEWResNet, config: Config) -> Start:
 
 
 def _widths(saved: object, model: ModelConfig, num_layers: int) -> tuple[torch.Tensor | None, str]:
-    """The widths in what was read, `(L,)`, or why they are none for a network of `model` with so many layers."""
+    """The widths in `saved`, `(L,)`, or None and why a network of `model` with `num_layers` layers cannot use them."""
     kept = saved.get("widths") if isinstance(saved, Mapping) else None
     log_width = kept.get("log_width") if isinstance(kept, Mapping) else None
     if not isinstance(saved, Mapping) or not isinstance(log_width, torch.Tensor):
@@ -64,7 +63,8 @@ def _widths(saved: object, model: ModelConfig, num_layers: int) -> tuple[torch.T
     config = saved.get("config")
     before = config.get("model") if isinstance(config, Mapping) else None
     before = before if isinstance(before, Mapping) else {}
-    for name in ("surrogate", "width"):  # to another shape a width means something else; another width was asked for
+    # A width of another surrogate means something else; another model.width is the user's choice.
+    for name in ("surrogate", "width"):
         ours = getattr(model, name)
         if before.get(name, ours) != ours:
             return None, f"model.{name} was {before[name]!r} in that run and is {ours!r}"
@@ -75,7 +75,7 @@ def _widths(saved: object, model: ModelConfig, num_layers: int) -> tuple[torch.T
 
 
 def _load_weights(network: SEWResNet, tensors: dict[str, torch.Tensor], path: str) -> str:
-    """Puts them in; what matched, in a line."""
+    """Loads the tensors into the network; returns what matched, in a line."""
     weights = state_dicts.from_original(tensors)
     ours = network.state_dict()
     anew = all(name in weights for name in CLASSIFIER) and (
@@ -107,7 +107,7 @@ def read(path: str) -> object:
         elif path.endswith(".safetensors"):
             return load_file(path)
         else:
-            # The original code saves its command line beside the weights.
+            # The original code saves its command line with the weights.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 saved = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(saved, dict) and "controller" in saved:
@@ -119,9 +119,9 @@ def read(path: str) -> object:
 
 
 def _unwrapped(saved: object, path: str) -> dict[str, torch.Tensor]:
-    """The tensors by name in what was read: itself, or under "model" or "state_dict", or a checkpoint of ours.
+    """The tensors by name in `saved`: at its top, under "model" or "state_dict", or in a checkpoint of ours.
 
-    Of a checkpoint of ours the moving average, "ema", comes first.
+    From a checkpoint of ours, the moving average "ema" is taken first.
     """
     for key in ("ema", "model", "state_dict"):
         if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):

@@ -11,20 +11,19 @@ from pipeline.snn import sew_resnet, state_dicts
 
 class Trained(NamedTuple):
     step: int
-    """Optimizer steps behind the weights."""
+    """Optimizer steps after which the weights were saved."""
     weights: str
-    """Which of the checkpoint's: last, or ema, the moving average."""
+    """Which weights: last, or ema (their moving average)."""
     num_classes: int
     network: sew_resnet.SEWResNet
     """In evaluation mode, in fp32 (fp64 where the run trained in it), on the CPU."""
 
 
 def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str | None = None) -> Trained:
-    """The network of the checkpoint after `step`; the newest whole one where `step` is None.
+    """The network of the checkpoint after `step`; of the newest intact one if `step` is None.
 
-    `weights` are those after the last step, or ema, their moving average; None takes ema where the run keeps one.
-
-    `config` is the run's, or has another `model.T` or `data.image_size`.
+    `weights` are last, or ema (their moving average); None takes ema if the run keeps one. `config` is the run's; only
+    `model.T` and `data.image_size` may differ.
 
     Raises:
         ConfigError: there is no such checkpoint, it does not fit `config`, or it holds no average.

@@ -1,21 +1,21 @@
-"""torch's profiler over a few steps of rank 0, for who wants to know where a step's time goes.
+"""torch's profiler over a few steps of rank 0: it shows where the time of a step goes.
 
 RUN/profile/steps-6-8.json    a trace for chrome://tracing or ui.perfetto.dev
-RUN/profile/steps-6-8.txt     its operators by their own time
+RUN/profile/steps-6-8.txt     its operators, sorted by their own time
 """
 
 from pathlib import Path
 
 from torch.profiler import profile, schedule, supported_activities
 
-SETTLE = 5  # steps before the first that is recorded: the first ones allocate, compile and check themselves
+SETTLE = 5  # steps before the first recorded one: these allocate memory, compile, and run self-checks
 
 
 class Profiler:
-    """Records steps `SETTLE` + 1 and on of this process; with `num_steps` 0 every call does nothing.
+    """Records steps of this process from `SETTLE` + 1 on; with `num_steps` 0 every call does nothing.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         num_steps: how many steps to record.
         step: optimizer steps before this process.
     """
@@ -34,7 +34,7 @@ class Profiler:
             self._profile.step()
 
     def close(self) -> None:
-        """Also writes what was recorded where the run ends before all steps were."""
+        """Ends the recording; if the run ends early, writes what was recorded so far."""
         if self._profile is not None:
             self._profile.stop()
 

@@ -1,4 +1,7 @@
-"""Steps whose loss or gradient is not finite: named by their samples, and skipped or the end of the run."""
+"""What is measured around a step (`StepStats`), and what a loss or gradient that is not finite does (`NonFinite`).
+
+Such a step is reported with its samples, and is skipped or ends the run.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -16,18 +19,18 @@ MAX_LISTED = 32
 
 
 class Skipped(NamedTuple):
-    """A step that was not finite and was passed over."""
+    """A step that was not finite and was skipped."""
 
     line: str
     samples: list[str]
-    """Their names."""
+    """Names of its samples."""
 
 
 class NonFinite:
-    """Judges each step; the same on every rank, since the reduced gradient is.
+    """Judges each step, on every rank alike, since the reduced gradient is the same.
 
-    What a skipped step leaves behind in a forward pass is taken back: batch normalisation's running statistics, which
-    one NaN would spoil for good. So it is where fp16's loss scale overflowed: the forward pass may have done so too.
+    The change that a skipped step's forward passes made to batch normalisation's running statistics is undone: one NaN
+    would spoil them for good. So it is if the fp16 gradient overflowed: the forward pass may have overflowed too.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class NonFinite:
         self._loader, self._micro_batch, self._skips, self._world_size = loader, micro_batch, skips, world_size
         self._seen: list[tuple[int, Tensor]] = []
         self.in_a_row = 0
-        """Steps that were not finite up to here without one that was."""
+        """Steps in a row, up to the last one, that were not finite."""
         self._buffers = [b for b in module.buffers() if b.is_floating_point()] if skips or fp16 else []
         self._before = [buffer.clone() for buffer in self._buffers]
 
@@ -54,15 +57,15 @@ class NonFinite:
         self.in_a_row = state["in_a_row"]
 
     def begin(self) -> None:
-        """Before each step: keeps what its forward passes change."""
+        """Call it before each step: keeps a copy of what its forward passes change."""
         _copy(self._buffers, self._before)
 
     def observe(self, batch: Batch, loss: Tensor) -> None:
-        """Each micro-batch of this rank. A NaN among its pixels need not reach the loss: NaN is no spike."""
+        """Call it for each micro-batch of this rank. Pixels count too: a NaN gives no spike, and may miss the loss."""
         self._seen.append((batch.position, loss.detach().float() + batch.images.sum(dtype=torch.float32)))
 
     def judge(self, step: int, reading: Reading) -> Skipped | None:
-        """After each step: what there is to say of one that was not finite.
+        """Call it after each step: returns what to report of one that was not finite, else None.
 
         Raises:
             NonFiniteError: more steps in a row than may be skipped were not finite.
@@ -102,32 +105,34 @@ def _listed(names: list[str], *, found: bool) -> str:
 
 
 class StepStats:
-    """Args:
-    tap: χ and its companions, loss and hits.
-    nonfinite: judges the step.
-    flags: travel along.
+    """What the training loop calls around each step.
+
+    Args:
+        tap: measures χ and its companions, loss and correct answers.
+        nonfinite: judges the step.
+        flags: the ranks exchange them with each step.
     """
 
     def __init__(self, tap: Tap, nonfinite: NonFinite, flags: Flags) -> None:
         self._tap, self._nonfinite, self._flags = tap, nonfinite, flags
 
     def begin(self, micro_batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The micro-batches of a step, after what their forward passes change has been kept."""
+        """Yields the micro-batches of a step, after a copy of what their forward passes change."""
         self._nonfinite.begin()
         yield from micro_batches
 
     def observe(self, batch: Batch, loss: Tensor, logits: Tensor) -> None:
-        """Between a micro-batch's forward and backward pass; logits `(T, N, K)`."""
+        """Call it between a micro-batch's forward and backward pass; logits `(T, N, K)`."""
         self._tap.observe(loss, logits, batch.labels)
         self._nonfinite.observe(batch, loss)
         self._flags.count_bad_samples()
 
     def check(self) -> None:
-        """Between backward pass and update; raises as `Tap.check`."""
+        """Call it between backward pass and update; raises what `Tap.check` raises."""
         self._tap.check()
 
     def reduce(self, step: int) -> Reading:
-        """The reading of `step`; one that was passed over says so in `nonfinite`, with its `samples`.
+        """The reading of `step`; if it was skipped, `nonfinite` and `samples` say why.
 
         Raises:
             NonFiniteError: too many steps in a row were not finite.

@@ -1,8 +1,8 @@
-"""Every metric that a run shows, by its name without `snn_` and `_total`. Nothing but the standard library.
+"""Every metric that a run shows, by its name without `snn_` and `_total`. Standard library only.
 
-Each series carries `run`, the name of the run's folder; further labels stand in the table. `rank` is on what every rank
-shows, and what has none comes from rank 0 alone. A metric whose source a run lacks (a loss scale without fp16, say) is
-absent.
+Each series carries `run`, the name of the run's folder; the table has the further labels. Metrics that every rank shows
+have the label `rank`; those without it come from rank 0 alone. A metric whose source a run lacks (a loss scale without
+fp16, say) is absent.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,9 @@
-"""Serves the metrics of a node's processes for Prometheus, whatever its clients do.
+"""Serves the metrics of a node's processes to Prometheus, whatever clients do.
 
     Snapshot.write() → FOLDER/rank-0.json, rank-1.json … → NodeServer → /metrics, /healthz, /readyz
 
-A supervisor sets `CHISPIKE_METRICS_DIR` to the folder that it serves; without one the node's first rank serves. Nothing
-but prometheus-client beside the standard library.
+A supervisor sets `CHISPIKE_METRICS_DIR` to the folder that it serves; without one the node's first rank serves. Needs
+only prometheus-client and the standard library.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ from pipeline.metrics.snapshots import Families, snapshot_files
 FOLDER_VARIABLE = "CHISPIKE_METRICS_DIR"
 USUAL_PORT = MetricsConfig().port
 MAX_OPEN = 64
-"""Connections at a time; a further one closes the oldest, so that slow clients never keep Prometheus out."""
+"""Open connections at a time; a further one closes the oldest, so that slow clients never keep Prometheus out."""
 MAX_PER_SECOND = 50
-"""Connections taken; more wait in the kernel, so that a flood costs the rank that serves next to nothing."""
+"""Connections accepted per second; more wait in the kernel, so that a flood costs the serving rank almost nothing."""
 TIMEOUT_S = 5.0
-"""For a whole connection, TLS handshake and answer included."""
+"""Seconds for a whole connection, TLS handshake and answer included."""
 MAX_REQUEST_BYTES = 16384
 
 
@@ -68,10 +68,10 @@ def tls_of(metrics: MetricsConfig) -> Tls | None:
 
 
 def listen(host: str, port: int, *, or_any: bool = False) -> socket.socket:
-    """The server's socket, IPv4 or IPv6; with `or_any` on a free port where `port` is taken.
+    """The server's socket, IPv4 or IPv6; with `or_any` on a free port if `port` is taken.
 
     Raises:
-        ConfigError: the port is taken, or the host is not of this machine.
+        ConfigError: the port is taken, or the host is no address of this machine.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -86,7 +86,7 @@ def listen(host: str, port: int, *, or_any: bool = False) -> socket.socket:
 
 
 def _reason(error: OSError | UnicodeError) -> str:
-    """create_server adds the address to the system's words, which the message has already."""
+    """The system's text for the error; create_server appends the address, which our message already has."""
     number = getattr(error, "errno", None)
     return os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or str(error)
 
@@ -94,13 +94,13 @@ def _reason(error: OSError | UnicodeError) -> str:
 class NodeServer:
     """Serves the snapshots of `folder` until `close`, in a thread of its own.
 
-    /metrics is for Prometheus; /healthz and /readyz answer 200, or 503 where `healthy` or `ready` says False. These two
-    are called in the server's thread and must be quick. Everything else is 404.
+    /metrics is for Prometheus; /healthz and /readyz answer 200, or 503 if `healthy` or `ready` returns False. These
+    two are called in the server's thread and must be quick. Any other path gets 404.
 
     Args:
-        folder: see `Snapshot`; it may be empty or come later.
+        folder: of snapshots; it may be empty, or be made later.
         host, port: 0 takes a free port.
-        or_any: take a free port too where `port` is taken; `said` then tells of it.
+        or_any: take a free port if `port` is taken; `said` then says so.
         tls: serve https.
 
     Raises:
@@ -131,19 +131,19 @@ class NodeServer:
         opened = self._socket.getsockname()[1]
         self.address = f"{'https' if tls else 'http'}://{shown}:{opened}/metrics"
         self.said = f"metrics at {self.address}" + (f" (port {port} is taken)" if opened != port != 0 else "")
-        """For people."""
+        """A line for the console: where the metrics are."""
         self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(lambda loop, context: None)  # a client's broken connection is its own affair
+        self._loop.set_exception_handler(lambda loop, context: None)  # a client's broken connection is not our error
         self._accepting = self._loop.create_task(self._accept())
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
     def linger(self) -> None:
-        """Where Prometheus comes regularly, waits until it has seen what is written now: how the run has ended."""
+        """If Prometheus scrapes regularly, waits until it has read the last values, which tell how the run ended."""
         self._scrapers.wait()
 
     def close(self) -> None:
-        """Ends the thread and every connection. Twice does no harm."""
+        """Ends the thread and every connection. It may be called twice."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._accepting.cancel)
             self._thread.join()
@@ -163,7 +163,7 @@ class NodeServer:
             while True:
                 try:
                     client, address = await self._loop.sock_accept(self._socket)
-                except OSError:  # it was gone already, or the process has no descriptor left
+                except OSError:  # the client is already gone, or the process has no descriptor left
                     await asyncio.sleep(0.1)
                     continue
                 if len(clients) >= MAX_OPEN:
@@ -176,11 +176,11 @@ class NodeServer:
             for task in clients:
                 task.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
-            await asyncio.sleep(0)  # their sockets are closed in the loop's next round
+            await asyncio.sleep(0)  # the loop closes their sockets in its next iteration
 
     async def _serve(self, client: socket.socket, address: str) -> None:
-        """One request of one connection, within `TIMEOUT_S` or not at all."""
-        with suppress(OSError, EOFError, asyncio.TimeoutError):  # it broke off, was too slow, or spoke no TLS
+        """Answers one request of one connection, or gives up after `TIMEOUT_S`."""
+        with suppress(OSError, EOFError, asyncio.TimeoutError):  # the client broke off, was too slow, or spoke no TLS
             await asyncio.wait_for(self._exchange(client, address), TIMEOUT_S)
 
     async def _exchange(self, client: socket.socket, address: str) -> None:
@@ -197,7 +197,7 @@ class NodeServer:
             writer.close()
             await writer.wait_closed()
         except asyncio.CancelledError:
-            with suppress(OSError):  # or the kernel would keep offering the rest to whoever does not read it
+            with suppress(OSError):  # else the kernel keeps the rest for a client that does not read it
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             raise
         finally:
@@ -221,7 +221,7 @@ class NodeServer:
         return _http(404, b"see /metrics, /healthz and /readyz\n", "", only_head)
 
     def _metrics(self) -> bytes:
-        """The text for Prometheus, put together again only where a snapshot has changed."""
+        """The text for Prometheus, made again only if a snapshot has changed."""
         state = [(path.name, status.st_ino, status.st_mtime_ns) for path, status in snapshot_files(self.folder)]
         if state != self._state:
             self._state, self._text = state, generate_latest(self._families)

@@ -1,4 +1,4 @@
-"""One record → console and metrics.jsonl. Rank 0 only; rank_metrics.py shows it to Prometheus.
+"""Records as lines of metrics.jsonl and of the console. Rank 0 only; rank_metrics.py shows them to Prometheus.
 
 A record's keys are the metrics' names without `snn_`; a value is a number, or for `layer_*` a list in forward order.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TextIO
 
 COLUMNS = 110
-"""Of a line of progress."""
+"""Largest width of a line of progress, in characters."""
 WAIT_SHOWN, WAIT_TELLING = 0.005, 0.05
-"""Shares of the time from which a wait for data is shown at all, and shown before all that may be left out."""
+"""Shares of the time: a shorter wait for data than the first is not shown, one from the second on is never left out."""
 _UNITS = ((1e3, "k"), (1e6, "M"), (1e9, "G"))
 _WORDS = re.compile(r"\b(step|epoch|loss|acc|cov|width|wait|ETA|img/s)\b|χ")
 
@@ -26,10 +26,10 @@ def layer_labels(names: Sequence[str]) -> list[str]:
 
 
 class Journal:
-    """metrics.jsonl: one JSON object a line; opened at a step, it drops the lines of later steps.
+    """metrics.jsonl: one JSON object per line. When it is opened at a step, the lines of later steps are removed.
 
-    A run that resumes from step k repeats what came after k; the lines of the first attempt go, so that every step
-    stands in the file once. At step 0 the run begins, and its journal is empty.
+    A run that resumes from step k repeats the steps after k. The lines of the first attempt are removed, so that every
+    step is in the file once. At step 0 the run begins, and its journal is empty.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -47,7 +47,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line cut short by a kill is left out. Empty where there is no file."""
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out. Empty if there is no file."""
     if not path.exists():
         return []
     records = []
@@ -67,15 +67,15 @@ def _plain(value):
 
 
 def progress_line(record: dict, num_steps: int, epoch: float, eta_s: float) -> str:
-    """What rank 0 prints every `log_every` steps: at most `COLUMNS` wide, each number in a place of its own.
+    """What rank 0 prints every `log_every` steps: at most `COLUMNS` wide, each number in a fixed place.
 
-    What does not fit is left out, the least telling first: a short data wait, then χ, the images' side, widths and
-    coverage. All of it is in metrics.jsonl. χ is the least of all layers; coverage and width are least and greatest.
+    What does not fit is left out, the least useful first: a short data wait, then χ, the images' side, widths and
+    coverage. All of it is in metrics.jsonl. χ is the minimum over layers; coverage and width are minimum and maximum.
 
     Args:
         record: of a logged step; numbers that are undefined are NaN.
         epoch: passes over the training split so far.
-        eta_s: seconds to the end of the run, as far as one knows.
+        eta_s: estimated seconds to the end of the run.
     """
     side, wait = record.get("train_image_size_pixels"), record["data_wait_ratio"]
     coverage = _range(record["layer_coverage_ratio"])
@@ -106,24 +106,24 @@ def _least(values: Sequence[float]) -> float:
 
 
 def _range(values: Sequence[float]) -> str:
-    """Least and greatest of those that are defined; empty where none is."""
+    """Minimum and maximum of the values that are defined; empty if none is."""
     defined = [value for value in values if not math.isnan(value)]
     return f"{_number(min(defined), 4).strip()}–{_number(max(defined), 4).strip()}" if defined else ""
 
 
 def _number(value: float, places: int) -> str:
-    """`value` in so many places, with as many digits as these hold: 0.12, 12.3, 1234, 123k; more where it has to be."""
+    """`value` in `places` characters, with as many digits as fit: 0.12, 12.3, 1234, 123k; in more if it must be."""
     if not math.isfinite(value):
         return f"{value:>{places}}"
     for decimals in range(places - 2, -1, -1):
         if len(shown := f"{value:.{decimals}f}") <= places:
-            # A number that is not 0 does not look like it.
+            # A number that is not 0 is not shown as 0.
             return shown.rjust(places) if float(shown) != 0 or value == 0 else f"{value:.0e}"
     return next((s for size, unit in _UNITS if len(s := f"{value / size:.0f}{unit}") <= places), f"{value:.0e}")
 
 
 def _duration(seconds: float) -> str:
-    """`33s`, `12m`, `3h12m`, `5d03h`; in five places."""
+    """`33s`, `12m`, `3h12m`, `5d03h`; at most five characters."""
     if not seconds < 1000 * 86400:
         return "?" if math.isnan(seconds) else ">999d"
     minutes, s = divmod(int(max(0.0, seconds)), 60)
@@ -137,13 +137,13 @@ def _duration(seconds: float) -> str:
 
 
 def rate_decimals(rate: float) -> int:
-    """Decimals that show two digits of a rate above 0, or more: 1.7 and 0.017, but 1570."""
+    """Decimals that show at least two digits of a rate above 0: 1.7, 0.017, 1570."""
     return max(0, 1 - math.floor(math.log10(rate)))
 
 
 def coloured(line: str, stream: TextIO, environ: Mapping[str, str] = os.environ) -> str:
-    """`line` with its words dim and its results bold where `stream` is a terminal and NO_COLOR (no-color.org) is unset
-    or empty; else as it is.
+    """`line` with dim words and bold results if `stream` is a terminal and NO_COLOR (no-color.org) is unset or empty;
+    else unchanged.
     """
     if environ.get("NO_COLOR") or environ.get("TERM") == "dumb" or not stream.isatty():
         return line

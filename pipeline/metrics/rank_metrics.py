@@ -1,4 +1,4 @@
-"""What a rank shows to Prometheus, and rank 0 of the run too. A supervisor serves it, else the node's first rank."""
+"""What a rank shows to Prometheus; rank 0 also shows the run. A supervisor serves it, else the node's first rank."""
 
 import atexit
 import math
@@ -24,11 +24,11 @@ from pipeline.metrics.snapshots import Snapshot
 PHASES = ("data_wait", "compute", "checkpoint", "evaluation")
 RESULTS = ("success", "error")
 STARTING_AT_ZERO = ("train_steps", "train_samples", "train_overflow_steps", "train_nonfinite_steps")
-"""So that Prometheus sees the first of each: an increase from nothing is none."""
+"""Set to 0 at the start, so that Prometheus sees the first increase: it ignores the first value of a series."""
 
 
 class RankMetrics:
-    """One rank's values, seen from outside after `write`. Every rank of a job makes its own at the same time.
+    """One rank's values; Prometheus sees them after `write`. Every rank makes its own at the same time (a collective).
 
     Raises:
         ConfigError: this rank is the one that serves, and the port is taken or a TLS file cannot be used.
@@ -53,7 +53,7 @@ class RankMetrics:
             torch.distributed.all_gather_object(folders, str(self._server.folder) if self._server else None)
             folder = folders[rank - local_rank]
         self.said = self._server.said if self._server else None
-        """None where another process serves."""
+        """The server's line for the console; None if another process serves."""
         self._layers = layer_labels(layers)
         self._snapshot = Snapshot(Path(folder), f"rank-{rank}", run=Path(config.run_dir).name, rank=str(rank))
         for phase in PHASES:
@@ -95,7 +95,7 @@ class RankMetrics:
         self._snapshot.add("train_phase_seconds", seconds, phase=phase)
 
     def pace(self, steps: int, elapsed_s: float, aside_s: float, data: Figures) -> None:
-        """What `steps` steps took this rank, of which `aside_s` seconds were for checkpoints and evaluations."""
+        """Records what `steps` steps took on this rank; `aside_s` seconds of it were checkpoints and evaluations."""
         working_s = max(0.0, elapsed_s - aside_s)
         waited_s = data.wait_s - self._shown.wait_s
         self.add_phase("data_wait", waited_s)
@@ -110,13 +110,13 @@ class RankMetrics:
         self._shown = data
 
     def finish(self) -> None:
-        """The run has ended as planned."""
+        """Shows that the run has ended as planned."""
         self._finished = True
         self.publish({"run_finished": 1})
         self.write()
 
     def fail(self) -> None:
-        """What ends the run has been counted, and would be gone with this process before anybody sees it."""
+        """Shows what ends the run, which has been counted; `close` then keeps the server until it can be read."""
         self._failed = True
         self.write()
 
@@ -124,8 +124,9 @@ class RankMetrics:
         self._snapshot.write()
 
     def close(self) -> None:
-        """After a run that has finished once Prometheus has seen it; after one that failed the server goes on until
-        the process ends, which may say why meanwhile."""
+        """Closes the server: after a finished run, once Prometheus has read the end; after a failed one, when the
+        process ends, which can report the error before.
+        """
         if self._server is None:
             return
         if self._failed:
@@ -151,7 +152,7 @@ def _serve(config: Config) -> NodeServer:
     folder = Path(tempfile.mkdtemp(prefix="chispike-metrics-"))
     try:
         metrics = config.metrics
-        or_any = metrics.port == USUAL_PORT  # one that the user named was refused before, where it was taken
+        or_any = metrics.port == USUAL_PORT  # a port that the user named was checked before: if taken, refused
         return NodeServer(folder, host=metrics.host, port=metrics.port, or_any=or_any, tls=tls_of(metrics))
     except BaseException:
         folder.rmdir()

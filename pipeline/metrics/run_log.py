@@ -1,4 +1,4 @@
-"""What people see while a run goes on: rank 0 turns readings into records, for the journal, trackers and metrics."""
+"""What people see while a run goes on: rank 0 makes records of its steps for the console, the journal and trackers."""
 
 import sys
 import time
@@ -24,11 +24,11 @@ class RunLog:
 
     Args:
         config: the run's.
-        num_samples: of the training split.
-        step: that the run goes on after.
+        num_samples: samples of the training split.
+        step: step that the run continues after; 0 for a new run.
         layers: names of the spiking layers.
-        figures: how this rank's loading goes.
-        loss_scale: of the next fp16 loss; None in other precisions.
+        figures: returns the counts and waits of this rank's data loading.
+        loss_scale: returns the scale of the next fp16 loss; None in other precisions.
         exporter: shows this rank to Prometheus.
     """
 
@@ -52,14 +52,13 @@ class RunLog:
         self._wait_s = self._aside_s = 0.0
         self._correct: Tensor | None = None
         self._judged = 0
-        """Of all samples since the last logged step: how many were classified correctly, which stays on the device,
-        of how many."""
+        """Samples since the last logged step; `_correct` of them were classified correctly (it stays on the device)."""
         self._figures, self._loss_scale, self._exporter = figures, loss_scale, exporter
         self._decisions: list[tuple[int, Decision]] = []
         self._below = [False] * len(layers)
         self._saves: list[tuple[float, float]] = []
         self.evaluated_step = -1
-        """The last step whose evaluation is in the journal; of rank 0."""
+        """The last step whose evaluation is in the journal; known on rank 0 only."""
         if self._active:
             run_dir = Path(config.run_dir)
             self._journal = Journal(run_dir / "metrics.jsonl", step)
@@ -78,12 +77,12 @@ class RunLog:
         self._trackers.write(record)
 
     def began(self, log_width: Tensor) -> None:
-        """At the start of a run that is not resumed: ln w `(L,)` that the first decision moves."""
+        """Call it at the start of a run that is not resumed, with ln w `(L,)` that the first decision changes."""
         if self._active:
             self._journal.write({"step": 0, "decision_log_width": log_width.tolist()})
 
     def flush(self) -> None:
-        """Writes the decisions that wait, and says which layers fell below a floor or rose above it."""
+        """Writes the pending decisions, and says which layers fell below a floor or rose above it."""
         for step, decision in self._decisions:
             self._journal.write({"step": step, **record_of(decision)})
             below = starved(self._config.chi, decision.evidence).tolist()
@@ -96,7 +95,7 @@ class RunLog:
         self._decisions.clear()
 
     def step(self, step: int, reading: Reading, decision: Decision | None, learning_rate: float) -> None:
-        """After each step; on every `log_every`-th it reads the step's tensors, the one time the host waits.
+        """Call it after each step; on every `log_every`-th it reads the step's tensors. Only then does the host wait.
 
         A decision is written with the next logged step or checkpoint.
         """
@@ -107,7 +106,7 @@ class RunLog:
                 self._skipped(step, reading)
         self._show_saves()
         self._step = step
-        if self._active and not reading.nonfinite:  # whose logits say nothing
+        if self._active and not reading.nonfinite:  # the logits of such a step mean nothing
             self._correct = reading.correct.clone() if self._correct is None else self._correct + reading.correct
             self._judged += self._config.data.global_batch
         if step % self._config.train.log_every and step != self._num_steps:
@@ -134,7 +133,7 @@ class RunLog:
             self._exporter.count(train_overflow_steps=1)
 
     def _log(self, step: int, reading: Reading, learning_rate: float, data: Figures, steps: int, step_s: float) -> None:
-        """Rank 0's record of a step, `steps` after the last one, with `step_s` seconds for each."""
+        """Makes rank 0's record of a step, `steps` after the last logged one, at `step_s` seconds each."""
         chi = self._config.chi
         layers = reading.indicators.to_lists()
         targets = [float("nan")] * len(self._layers)
@@ -169,12 +168,12 @@ class RunLog:
             self._exporter.publish({"train_loss_scale": scale})
 
     def _count_steps(self) -> None:
-        """Those since the last logged one."""
+        """Counts the steps since the last logged one."""
         steps = self._step - self._logged_step
         self._exporter.count(train_steps=steps, train_samples=steps * self._config.data.global_batch)
 
     def failed(self, error: CheckpointError | NonFiniteError) -> None:
-        """Counts what ends the run, for whoever looks at the metrics of a rank that is gone."""
+        """Counts the error that ends the run, so that the last scrape shows it."""
         if self._active and isinstance(error, NonFiniteError):
             self._exporter.count(train_nonfinite_steps=1)
         elif self._active:
@@ -186,7 +185,7 @@ class RunLog:
         self._show_saves()
         if self._active:
             record = {"step": step, "eval_loss": loss, "eval_accuracy_ratio": accuracy}
-            if step > self.evaluated_step:  # else it is there, of a run that was killed before its summary
+            if step > self.evaluated_step:  # else it is already there: the run was killed before its summary
                 self._record(record)
                 self.evaluated_step = step
             self._exporter.publish(record)
@@ -194,12 +193,12 @@ class RunLog:
         self._exporter.write()
 
     def held_up(self, seconds: float) -> None:
-        """How long the loop waited for a checkpoint to begin; it is written beside the steps that follow."""
+        """Counts how long the loop waited for a checkpoint to begin; the rest is written during the next steps."""
         self._aside("checkpoint", seconds)
         self._exporter.write()
 
     def saved(self, _step: int, seconds: float) -> None:
-        """From the thread that wrote a checkpoint; shown with the next step, by the thread that shows all else."""
+        """Called by the thread that wrote a checkpoint; the main thread shows it with the next step."""
         self._saves.append((seconds, time.time()))
 
     def _show_saves(self) -> None:
@@ -211,7 +210,7 @@ class RunLog:
             self._exporter.count_save("success")
 
     def _aside(self, phase: str, seconds: float) -> None:
-        """Time that is not the steps' own."""
+        """Counts time that is not spent on steps."""
         self._aside_s += seconds
         self._exporter.add_phase(phase, seconds)
 
@@ -220,7 +219,7 @@ class RunLog:
         self._exporter.finish()
 
     def close(self) -> None:
-        """Shows what came after the last logged step too: a stop may lie between two."""
+        """Shows what came after the last logged step too, since a stop may come between two."""
         self._show_saves()
         if self._active:
             self._count_steps()

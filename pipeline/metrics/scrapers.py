@@ -1,17 +1,17 @@
-"""Who reads a node's metrics regularly, and a wait until all of them have read once more. Standard library only."""
+"""Tracks who scrapes a node's metrics regularly, and waits until all have scraped once more. Standard library only."""
 
 import threading
 import time
 from itertools import pairwise
 
 MAX_INTERVAL_S = 90.0
-"""Between two scrapes of a Prometheus that is waited for: a minute, with all that makes one late."""
+"""Longest interval of a Prometheus that is waited for: a minute, and what may delay a scrape."""
 GRACE_S = 5.0
-"""Waited beyond an interval, since no scrape comes to the second."""
+"""Extra wait after an interval, since no scrape comes exactly on time."""
 KEPT = 4
-"""Scrapes of a client that are remembered; as many as it takes that one that came late is not its interval."""
+"""Scrapes of a client that are remembered: so many that the short gap after a late scrape is not its interval."""
 MAX_CLIENTS = 16
-"""That are remembered, the last that came; two replicas of Prometheus are usual."""
+"""Clients that are remembered, the latest; two replicas of Prometheus are usual."""
 
 
 class Scrapers:
@@ -30,7 +30,7 @@ class Scrapers:
             self._changed.notify_all()
 
     def intervals(self, now: float) -> dict[str, float]:
-        """The longest of the last intervals of each client that comes regularly, and has not stayed away."""
+        """By client, the longest of its last intervals; only clients that scrape regularly, and still do."""
         with self._changed:
             gaps = {
                 client: max(later - earlier for earlier, later in pairwise(times))
@@ -44,7 +44,7 @@ class Scrapers:
             }
 
     def wait(self) -> None:
-        """Until every regular client has come once more; for the longest interval and GRACE_S at most."""
+        """Returns when every regular client has scraped once more, at most after the longest interval and GRACE_S."""
         began = time.monotonic()
         expected = self.intervals(began)
         with self._changed:

@@ -1,6 +1,6 @@
-"""What the processes of a node show of themselves: each writes a file, and together they make the metrics' families.
+"""The metrics of a node's processes: each writes a snapshot, a file; `Families` joins the snapshots for Prometheus.
 
-The snapshot of a process that died stays, so that its last step can be seen. Nothing but prometheus-client beside the
+The snapshot of a process that died stays, so that its last step can be seen. Needs only prometheus-client and the
 standard library.
 """
 
@@ -26,7 +26,7 @@ class Snapshot:
     Args:
         folder: on a local disk or in memory; every process of the node writes there.
         source: name of the process, such as rank-0; one process at a time.
-        labels: of every series, `run` among them. A series carries those of these that its metric has.
+        labels: values of labels, `run` among them. A series carries those that its metric has.
     """
 
     def __init__(self, folder: Path, source: str, **labels: str) -> None:
@@ -40,7 +40,7 @@ class Snapshot:
             self._values.setdefault(name, {})[self._key(name, labels)] = value
 
     def add(self, name: str, increment: float = 1.0, **labels: str) -> None:
-        """Adds to a counter, which begins at 0; at least 0. An increment of 0 makes the series known."""
+        """Adds to a counter, which begins at 0; a negative increment adds 0. An increment of 0 creates the series."""
         with self._lock:
             series, key = self._values.setdefault(name, {}), self._key(name, labels)
             series[key] = series.get(key, 0.0) + max(0.0, increment)
@@ -50,7 +50,7 @@ class Snapshot:
         return tuple(labels[label] for label in ("run", *METRICS[name].labels))
 
     def write(self) -> None:
-        """Replaces the file at once. Metrics never end a run: what cannot be written is said once, and left."""
+        """Replaces the file atomically. Metrics never end a run: a failed write is only warned of, once."""
         temporary = self._path.with_suffix(".tmp")
         with self._lock:
             values = {name: [[*key, value] for key, value in series.items()] for name, series in self._values.items()}
@@ -59,7 +59,7 @@ class Snapshot:
                 os.replace(temporary, self._path)
                 self._written = True
             except OSError as error:
-                left = self._written and isinstance(error, FileNotFoundError)  # who served has ended, as the run does
+                left = self._written and isinstance(error, FileNotFoundError)  # the server ended with the run
                 if not self._warned and not left:
                     log.warning("%s cannot be written (%s); the metrics stand still", self._path, error.strerror)
                 self._warned = True
@@ -98,7 +98,7 @@ class Families(Collector):
 
 
 def snapshot_files(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    """Every snapshot there is; one that goes while we look is left out."""
+    """Every snapshot in the folder; one that disappears meanwhile is left out."""
     found = []
     for path in sorted(folder.glob("*.json")):
         with suppress(FileNotFoundError):

@@ -1,8 +1,8 @@
 """The journal's records in TensorBoard, Weights & Biases or MLflow, through their own libraries. Rank 0 only.
 
 Each writes files below the run's folder and talks to no server: RUN/tensorboard, RUN/wandb (`wandb sync` sends it),
-RUN/mlflow (`mlflow ui --backend-store-uri sqlite:///RUN/mlflow/mlflow.db`). They hold what the journal holds: a run
-that is started again writes them anew from its journal, which has every step once, and goes on.
+RUN/mlflow (`mlflow ui --backend-store-uri sqlite:///RUN/mlflow/mlflow.db`). They hold what the journal holds: a
+resumed run writes them anew from its journal, which has every step once, and goes on.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.metrics.journal import layer_labels
 
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
-"""By the option's name, which is the library's and the extra's too: the package."""
+"""Package by option; library and extra have the option's name."""
 
 
 class Tracker(Protocol):
@@ -28,7 +28,7 @@ class Tracker(Protocol):
 
 
 def require(config: Config) -> None:
-    """Raises ConfigError where a tracker was asked for whose library is absent; loads none of them."""
+    """Raises ConfigError if the library of a configured tracker is absent; loads no library."""
     for name, package in EXTRAS.items():
         if getattr(config.metrics, name) and importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -38,7 +38,7 @@ def require(config: Config) -> None:
 
 
 class Trackers:
-    """Those that `config.metrics` asks for.
+    """The trackers that `config.metrics` asks for.
 
     Args:
         config: of the run; its folder is where they write.
@@ -62,7 +62,7 @@ class Trackers:
                 self.write(record)
 
     def write(self, record: dict) -> None:
-        """A record of the journal; what is neither a number nor one by layer is left out."""
+        """Writes a record of the journal: its numbers, and its numbers by layer."""
         values = dict(numbers(record, self._labels))
         self._last_s = record.get("train_last_step_timestamp_seconds", self._last_s)
         for tracker in self._trackers if values else ():
@@ -127,7 +127,7 @@ class MLflow:
     def __init__(self, folder: Path, config: Config) -> None:
         from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
-        for talker in ("mlflow", "alembic"):  # of every table that they make
+        for talker in ("mlflow", "alembic"):  # else they log every table that they make
             logging.getLogger(talker).setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=f"sqlite:///{folder.absolute()}/mlflow.db")
         experiment = self._client.create_experiment(

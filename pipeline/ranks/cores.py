@@ -1,4 +1,4 @@
-"""What of this machine's processor a rank may use."""
+"""A rank's share of this machine's cores, and whether the processor has bf16."""
 
 import os
 import re
@@ -14,17 +14,17 @@ def cores_per_rank() -> int:
 
 
 def local_ranks(untold: int) -> int:
-    """The number of ranks on this machine: DeepSpeed's launcher tells it in LOCAL_SIZE, torchrun in LOCAL_WORLD_SIZE.
+    """The number of ranks on this machine: DeepSpeed's launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
 
-    `untold` where neither does.
+    Returns `untold` if neither is set.
     """
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or untold)
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies in bf16 (AVX-512 or AMX, or Arm's bf16); without, it is emulated, slowly.
+    """Whether this processor multiplies in bf16 (AVX-512 or AMX, or Arm's bf16); if not, bf16 is emulated, slowly.
 
-    Where the system does not tell, it is taken to.
+    True if the system does not tell.
     """
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
@@ -34,5 +34,5 @@ def cpu_has_bf16() -> bool:
 
 
 def quick_precision() -> str:
-    """`train.precision` of recipes that train on a CPU too: bf16, or fp32 where only a CPU is there that lacks it."""
+    """`train.precision` of recipes that also train on a CPU: bf16, or fp32 without a GPU on a CPU without bf16."""
     return "bf16" if NVIDIA.exists() or cpu_has_bf16() else "fp32"

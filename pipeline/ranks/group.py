@@ -1,6 +1,6 @@
 """The process group: joining it, what its ranks agree on, and how a lost rank is noticed.
 
-Imported before any other part of DeepSpeed is used: it also keeps DeepSpeed from what a run does not need.
+Import it before any other part of DeepSpeed is used: it also turns off what a run does not need.
 """
 
 import logging
@@ -25,13 +25,13 @@ from pipeline.ranks.cores import cores_per_rank
 
 # DeepSpeed would compile a C++ operator that only its inference uses, and crash where there is no compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# Its note on every start that SGD is "untested with ZeRO" is answered by tests/test_training.py.
+# At every start DeepSpeed notes that SGD is "untested with ZeRO"; tests/test_training.py tests it.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 TESTED = ((0, 19, 8), (0, 20, 0))
-"""DeepSpeed from the first version on and below the second: where it reduces gradients is not part of its API."""
+"""Tested DeepSpeed versions, from the first to below the second: its gradient reduction is not part of its API."""
 
 
 def refuse_untested_deepspeed() -> None:
@@ -49,7 +49,7 @@ def refuse_untested_deepspeed() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where this process stands in the job."""
+    """Rank and device of this process in the job."""
 
     rank: int
     local_rank: int
@@ -58,7 +58,7 @@ class Place:
 
 
 def join(config: Config) -> Place:
-    """Joins the other ranks (the launcher set RANK, LOCAL_RANK and WORLD_SIZE) and takes this rank's device.
+    """Joins the process group (the launcher set RANK, LOCAL_RANK and WORLD_SIZE) and takes this rank's device.
 
     Raises:
         ConfigError: a version of DeepSpeed that was not tested.
@@ -80,16 +80,16 @@ def join(config: Config) -> Place:
 
 
 def of_rank_0(value: Any) -> Any:
-    """Rank 0's `value` on every rank: what all act on and each might have read otherwise. A collective."""
+    """Rank 0's `value` on every rank, since each rank might have read another one. A collective."""
     values = [value]
     torch.distributed.broadcast_object_list(values)
     return values[0]
 
 
 def set_timeouts(seconds: float) -> None:
-    """Every collective of every group fails after `seconds`, so that a silent rank or link is noticed.
+    """Lets every collective of every group fail after `seconds`, so that a silent rank or link is noticed.
 
-    DeepSpeed makes groups of its own, for which torch takes 10 (nccl) or 30 minutes whatever the first group was given.
+    DeepSpeed makes groups of its own. Their timeout is torch's, 10 (nccl) or 30 minutes, whatever the first group has.
     """
     # torch has no public list of groups, and none of its public names changes a timeout.
     for group in distributed_c10d._world.pg_map:
@@ -98,22 +98,22 @@ def set_timeouts(seconds: float) -> None:
 
 @contextmanager
 def answered(config: Config) -> Iterator[None]:
-    """What a collective fails with where another rank is gone or silent, as one line: LostRankError."""
+    """Turns the error of a collective, when another rank is gone or silent, into a LostRankError of one line."""
     try:
         yield
     except RuntimeError as error:
         reason = first_line(error)
         if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in reason:
             raise
-        reason = re.sub(r"^\[\S+\] ", "", reason).split(". ")[0]  # without gloo's file, line and good wishes
+        reason = re.sub(r"^\[\S+\] ", "", reason).split(". ")[0]  # without gloo's file, line and advice
         raise LostRankError(
             f"another rank is gone, or did not answer within train.timeout_s={config.train.timeout_s:g} ({reason}); "
-            "look for its own last words above, and run again to go on from the newest checkpoint"
+            "look for its last lines above, and run again to go on from the newest checkpoint"
         ) from error
 
 
 def leave() -> None:
-    """Leaves the job in order; a process group torn down by the interpreter's exit can abort the rank."""
+    """Leaves the process group in order: if the interpreter's exit destroys it, the rank can abort."""
     if deepspeed.comm.is_initialized():
         deepspeed.comm.barrier()
         deepspeed.comm.destroy_process_group()

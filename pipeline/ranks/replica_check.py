@@ -1,7 +1,7 @@
-"""Whether all ranks hold the same parameters, which every rank's update relies on and no error tells of.
+"""Checks that all ranks hold the same parameters: every update relies on it, and no error shows a difference.
 
-A checksum of every parameter: its bits as integers, summed in int64, so that it is exact whatever the order. One
-all-reduce of 16 bytes a parameter; the weights are read once.
+The checksum of a parameter tensor is the sum of its bits as integers, in int64, so it is exact in any order. The check
+costs one all-reduce of 16 bytes per parameter tensor; the weights are read once.
 """
 
 import torch
@@ -20,16 +20,16 @@ class ReplicaCheck:
         self._every = 0 if alone else every
 
     def after_step(self, step: int) -> None:
-        """`compare` after every `every`-th step."""
+        """Calls `compare` after every `every`-th step."""
         if self._every and step % self._every == 0:
             self.compare(step)
 
     @torch.no_grad()
     def compare(self, step: int) -> None:
-        """Now, on every rank: before a save too, or what differs would be saved.
+        """Compares now. Every rank calls it, also before a save, so that no differing parameters are saved.
 
         Raises:
-            DivergedError: the same on every rank, naming those that differ and the first parameter.
+            DivergedError: the same on every rank, naming the ranks that differ and the first parameter.
         """
         if not self._every:
             return

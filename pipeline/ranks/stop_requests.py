@@ -1,7 +1,7 @@
-"""What ends a rank from outside: a request to stop, the same request again, the death of whoever started it.
+"""What ends a rank from outside: a request to stop, a repeated request, the death of its launcher or supervisor.
 
 A thread watches, since Python runs a signal's handler only when the main thread comes back from a collective or a long
-C++ call. Nothing but the standard library: it begins before torch is imported.
+C++ call. Standard library only: the watch begins before torch is imported.
 """
 
 import contextlib
@@ -17,20 +17,21 @@ from typing import NoReturn, TextIO
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SUPERVISED = "CHISPIKE_SUPERVISED"
-"""In the environment of ranks that launch/supervise.py looks after: its process id."""
+"""Environment variable of ranks that launch/supervise.py started: the process id of the supervisor."""
 GONE = "the supervisor is gone: leaving at once, without a checkpoint"
 LOOK_S = 2.0
-"""Seconds between two looks at the launcher."""
+"""Seconds between two checks of the launcher."""
 AGAIN_S = 2.0
-"""Seconds after which a signal of the same kind is a second request. Sooner, it is the first, passed on: where a whole
-process group is signalled, a rank hears of it from the kernel and from its launcher."""
+"""Seconds after which the same signal is a second request. Before, it is the first one, passed on: if a whole process
+group is signalled, a rank gets the signal from the kernel and from its launcher."""
 
 
 class Watch:
-    """Watches from its construction on; an orphan leaves at once until `on_request` says what a stop is.
+    """Watches from its construction on. Before `on_request` is called, a rank without its launcher ends at once.
 
-    A rank of a supervisor leaves the launcher's death to it, which starts again, and ends at once when it is gone
-    itself: its successor, or those of other nodes, wait for the run's folder and go on from the newest checkpoint.
+    A rank under a supervisor ignores the death of the launcher: the supervisor starts the ranks again. It ends at once
+    when the supervisor is gone: the next one, or those of other nodes, wait for the run's folder and continue from the
+    newest checkpoint.
     """
 
     def __init__(self) -> None:
@@ -44,12 +45,12 @@ class Watch:
         threading.Thread(target=self._watch, name="stops", daemon=True).start()
 
     def on_request(self, request: Callable[[], None]) -> None:
-        """From now on SIGTERM, SIGINT, SIGUSR1 or the launcher's death calls `request`, which any thread may call; the
-        same signal again, from `AGAIN_S` on, leaves with 128 + its number. Call it in the main thread.
+        """From now on SIGTERM, SIGINT, SIGUSR1 or the launcher's death calls `request`, from any thread. The same
+        signal again, after `AGAIN_S` or more, ends the process with 128 + its number. Call this in the main thread.
         """
         for number in REQUESTS:
             signal.signal(number, lambda *_: request())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)  # a launcher may be started without SIGINT
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)  # the launcher may have been started with SIGINT blocked
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)  # written to when a signal comes, not when handled
         self._request = request
 
@@ -77,13 +78,13 @@ class Watch:
     def _left_alone(self) -> None:
         if self._request is None:
             leave(128 + signal.SIGTERM, "the launcher is gone before the run began")
-        if not self._seen:  # else it died of what the rank has heard too
+        if not self._seen:  # else the launcher died of the signal that the rank got too
             told("the launcher is gone: the run stops within two steps, with a checkpoint")
             self._request()
 
 
 def opened(pid: int) -> int | None:
-    """A descriptor of a process, readable once it has ended; None where the kernel has none (before Linux 5.3)."""
+    """A descriptor of a process, readable once it has ended; None if the kernel has none (before Linux 5.3)."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:
@@ -103,12 +104,12 @@ def launcher() -> tuple[int, int]:
 
 
 def told(line: str) -> None:
-    """Says what all ranks of a node hear: on the console once, by the first, and in each one's log."""
+    """Says what all ranks of a node notice: on the console once, by the node's first rank, and in each rank's log."""
     say(line, sys.stderr if os.environ.get("LOCAL_RANK", "0") == "0" else sys.stdout)
 
 
 def say(line: str, stream: TextIO | None = None) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more
+    with contextlib.suppress(OSError):  # the reader is gone
         print(f"rank {os.environ.get('RANK', '0')}: {line}", file=stream or sys.stderr, flush=True)
 
 

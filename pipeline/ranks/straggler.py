@@ -1,8 +1,8 @@
-"""A rank that is slower than the others holds all of them up: who it is, from times that no other rank is part of.
+"""Finds stragglers: a rank that is slower than the others holds all of them up.
 
-A step takes as long on every rank, since all wait in the all-reduce for the slowest. So each rank takes the time of its
-data wait and its forward passes, by the host's clock: on a GPU, of their launch. On logged steps the ranks exchange
-these by an asynchronous all-gather, which is read at the next logged step: nobody waits for it.
+A step takes equally long on every rank, since all wait for the slowest in the all-reduce. So each rank measures its own
+data wait and forward passes by the host's clock (on a GPU, the time to launch them). On logged steps the ranks exchange
+these times by an asynchronous all-gather. It is read at the next logged step, so that no rank waits for it.
 """
 
 import statistics
@@ -14,16 +14,18 @@ import torch.distributed as dist
 from torch import nn
 
 SLOW, MARGIN_S = 3.0, 0.01
-"""A rank is slow with so many times the others' median, and so many seconds a step above it."""
+"""A rank is slow if its step takes more than SLOW times the others' median, and MARGIN_S seconds more than it."""
 
 
 class Straggler:
-    """Args:
-    module: whose training forward passes are timed.
-    every: steps between two exchanges.
-    step: that the run begins after.
-    waited: seconds that this rank has waited for data so far.
-    say: takes a line, on rank 0.
+    """Compares the ranks' times, and names a rank that is slow.
+
+    Args:
+        module: its forward passes in training are timed.
+        every: steps between two exchanges.
+        step: step that the run continues after; 0 for a new run.
+        waited: returns the seconds that this rank has waited for data so far.
+        say: prints a line, on rank 0.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from pipeline.run_dir.run_folder import FREE
 
 COMPARED = {"layer_surrogate_width": 3, "layer_coverage_ratio": 3, "layer_chi": 3}
 """What is compared by layer, and its decimals in the table."""
-SMOOTHING = 0.05  # of the logged steps: the window of the running mean of a training curve
+SMOOTHING = 0.05  # share of the logged steps: the window of a training curve's running mean
 
 
 class Run(NamedTuple):
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 def write(folders: Sequence[Path], path: Path) -> Path:
-    """Writes the page of these runs, each with a logged step."""
+    """Writes the page of these runs; each must have a logged step."""
     runs = read(folders)
     head = [f'<span style="color: {run.colour}">■</span> {html.escape(run.name)}' for run in runs]
     differing = differences(runs)
@@ -86,7 +86,7 @@ def read(folders: Sequence[Path]) -> list[Run]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Settings, and conditions of the runs, that are not the same in all; `-` where a run does not have one.
+    """Settings and conditions that differ between the runs; `-` where a run does not have one.
 
     What changes no result (run_folder.FREE) is left out.
     """
@@ -102,7 +102,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def results(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """What came out of each run, by name."""
+    """Results of each run, by name."""
     accuracies = [[record["eval_accuracy_ratio"] for record in run.evaluations] or [None] for run in runs]
     last = [run.evaluations[-1] if run.evaluations else {} for run in runs]
     ends = [run.training[-1] for run in runs]
@@ -124,7 +124,7 @@ def results(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def curves(runs: Sequence[Run]) -> dict[str, Figure]:
-    """Loss, accuracy, mean firing rate and mean width, a picture each; over images where the batches differ."""
+    """Loss, accuracy, mean firing rate and mean width, a figure each; over images if the global batches differ."""
     by_step = len({run.config["data.global_batch"] for run in runs}) == 1
     panels = {
         name: page.panel()
@@ -197,7 +197,7 @@ def _layer_means(run: Run, key: str, of=lambda values: values) -> np.ndarray:
 
 
 def _short(value: object) -> str:
-    """As text, 12 digits of a hash, and 30.0 as 30."""
+    """The value as text: 12 digits of a hash, and 30.0 as 30."""
     if isinstance(value, float):
         return f"{value:g}"
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}", r"\1", str(value))

@@ -1,4 +1,4 @@
-"""Pieces of a page: one HTML file, pictures inside, opens without a network, readable on a phone too."""
+"""Parts of a page: one HTML file with its pictures inside, which opens without a network; readable on a phone too."""
 
 import base64
 import html
@@ -28,7 +28,7 @@ pre { background: #f5f5f5; padding: 1rem; overflow-x: auto }
 .gallery { margin-bottom: 1rem }
 """
 PANEL_INCH, RESOLUTION = 4.4, 180
-"""Width of a picture of a gallery, and its pixels an inch: shown at the width of a phone its letters stay readable."""
+"""Width of a gallery's picture, and its pixels per inch: at the width of a phone its letters stay readable."""
 CHI_ALERT = 0.2
 """χ of a layer below which SnnChiLow of k8s/monitoring/rules.yml fires."""
 LAYER_MAPS = {
@@ -41,7 +41,7 @@ LAYER_MAPS = {
 }
 """Names of a record's values by layer, and what a page calls them."""
 NAME_LENGTH = 26
-"""Letters of a layer's name, at most, beside a map."""
+"""Most letters of a layer's name beside a map."""
 
 
 def document(title: str, *parts: str) -> str:
@@ -55,7 +55,7 @@ def document(title: str, *parts: str) -> str:
 
 
 def write(path: Path, text: str) -> Path:
-    """Writes a page at once: a reader finds the old one or the new one."""
+    """Writes a page atomically: a reader finds the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -63,7 +63,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def picture(figure: Figure, text: str) -> str:
-    """The figure as an image, `text` in its place for who cannot see it; closes the figure."""
+    """The figure as an HTML image with `text` as its alternative text; closes the figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=RESOLUTION)
     plt.close(figure)
@@ -72,7 +72,7 @@ def picture(figure: Figure, text: str) -> str:
 
 
 def gallery(figures: Mapping[str, Figure]) -> str:
-    """The figures by the text that stands for each: beside one another where the page is wide enough."""
+    """The figures by their alternative text, side by side if the page is wide enough."""
     return f'<div class="gallery">{"".join(picture(figure, text) for text, figure in figures.items())}</div>'
 
 
@@ -89,7 +89,7 @@ def table(pairs: dict) -> str:
 
 
 def columns(head: Sequence[str], rows: Mapping[str, Sequence] | Sequence[tuple[str, Sequence]]) -> str:
-    """A row for each name, of which some may be alike in a sequence; a column for each of `head`, which is HTML."""
+    """A table: a row for each name (a sequence may repeat one), a column for each of `head`, which is HTML."""
     top = "".join(f"<th>{cell}" for cell in ["", *head])
     lines = "".join(
         f"<tr><th>{html.escape(name)}" + "".join(f"<td>{html.escape(str(cell))}" for cell in cells)
@@ -111,14 +111,14 @@ def layer_values(records: Sequence[dict], name: str) -> np.ndarray:
 
 
 def scale_of(name: str, values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Least and greatest value of a map's colours: of χ always 0 and 1, else of all that is given."""
+    """Lowest and highest value of a map's colours: for χ always 0 and 1, else those of all `values`."""
     finite = np.concatenate([of[np.isfinite(of)] for of in values])
     if name == "layer_chi":
         return 0.0, 1.0
     if finite.size == 0:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
-    # A value that never moved is one colour in the middle of its scale.
+    # A value that never changes gets one colour, in the middle of its scale.
     return (
         (low, high) if high - low > 1e-6 * abs(high) else (low - 0.1 * (abs(low) or 1), high + 0.1 * (abs(high) or 1))
     )
@@ -133,7 +133,7 @@ def layer_map(
         records: of logged steps, in order; `name` is one of `LAYER_MAPS`.
         labels: of the layers, `(L,)`.
         scale: see `scale_of`.
-        of: what the title says behind the indicator.
+        of: what the title says after the indicator.
     """
     values = layer_values(records, name)
     steps = [record["step"] for record in records]
@@ -164,7 +164,7 @@ def layer_map(
 
 
 def _colours(name: str) -> Colormap:
-    """Viridis; of χ, what lies below its alert is red."""
+    """Viridis; for χ, values below its alert are red."""
     viridis = plt.get_cmap("viridis")
     if name != "layer_chi":
         return viridis
@@ -175,6 +175,6 @@ def _colours(name: str) -> Colormap:
 
 
 def _shortened(label: str) -> str:
-    """A long name without its middle: its number and what kind of neuron it is stay."""
+    """A long name without its middle: the layer's number and its kind of neuron stay."""
     half = NAME_LENGTH // 2
     return label if len(label) <= NAME_LENGTH else f"{label[:half]}…{label[-(half - 1) :]}"

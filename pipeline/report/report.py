@@ -21,7 +21,7 @@ from pipeline.metrics.journal import layer_labels, read_journal
 from pipeline.report import comparison, page
 
 LAYERS = f"""<p>Rows are spiking layers, the first on top. χ is the proportion of a layer's weights with a non-zero
-gradient. It guards: its scale is always 0 to 1, and red is below {page.CHI_ALERT}, where the alert SnnChiLow fires.
+gradient. It warns: its scale is always 0 to 1, and red is below {page.CHI_ALERT}, where the alert SnnChiLow fires.
 Coverage is the fraction of a layer's neuron-steps that lie within the surrogate's width of the threshold: what policy
 chi holds, by moving the width. Participation is the effective proportion of the weights that receive gradient.</p>"""
 
@@ -35,7 +35,7 @@ def last_training_record(run_dir: Path) -> dict:
 
 
 def curves(run_dir: Path) -> dict[str, Figure]:
-    """Loss, accuracy, learning rate and throughput over steps: a picture each, by the text that stands for it."""
+    """Loss, accuracy, learning rate and throughput over steps: a figure each, by its alternative text."""
     records = training_records(run_dir)
     evaluated = [record for record in read_journal(run_dir / "metrics.jsonl") if "eval_loss" in record]
     pictures = {}
@@ -57,14 +57,14 @@ def curves(run_dir: Path) -> dict[str, Figure]:
 
 
 def _course(records: Sequence[dict], name: str, factor: float) -> tuple[list[int], np.ndarray]:
-    """Steps and values; NaN where a record has none, or none that was finite."""
+    """Steps and values; NaN where a record has no finite value."""
     return [record["step"] for record in records], factor * np.array(
         [record.get(name) for record in records], dtype=float
     )
 
 
 def layer_maps(run_dir: Path, layers: Sequence[str]) -> dict[str, Figure]:
-    """What χ and its companions did, by layer and step: a picture each."""
+    """χ and its companions by layer and step: a figure each, by its alternative text."""
     records, labels = training_records(run_dir), layer_labels(layers)
     return {
         f"{title} by layer and step": page.layer_map(
@@ -107,7 +107,7 @@ def _evaluation(result: dict) -> str:
 
 
 def write(run_dir: Path, summary: dict | None = None) -> Path:
-    """Writes RUN/report.html from the run's files and its result [that of summary.json, if it has finished]."""
+    """Writes RUN/report.html from the run's files and its result: `summary`, else that in summary.json, if any."""
     stored = run_dir / "summary.json"
     if summary is None and stored.exists():
         summary = json.loads(stored.read_text(encoding="utf-8"))

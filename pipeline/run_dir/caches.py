@@ -1,8 +1,7 @@
-"""Where caches lie, also without a home: no HOME, one that cannot be written, a user id that no list of users has.
+"""Where caches go, also without a usable home: no HOME, a HOME that cannot be written, an unknown user id.
 
-Clusters start containers under such ids. What is put in the place of a home is a folder of the user's own in the
-temporary directory, so matplotlib, triton, torch and our kernels find what they would end without, or warn of, there.
-Nothing but the standard library.
+Clusters start containers with such ids. A folder of the user's own in the temporary directory then takes the place of
+the home. Without it, matplotlib, triton, torch and our kernels would fail or warn. Standard library only.
 """
 
 import contextlib
@@ -25,12 +24,13 @@ USERS = ("LOGNAME", "USER", "LNAME", "USERNAME")
 
 
 def stand_ins(environ: Mapping[str, str]) -> dict[str, str]:
-    """What this process's environment lacks to live without a home; empty where it has one. Call it before matplotlib
-    or torch is imported, and update `os.environ` with it.
+    """Environment variables to set where the user has no usable home or no name; else empty.
+
+    Call it before matplotlib or torch is imported, and update `os.environ` with the result.
     """
     found = {}
     if not any(environ.get(name) for name in USERS) and not _known():
-        found["LOGNAME"] = f"uid-{os.getuid()}"  # getpass.getuser, which torch asks, would fail
+        found["LOGNAME"] = f"uid-{os.getuid()}"  # else getpass.getuser, which torch calls, fails
     home = _home(environ)
     if home is not None and _writable(home):
         return found
@@ -41,14 +41,14 @@ def stand_ins(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def line(found: Mapping[str, str]) -> str:
-    """What was chosen and why, for people, where `stand_ins` has found something in the place of a home."""
+    """A line for the console about where caches go, if `stand_ins` had to replace the home; else empty."""
     if "MPLCONFIGDIR" not in found:
         return ""
     return f"caches are kept in {Path(found['MPLCONFIGDIR']).parent}, since there is no home that can be written"
 
 
 def folder() -> Path:
-    """Our own: `chispike` in XDG_CACHE_HOME or ~/.cache, or in a temporary folder where neither can be written."""
+    """Our cache folder, `chispike`: in XDG_CACHE_HOME or ~/.cache, or in a temporary folder if these are read-only."""
     home = _home(os.environ)
     base = os.environ.get("XDG_CACHE_HOME") or (home / ".cache" if home else None)
     if base is not None:
@@ -61,9 +61,9 @@ def folder() -> Path:
 
 
 def private() -> Path:
-    """A folder in the temporary directory that nobody else can write: code is loaded from it.
+    """A folder in the temporary directory that no other user can write to, since code is loaded from it.
 
-    The same for every process of the user; a fresh one where another user has taken the name.
+    It is the same for every process of the user, and a fresh one if another user has taken its name.
     """
     path = Path(tempfile.gettempdir()) / f"chispike-{os.getuid()}"
     with contextlib.suppress(FileExistsError):

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: whole or absent. Knows nothing of engines, so that any process can read them.
+"""Checkpoints on the disk: complete or absent. Needs no engine, so any process can read them.
 
     RUN/checkpoints/step-00000100/
       state.pt        parameters, optimizer state and BatchNorm statistics by name; counters; the controller
@@ -6,7 +6,7 @@
     RUN/checkpoints/latest     the name of the newest
     RUN/checkpoints/best       the name of the one with the best validation accuracy, and that accuracy
 
-A checkpoint is written to a temporary folder, fsynced, then renamed, so a kill at any moment leaves the one before it.
+A checkpoint is written to a temporary folder, fsynced, then renamed, so a kill at any moment leaves the previous one.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from pipeline.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Of the dict in state.pt; an older one is converted when it is read."""
+"""Version of the dict in state.pt; an older one is converted when it is read."""
 
 
 def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
-    """Writes a checkpoint from rank 0; when it returns, the checkpoint is on the disk whole.
+    """Writes a checkpoint from rank 0; when it returns, the checkpoint is complete on the disk.
 
-    Of those before it the newest `keep` - 1 stay, and the best. Later ones were damaged when the run was resumed; they
-    are left until it has passed them, for were they counted, this one might be removed in their favour.
+    Of the earlier checkpoints, the newest `keep` - 1 and the best are kept. Those of later steps were damaged when the
+    run was resumed. They stay until the run has passed them, and do not count: else this one could be removed.
     """
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
     _point(root / "latest", final.name)
     try:
         _remove_older(final, keep)
-    except OSError as error:  # the new one is whole: this is no reason to end a run
+    except OSError as error:  # the new checkpoint is complete, so the run goes on
         log.warning("an old checkpoint in %s could not be removed (%s)", root, error.strerror)
     return final
 
@@ -60,7 +60,7 @@ def _remove_older(final: Path, keep: int) -> None:
 
 
 def temporary(root: Path, step: int) -> Path:
-    """Where the checkpoint after `step` lies until it is whole."""
+    """Where the checkpoint after `step` lies until it is complete."""
     return root / f".step-{step:08d}.tmp"
 
 
@@ -71,14 +71,14 @@ def sweep(run_dir: Path) -> None:
 
 
 def mark_best(run_dir: Path, step: int, accuracy: float) -> None:
-    """Points `best` at the checkpoint after `step`, which is there; the one before loses its protection."""
+    """Points `best` at the checkpoint after `step`, which must exist; the previous best may then be removed."""
     _point(run_dir / "checkpoints" / "best", f"step-{step:08d} {accuracy!r}")
 
 
 def best(run_dir: Path, step: int) -> float:
-    """The accuracy of the best checkpoint for a run that goes on after `step`; -1 where it has none.
+    """The accuracy of the best checkpoint for a run that continues after `step`; -1 if it has none.
 
-    A later one does not count: the run makes its own of that step, and is to mark it.
+    One of a later step does not count: the run will make and mark the checkpoint of that step again.
     """
     words = _pointed(run_dir / "checkpoints" / "best")
     return float(words[1]) if len(words) == 2 and words[0] <= f"step-{step:08d}" else -1.0
@@ -100,16 +100,16 @@ def _pointed(pointer: Path) -> list[str]:
 
 
 def load_newest(run_dir: Path) -> dict | None:
-    """The newest checkpoint that is whole, or None; a damaged one is named and passed over."""
+    """The newest intact checkpoint, or None; a damaged one is named in a warning and skipped."""
     folders = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
     return next((state for folder in folders if (state := load(folder)) is not None), None)
 
 
 def load_to_resume(run_dir: Path) -> dict | None:
-    """The newest checkpoint that is whole; None where a run has none yet.
+    """The newest intact checkpoint; None if the run has none yet.
 
     Raises:
-        DataError: it has some, and all are damaged. To begin anew would cost what a backup might still save.
+        DataError: it has some, and all are damaged. A new start would overwrite a run that a backup may still restore.
     """
     state = load_newest(run_dir)
     if state is None and (steps := saved_steps(run_dir)):
@@ -121,7 +121,7 @@ def load_to_resume(run_dir: Path) -> dict | None:
 
 
 def load(folder: Path) -> dict | None:
-    """One checkpoint, on the CPU; None, and a warning, where it is damaged."""
+    """One checkpoint, on the CPU; None and a warning if it is damaged."""
     try:
         return _read(folder)
     except DataError as error:
@@ -139,7 +139,7 @@ def load_step(run_dir: Path, step: int) -> dict:
     """The checkpoint after `step`.
 
     Raises:
-        ConfigError: there is none; the message names those that there are.
+        ConfigError: there is none; the message names the existing ones.
         DataError: it is damaged.
     """
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
@@ -161,7 +161,7 @@ def _read(folder: Path) -> dict:
 
 
 def converted(state: dict, folder: Path) -> dict:
-    """A checkpoint's dict in today's format.
+    """A checkpoint's dict, converted to the current format.
 
     Raises:
         ConfigError: a newer version of this program wrote it.
@@ -172,7 +172,7 @@ def converted(state: dict, folder: Path) -> dict:
             f"checkpoint {folder} is of format {written}, and this version reads up to {FORMAT}; use the version that "
             "wrote it, or a newer one"
         )
-    if written == 1:  # the controller and the neurons apart, and no name for the steps that were not finite
+    if written == 1:  # separate entries for the controller and the neurons, a plain counter of non-finite steps
         state = dict(state)
         state["widths"] = {**state.pop("controller"), **state.pop("neurons")}
         state["nonfinite"] = {"in_a_row": state.pop("nonfinite_in_a_row", 0)}

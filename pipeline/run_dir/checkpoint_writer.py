@@ -1,10 +1,9 @@
-"""Rank 0 writes checkpoints beside the training, one at a time; the other ranks only keep the account.
+"""Rank 0 writes checkpoints in a thread, one at a time, while training goes on; other ranks only note the steps.
 
-    begin(step, state)      waits for the one before, then returns at once: training goes on while a thread writes
+    begin(step, state)      waits for the previous one, then returns at once: training goes on while a thread writes
     wait()                  until it is on the disk: before a stop, before the end, before it is marked as the best
 
-Nothing is lost silently: what the thread fails with is told to all ranks by the next step's flags (`on_failure`),
-and raised on rank 0 by the next call.
+No failure is silent: the next step's flags tell all ranks of it (`on_failure`), and the next call raises it on rank 0.
 """
 
 import contextlib
@@ -23,14 +22,16 @@ log = logging.getLogger(__name__)
 
 
 class Writer:
-    """Args:
-    run_dir: the run's folder.
-    active: on rank 0.
-    keep: of the newest, so many stay.
-    step: that the run goes on after; its checkpoint is there.
-    best: accuracy of the best checkpoint up to there, in [0, 1]; -1 where there is none. The same on every rank.
-    on_failure: called in the thread when a checkpoint could not be written.
-    on_saved: called in the thread with the step and the seconds that it took.
+    """Writes the checkpoints of a run.
+
+    Args:
+        run_dir: the run's folder.
+        active: whether this is rank 0, which writes.
+        keep: number of newest checkpoints to keep.
+        step: step that the run continues after, whose checkpoint exists; 0 for a new run.
+        best: accuracy of the best checkpoint up to `step`, in [0, 1]; -1 if there is none. The same on every rank.
+        on_failure: called in the thread when a checkpoint could not be written.
+        on_saved: called in the thread with the step and the seconds that the save took.
     """
 
     def __init__(
@@ -56,10 +57,10 @@ class Writer:
             checkpoint_files.sweep(run_dir)
 
     def begin(self, step: int, state: dict) -> None:
-        """Starts to write `state`, whose tensors nobody may change from now on.
+        """Starts to write `state`; its tensors must not change from now on.
 
         Raises:
-            CheckpointError: the one before could not be written.
+            CheckpointError: the previous one could not be written.
         """
         self.wait()
         self.last_step = step
@@ -68,10 +69,10 @@ class Writer:
             self._thread.start()
 
     def wait(self) -> None:
-        """Until the last checkpoint is on the disk.
+        """Returns when the last checkpoint is on the disk.
 
         Raises:
-            CheckpointError: it could not be written; on rank 0.
+            CheckpointError: on rank 0, where it could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -80,12 +81,12 @@ class Writer:
             raise self._error
 
     def raise_failure(self) -> NoReturn:
-        """On every rank, when the flags say that rank 0 could not write: its CheckpointError, or one about it."""
+        """Raises CheckpointError on every rank, when the flags say that rank 0 could not write a checkpoint."""
         self.wait()
         raise CheckpointError("rank 0 could not write a checkpoint; its own line says why")
 
     def mark_best(self, step: int, accuracy: float) -> None:
-        """Keeps the checkpoint after `step`, the last that was begun, until a better one comes."""
+        """Keeps the checkpoint after `step`, the last one begun, until a better one comes."""
         assert step == self.last_step
         self.wait()
         self.best = accuracy
@@ -93,7 +94,7 @@ class Writer:
             checkpoint_files.mark_best(self._run_dir, step, accuracy)
 
     def close(self) -> None:
-        """Lets the thread end, also where the run ends with an error of its own."""
+        """Waits for the thread to end, also if the run ends with another error."""
         if self._thread is not None:
             self._thread.join()
             if self._error is not None:
@@ -101,11 +102,11 @@ class Writer:
 
     def _write(self, step: int, state: dict) -> None:
         began = time.monotonic()
-        self._error = self._failure(step, "it broke off")  # until it is saved, so that no way out is taken for one
+        self._error = self._failure(step, "it broke off")  # cleared once saved, so that no exit looks like a success
         try:
             checkpoint_files.save(self._run_dir, step, state, keep=self._keep)
             self._error = None
-        except Exception as error:  # of torch's archive too, which has errors of its own
+        except Exception as error:  # torch's archive writer has errors of its own
             self._error = self._failure(step, getattr(error, "strerror", None) or first_line(error))
         finally:
             if self._error is None:
@@ -115,7 +116,7 @@ class Writer:
                 shutil.rmtree(checkpoint_files.temporary(self._root, step), ignore_errors=True)
 
     def _failure(self, step: int, reason: str) -> CheckpointError:
-        with contextlib.suppress(OSError):  # of a disk that is gone
+        with contextlib.suppress(OSError):  # the disk may be gone
             reason += f"; {shutil.disk_usage(self._run_dir).free / 1e6:.0f} MB are free"
         return CheckpointError(
             f"the checkpoint after step {step} could not be written to {self._root} ({reason}); the one before it is "

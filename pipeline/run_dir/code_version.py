@@ -1,4 +1,4 @@
-"""Which code this is, also where there is no git: in an image, or a copy on another node."""
+"""The version of the program's code, also without git: in an image, or a copy on another node."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOMS = ("pipeline", "launch")
 
 
 def version() -> str:
-    """SHA-256, its first 16 digits, over every Python file of the program, by name."""
+    """First 16 digits of the SHA-256 over the program's Python files, names and contents."""
     digest, root = hashlib.sha256(), Path(__file__).parents[2]
     for room in ROOMS:
         for path in sorted((root / room).rglob("*.py")):

@@ -1,6 +1,6 @@
-"""Every rank's lines in RUN/logs/rank-N.log, with the time; on the console are rank 0's, and every rank's errors.
+"""RUN/logs/rank-N.log has every rank's lines, with the time; the console shows rank 0's, and every rank's errors.
 
-Nothing but the standard library. A console that goes away (a closed terminal, a pipe whose reader died) does not end
+Standard library only. A console that goes away (a closed terminal, a pipe whose reader died) does not end
 the run: its lines are in the file.
 """
 
@@ -16,7 +16,7 @@ COLOUR = re.compile("\033\\[[0-9;]*m")
 
 
 class Tee:
-    """A text stream into a log file, and into a console where there is one."""
+    """A text stream that writes to a log file, and to the console if `shown`."""
 
     def __init__(self, console: TextIO, file: TextIO, *, shown: bool) -> None:
         self._console, self._file, self._shown = console, file, shown
@@ -48,7 +48,7 @@ class Tee:
 
 
 def begin(run_dir: Path, rank: int) -> None:
-    """From here on what this process prints is in its rank's log too; a run that goes on adds to it."""
+    """From here on, this process's output also goes to its rank's log; a resumed run appends to it."""
     folder = run_dir / "logs"
     folder.mkdir(exist_ok=True)
     file = (folder / f"rank-{rank}.log").open("a", buffering=1, encoding="utf-8")

@@ -1,16 +1,16 @@
-"""The run's folder: what it holds, whether a run may go on in it. Nothing but the standard library.
+"""A run's folder: what it holds, and whether a run may continue in it. Standard library only.
 
 RUN/config.json     the resolved configuration
 RUN/run.json        versions, commit, seed, data identity, classes, layers
-RUN/lock            held by rank 0 of the run that goes on in the folder (run_lock.py)
+RUN/lock            held by rank 0 while the run goes on (run_lock.py)
 RUN/logs/           each rank's lines (rank_log.py)
-RUN/metrics.jsonl   one record a logged step (metrics/journal.py)
+RUN/metrics.jsonl   one record for each logged step (metrics/journal.py)
 RUN/checkpoints/    (checkpoint_files.py)
 RUN/summary.json    the result; its presence means that the run has finished
-RUN/report.html     the result in pictures (report.py)
-RUN/tensorboard/, RUN/wandb/, RUN/mlflow/    the same curves for these (trackers.py)
+RUN/report.html     the result in pictures (report/report.py)
+RUN/tensorboard/, RUN/wandb/, RUN/mlflow/    the same curves for these tools (metrics/trackers.py)
 RUN/profile/        where a step's time goes (engine/profiler.py)
-RUN/evaluations/    what python -m launch.evaluate found, by checkpoint and split
+RUN/evaluations/    results of python -m launch.evaluate, by checkpoint and split
 """
 
 import importlib.metadata
@@ -27,11 +27,11 @@ from pipeline.config.config_json import config_of, flatten, foreign_keys
 from pipeline.errors import ConfigError
 from pipeline.run_dir import code_version
 
-# What may differ between the ranks of a run: each acts on its own, and none waits for another because of it.
+# May differ between the ranks of a run: each rank uses its own value, and no other rank has to know it.
 OWN = frozenset(
     [
         "run_dir",
-        "deepspeed_config",  # nothing that the file may hold changes a result
+        "deepspeed_config",  # no setting that the file may hold changes a result
         "data.path",  # the data themselves are compared, by their manifest's hash
         "data.cache_dir",
         "data.cache_bytes",
@@ -50,7 +50,7 @@ OWN = frozenset(
         "train.profile_steps",
     ]
 )
-# What may differ when a run is started again: none of it changes what is computed.
+# May differ when a run is resumed: none of it changes what is computed.
 FREE = OWN | {
     "chi.self_check",
     "data.max_bad_ratio",
@@ -62,11 +62,11 @@ FREE = OWN | {
 }
 MEND = "remove the folder, or choose another --run_dir"
 PACKAGES = ("torch", "deepspeed", "nvidia-dali", "webdataset", "numpy", "prometheus-client")
-DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # DALI has a name for each CUDA, and one of them is installed
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # DALI has a package for each CUDA version; one is installed
 
 
 def admit(config: Config, world_size: int) -> dict | None:
-    """Checks that `config` may run in its folder on so many ranks; the summary where it has finished there already.
+    """Checks that `config` may run in its folder on `world_size` ranks; returns the summary if it has finished there.
 
     Raises:
         ConfigError: the folder holds a run of another configuration, or cannot be written.
@@ -91,14 +91,14 @@ def admit(config: Config, world_size: int) -> dict | None:
 
 
 def read_config(folder: Path) -> dict | None:
-    """What config.json of a run's folder holds, see config/config_json.py; None where there is none."""
+    """What config.json of a run's folder holds, see config/config_json.py; None if there is none."""
     return config_json.read(folder / "config.json", MEND)
 
 
 def refuse_differences(config: Config, stored: dict) -> None:
-    """Raises ConfigError where the run in the folder, whose config.json holds `stored`, was started otherwise.
+    """Raises ConfigError if the run in the folder, whose config.json holds `stored`, has another configuration.
 
-    The message has every field that differs, but for those of FREE.
+    The message names every field that differs, except those of FREE.
     """
     folder = config.run_dir
     unknown, missing = foreign_keys(stored)
@@ -119,7 +119,7 @@ def refuse_differences(config: Config, stored: dict) -> None:
 
 
 def of_another_version(folder: str | Path, unknown: Sequence[str], missing: Sequence[str]) -> ConfigError:
-    """Why the run in `folder` cannot go on, by what `config_document.foreign_keys` found in its config.json."""
+    """The error of a run in `folder` that cannot continue: `config_json.foreign_keys` found these in config.json."""
     return ConfigError(
         f"{folder}/config.json is of another version: {config_json.said(unknown, missing)}; go on with the version "
         f"that wrote it (commit in {folder}/run.json), or start a new run with --recipe NAME --init-from {folder} "
@@ -128,7 +128,7 @@ def of_another_version(folder: str | Path, unknown: Sequence[str], missing: Sequ
 
 
 def refuse_other_data(config: Config, data_identity: str) -> None:
-    """Raises ConfigError where the run in the folder was trained on other data than those with this identity."""
+    """Raises ConfigError if the run in the folder was trained on data with another identity."""
     before = (_read(Path(config.run_dir) / "run.json") or {}).get("data_identity", data_identity)
     if before != data_identity:
         raise ConfigError(
@@ -139,7 +139,7 @@ def refuse_other_data(config: Config, data_identity: str) -> None:
 
 
 class Stored(NamedTuple):
-    """What a run's folder says of it."""
+    """What a run's folder says about the run."""
 
     folder: Path
     config: Config
@@ -196,17 +196,17 @@ def describe(
 
 
 def evaluation_path(folder: Path, step: int, split: str) -> Path:
-    """Where the evaluation of a checkpoint with the run's own settings lies."""
+    """Path of the evaluation of a checkpoint with the run's own settings."""
     return folder / "evaluations" / f"step-{step:08d}-{split}.json"
 
 
 def read_evaluation(folder: Path, step: int, split: str) -> dict | None:
-    """That evaluation, or None where nobody has made it."""
+    """That evaluation, or None if there is none."""
     return _read(evaluation_path(folder, step, split))
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Atomically, so that a kill leaves the old file or the new one."""
+    """Writes a JSON file atomically: a kill leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -227,7 +227,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _versions() -> dict[str, str]:
-    """Version by the name of each package that matters, "absent" where it is not installed."""
+    """Version by the name of each package that matters, "absent" if it is not installed."""
     found = {}
     for package in PACKAGES:
         for name in DALI if package == "nvidia-dali" else (package,):
@@ -242,8 +242,8 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this file lies in, `-dirty` behind it where it was changed; without git, as in an
-    image, what CHISPIKE_COMMIT says, or at least which code it is.
+    """The commit of this file's checkout, followed by `-dirty` if it was changed. Without git, as in an image: what
+    CHISPIKE_COMMIT says, or else the version of the code.
     """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

@@ -1,8 +1,8 @@
-"""One run at a time in a run's folder. Nothing but the standard library.
+"""One run at a time in a run's folder. Standard library only.
 
-Rank 0 holds `flock` on RUN/lock as long as it lives; the kernel lets go of it at any death, so nothing need be cleared
-up after a kill. Over NFS Linux makes it a lock of the server, which other machines see; when a machine dies the server
-frees it after its lease (90 s by default). A file system without locks is used without one, with a warning.
+Rank 0 holds `flock` on RUN/lock while it lives. The kernel frees the lock when the process dies, so a kill leaves
+nothing to clean up. Over NFS, Linux makes it a lock of the server, which other machines see; when a machine dies, the
+server frees it after its lease (90 s by default). On a file system without locks, the run warns and takes none.
 """
 
 import errno
@@ -17,18 +17,18 @@ from typing import TextIO
 from pipeline.errors import ConfigError
 
 log = logging.getLogger(__name__)
-PATIENCE_S = 5.0  # a run whose launcher was killed leaves a moment later
+PATIENCE_S = 5.0  # a run whose launcher was killed ends a moment later
 
 
 def hold(run_dir: str, patience_s: float = PATIENCE_S) -> TextIO:
-    """Takes the lock of `run_dir`, which holds until the file returned is closed or the process ends.
+    """Takes the lock of `run_dir`; it is held until the returned file is closed or the process ends.
 
     Raises:
         ConfigError: another process has it for `patience_s` or longer; the message names its pid and host.
     """
     path = Path(run_dir) / "lock"
     try:
-        file = path.open("a+")  # for writing, which NFS asks for
+        file = path.open("a+")  # NFS locks only a file that is open for writing
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another --run_dir") from None
     give_up_at = time.monotonic() + patience_s

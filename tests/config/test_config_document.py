@@ -1,4 +1,4 @@
-"""A run's config.json: a run goes on by it, a configuration starts from it, and what does not fit is told by name."""
+"""A run's config.json: a run resumes from it, a configuration starts from it, and what does not fit is named."""
 
 import dataclasses
 import json

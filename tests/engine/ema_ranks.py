@@ -19,7 +19,7 @@ from pipeline.snn import sew_resnet
 from pipeline.snn.losses import cross_entropy
 from tests.support.rank_lines import leave, tell
 
-STEPS, MICRO_BATCH, DECAY = 3, 4, 0.15  # step 0 keeps 1/10, step 1 then 0.15, where 2/11 would be more
+STEPS, MICRO_BATCH, DECAY = 3, 4, 0.15  # step 0 keeps 1/10, step 1 keeps 0.15, since 2/11 is more
 CASES = ((0, "fp16"), (1, "bf16"), (2, "fp32"), (3, "fp32"))
 
 
@@ -59,7 +59,7 @@ def flat(weights: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def answers(engine) -> Tensor:
-    """Of the engine in evaluation, for the same images on every rank."""
+    """Outputs of the engine in evaluation mode, for the same images on every rank."""
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(7))
     engine.eval()
     with torch.no_grad():
@@ -119,7 +119,7 @@ def main() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     torch.set_num_threads(1)
     accelerator: Any = get_accelerator()
-    accelerator.is_fp16_supported = lambda: True  # few CPUs have it; torch computes without, slowly
+    accelerator.is_fp16_supported = lambda: True  # few CPUs have fp16; torch emulates it, slowly
     for stage, precision in CASES:
         tell("CASE", case(stage, precision))
     leave()

@@ -30,7 +30,7 @@ def over_ranks(tensor: Tensor) -> Tensor:
 
 
 def everyones(tensor: Tensor) -> Tensor:
-    """The ranks' tensors, one behind the other along the batch."""
+    """The ranks' tensors, concatenated along the batch."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
@@ -103,7 +103,7 @@ def layer(run, dtype: torch.dtype, static: bool, T: int = 4) -> dict:
 
 
 def engine(stage: int) -> dict:
-    """Steps of a DeepSpeed engine: every rank ends with the same running statistics, which no one rank's batch has."""
+    """Steps of a DeepSpeed engine: every rank ends with the same running statistics, which no rank alone has."""
     torch.manual_seed(0)
     network = sew_resnet.build(ModelConfig(), num_classes=5, image_size=8)
     world_size = dist.get_world_size()

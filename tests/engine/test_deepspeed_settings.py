@@ -1,4 +1,4 @@
-"""A user's own DeepSpeed JSON: what passes, what is refused and with which words, and that a run really takes it."""
+"""A user's own DeepSpeed JSON: what passes, what is refused and with which words, and that a run really uses it."""
 
 import json
 import subprocess

@@ -21,7 +21,7 @@ from pipeline.snn import sew_resnet, state_dicts
 def network(num_classes: int = 10, seed: int = 0, **model) -> sew_resnet.SEWResNet:
     torch.manual_seed(seed)
     net = sew_resnet.build(ModelConfig(**model), num_classes=num_classes, image_size=16)
-    for module in net.modules():  # no statistic is what a fresh network has
+    for module in net.modules():  # no statistic has the value of a fresh network
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
             module.running_mean.normal_()
@@ -42,7 +42,7 @@ WIDTHS = torch.tensor([0.25, 0.5, 1.0, 1.5, 2.0, 4.0])
 
 
 def written(form: str, net: nn.Module, folder: Path, widths: torch.Tensor | None = None) -> Path:
-    """`net`'s weights in one of the forms that people have them in."""
+    """`net`'s weights in one of the forms that people use."""
     weights, path = net.state_dict(), folder / "weights.pt"
     if form == "safetensors":
         path = folder / "weights.safetensors"

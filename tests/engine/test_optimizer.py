@@ -60,7 +60,7 @@ def test_a_milestone_acts_at_the_first_step_that_lies_behind_it():
     # 100 samples in batches of 128: step s begins at epoch 1.28 s.
     assert rates(4, samples=100, schedule="step", milestones=(1.28,)) == pytest.approx([0.8, 0.08, 0.08, 0.08])
     assert rates(4, samples=100, schedule="step", milestones=(1.3,)) == pytest.approx([0.8, 0.8, 0.08, 0.08])
-    # By epoch, the step that begins within epoch 1 still stands at 1.
+    # By epoch, the step that begins within epoch 1 still has the rate 1.
     assert rates(4, samples=100, schedule="step", milestones=(1.28,), by_epoch=True)[1] == pytest.approx(0.8)
 
 
@@ -135,7 +135,7 @@ def test_one_group_where_all_decay_or_nothing_does():
 
 
 def one_step(**optim) -> tuple[nn.Linear, nn.Linear]:
-    """A layer after two updates from the same gradient, and the layer that it was."""
+    """A layer after two updates from the same gradient, and the layer before them."""
     torch.manual_seed(0)
     layer = nn.Linear(3, 2)
     before = nn.Linear(3, 2)

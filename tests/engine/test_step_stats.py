@@ -1,4 +1,4 @@
-"""What a skipped step takes back, and how many may come in a row, in one process."""
+"""What a skipped step undoes, and how many may come in a row, in one process."""
 
 import pytest
 import torch

@@ -122,21 +122,21 @@ def test_probes_answer_what_they_are_told_and_other_paths_are_unknown(tmp_path):
 def test_wrong_requests_are_refused_and_the_next_right_one_served(server, request_, status, monkeypatch):
     monkeypatch.setattr(exporter, "TIMEOUT_S", 0.5)
     answer = raw(server, request_)
-    if status != b"431":  # who still writes when the server hangs up may lose the answer
+    if status != b"431":  # a client that still writes when the server closes may lose the answer
         assert answer[9:12] == status
     assert raw(server, b"HEAD /healthz HTTP/1.1\r\n\r\n").endswith(b"\r\n\r\n")
     assert get(server, "/healthz") == "ok\n"
 
 
 def test_slow_clients_never_keep_prometheus_out(server, monkeypatch):
-    """More of them than are served at a time, none of which ends its request."""
+    """More clients than are served at a time; none ends its request."""
     monkeypatch.setattr(exporter, "MAX_PER_SECOND", 1000)
     slow = []
     for _ in range(2 * exporter.MAX_OPEN):
         slow.append(socket.create_connection(place_of(server), timeout=10))
         slow[-1].sendall(b"GET /met")
     assert get(server, "/healthz") == "ok\n"
-    with pytest.raises(ConnectionResetError):  # the oldest was given up
+    with pytest.raises(ConnectionResetError):  # the oldest is dropped
         slow[0].recv(1)
     for client in slow:
         client.close()
@@ -154,7 +154,7 @@ def test_a_client_that_does_not_read_is_given_up(server, monkeypatch):
         client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
         assert len(get(server)) > 10_000_000, "another is served meanwhile"
         watch = select.poll()
-        watch.register(client, 0)  # of nothing but the connection's end
+        watch.register(client, 0)  # only for the connection's end
         assert watch.poll(10_000), "the server waits on"
 
 
@@ -228,7 +228,7 @@ def test_every_prometheus_that_comes_regularly_is_waited_for_and_nobody_else(ser
     monkeypatch.setattr(scrapers, "GRACE_S", 1000.0)
     server.linger()
     get_from(server, "127.0.0.1")
-    server.linger()  # a single look is no rhythm
+    server.linger()  # a single scrape is not regular
     for client in ("127.0.0.1", "127.0.0.2", "127.0.0.2", "127.0.0.3"):
         get_from(server, client)
     waiting = threading.Thread(target=server.linger, daemon=True)

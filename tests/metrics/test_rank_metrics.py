@@ -1,4 +1,4 @@
-"""What a rank leaves to be seen of itself when it ends."""
+"""The metrics that a rank still shows when it ends."""
 
 import os
 import subprocess

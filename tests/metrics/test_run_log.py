@@ -45,7 +45,7 @@ LAYERS = ["first", "second"]
 
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
-    """RunLog of a process that goes on after a step; its metrics lie in `tmp_path`."""
+    """Makes the RunLog of a process that continues after a step; its metrics lie in `tmp_path`."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     config = parse(["--recipe", "digits", "--run_dir", str(tmp_path), "--train.log_every", "5"])
 

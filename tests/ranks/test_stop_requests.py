@@ -1,4 +1,4 @@
-"""What ends a rank from outside, with stand-ins for the launcher's two processes: they do with signals what its do."""
+"""What ends a rank from outside, with stand-ins for the launcher's two processes, which handle signals as it does."""
 
 import os
 import signal
@@ -35,13 +35,13 @@ watch.on_request(asked.set)
 print("ready", flush=True)
 while not asked.is_set():
     time.sleep(0.05)
-time.sleep(1.5)  # the rest of a step, in which the launcher ends, the rank's look at it comes, and signals come twice
+time.sleep(1.5)  # the rest of a step: the launcher ends, the rank checks it, and signals come twice
 print("saved", flush=True)
 """
 
 
 def start() -> subprocess.Popen[str]:
-    """A rank below its launcher, in a process group of their own; returns when it watches."""
+    """Starts a launcher and its rank in a process group of their own; returns when the rank watches."""
     python = (sys.executable, "-c")
     process = subprocess.Popen(
         [*python, RUNNER, "-c", LAUNCHER, "-c", RANK],
@@ -59,7 +59,7 @@ def start() -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_process_group_is_one_request(number):
-    """The rank hears of it from the kernel and from the launcher, and then finds the launcher gone."""
+    """The rank gets the signal from the kernel and from the launcher, and then finds the launcher gone."""
     process = start()
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=30)

@@ -1,4 +1,4 @@
-"""A run's page, and several runs on one: what differs is told, what does not is not, every curve is there."""
+"""The page of one run, and of several: it shows what differs and nothing else, and has every curve."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""A home that is missing, cannot be written, or belongs to nobody: caches go elsewhere, and nothing is warned of."""
+"""A home that is missing, cannot be written, or belongs to nobody: caches go elsewhere, and no library warns."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def unknown_user(tmp_path, monkeypatch):
-    """As under a user id that no list of users has."""
+    """The process runs as if its user id were in no list of users."""
 
     def unknown(_uid: int):
         raise KeyError
@@ -94,14 +94,14 @@ def python_for_nobody() -> str:
 
 @pytest.fixture
 def open_folder():
-    """One that other users can look into: pytest closes its own to them, whenever another pytest starts."""
+    """A folder that other users can read: pytest closes its own to them whenever another pytest starts."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
 def test_a_user_id_that_nobody_knows_trains_reports_and_evaluates(digits, open_folder):
-    """From a checkout and at a working folder that it cannot write, with a PATH that it may not look into."""
+    """The checkout and the working folder are read-only for it, and it may not read the folders of PATH."""
     python = python_for_nobody()
     shards = Path(shutil.copytree(digits, open_folder / "digits"))
     run_dir, temporary = open_folder / "run", open_folder / "temporary"

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: which stay, what a damaged one costs, and a writer that fails out loud."""
+"""Checkpoints on the disk: which are kept, what a damaged one costs, and a writer that reports its failures."""
 
 import resource
 import threading
@@ -116,7 +116,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, caplog)
 
 
 class Unwritable:
-    """An element of a state at which writing breaks off without a word, as where memory runs out."""
+    """An element of a state at which writing fails without a message, as when memory runs out."""
 
     def __reduce__(self):
         raise MemoryError
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_the_first_format_is_read_as_one_of_todays(tmp_path):
     old = {"format": 1, "step": 7, "controller": controller, "neurons": neurons, "nonfinite_in_a_row": 2, "model": {}}
     checkpoint_files.save(tmp_path, 7, old)
     read = checkpoint_files.load_newest(tmp_path)
-    del old["format"]  # such a one had no entry of this name
+    del old["format"]  # that format had no such entry
     for found in (read, checkpoint_files.converted(old, tmp_path)):
         assert found is not None
         widths = found.pop("widths")
