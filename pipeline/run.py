@@ -14,6 +14,7 @@ from pipeline.chi.tap import Tap
 from pipeline.chi.widths import Widths
 from pipeline.config import Config
 from pipeline.config.config_json import flatten
+from pipeline.config.sections import SURROGATES
 from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.engine import init_from
 from pipeline.engine.ema import Ema
@@ -175,7 +176,7 @@ def assembled(
         layers,
         neurons,
         spread=widths.stats,
-        has_coverage=config.model.surrogate in ("triangle", "rectangle"),
+        has_coverage=SURROGATES[config.model.surrogate],
         self_check=config.chi.self_check,
         skips=True,
     )

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from pipeline.config.checks import INTEGER_MAX, checked, positive, require
-from pipeline.config.sections import ChiConfig, ModelConfig, OptimConfig, TrainConfig
+from pipeline.config.sections import SURROGATES, ChiConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.errors import ConfigError
 
 __all__ = ["ChiConfig", "Config", "DataConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
@@ -183,7 +183,7 @@ class Config:
                 "changes; use another policy, or train.sync_bn false"
             )
         steered_by_coverage = self.chi.policy == "chi" and self.chi.indicator == "coverage"
-        if steered_by_coverage and self.model.surrogate in ("atan", "sigmoid"):
+        if steered_by_coverage and not SURROGATES[self.model.surrogate]:
             raise ConfigError(
                 f"chi.indicator='coverage' is undefined for model.surrogate={self.model.surrogate!r}, whose support is "
                 "unbounded; use model.surrogate triangle or rectangle, or chi.policy fixed"

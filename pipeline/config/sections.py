@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 from pipeline.config.checks import checked, one_of, positive, require
 
+SURROGATES = {"triangle": True, "rectangle": True, "atan": False, "sigmoid": False}
+"""Shapes of the surrogate gradient (snn/surrogate.py has the formulas), and whether their support is bounded: only then
+coverage is defined.
+"""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -46,7 +51,7 @@ class ModelConfig:
         one_of("model.connect", self.connect, ("add", "and", "iand"))
         one_of("model.neuron", self.neuron, ("if", "lif", "plif"))
         one_of("model.reset", self.reset, ("hard", "soft"))
-        one_of("model.surrogate", self.surrogate, ("triangle", "rectangle", "atan", "sigmoid"))
+        one_of("model.surrogate", self.surrogate, tuple(SURROGATES))
         one_of("model.scale", self.scale, ("area", "peak", "rms"))
         require(math.isfinite(self.tau) and self.tau >= 1, "model.tau", self.tau, "a number of at least 1, and finite")
         require(self.neuron != "plif" or self.tau > 1, "model.tau", self.tau, "a number above 1 with model.neuron plif")

@@ -17,12 +17,15 @@ import math
 
 import torch
 
+from pipeline.config.sections import SURROGATES
 from pipeline.errors import ConfigError
 
-SHAPES = ("triangle", "rectangle", "atan", "sigmoid")
+SHAPES = tuple(SURROGATES)
 SCALES = ("area", "peak", "rms")
-BOUNDED = ("triangle", "rectangle")
+BOUNDED = tuple(shape for shape, bounded in SURROGATES.items() if bounded)
 """Shapes of compact support: the only ones whose coverage is defined."""
+IN_KERNELS = ("triangle", "rectangle", "atan", "sigmoid")
+"""Shapes that kernels/cpu.cpp and fused_triton.py know, by their number there; others run by the reference."""
 
 _PEAK = {"triangle": 1.0, "rectangle": 0.5, "atan": 1 / math.pi, "sigmoid": 0.25}
 """Value at u = 0 of each area-normalised shape, times w."""

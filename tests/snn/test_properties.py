@@ -198,6 +198,14 @@ def test_the_draw_reaches_the_twin():
     assert dispatch.choose(x[:, :0], Rule()) is None
 
 
+def test_a_shape_that_the_kernels_do_not_know_runs_by_the_reference(monkeypatch):
+    require_compiler()
+    x = torch.zeros(1, 3)
+    assert dispatch.choose(x, Rule(shape="sigmoid")) is compiled.Call
+    monkeypatch.setattr(dispatch, "IN_KERNELS", ("triangle", "rectangle", "atan"))
+    assert dispatch.choose(x, Rule(shape="sigmoid")) is None
+
+
 @pytest.mark.parametrize(
     ("kind", "hard", "dtype"),
     [

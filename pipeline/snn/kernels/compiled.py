@@ -120,7 +120,7 @@ def library(x: torch.Tensor, rule: Rule | None = None) -> ctypes.CDLL | None:
         "LEAKY": rule.leaky,
         "HARD": rule.hard,
         "DETACH": rule.detach,
-        "SHAPE": surrogate.SHAPES.index(rule.shape),
+        "SHAPE": surrogate.IN_KERNELS.index(rule.shape),
         "PEAK": rule.scale == "peak",
     }
     return _library(tuple(f"-D{name}={int(value)}" for name, value in values.items()))

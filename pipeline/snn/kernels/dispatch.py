@@ -9,6 +9,7 @@ import torch
 from pipeline.snn.kernels import compiled, reference
 from pipeline.snn.kernels.chunked import in_chunks
 from pipeline.snn.kernels.reference import Rule, Tally
+from pipeline.snn.surrogate import IN_KERNELS
 
 if TYPE_CHECKING:
     from pipeline.snn.kernels import fused_triton
@@ -44,7 +45,7 @@ def choose(x: torch.Tensor, rule: Rule) -> type[Call] | None:
     A function of device, dtype and what the machine has, so that all ranks of a machine choose the same.
     `torch.export` and `torch.compile` trace the reference: they cannot look into foreign kernels.
     """
-    if not x.numel() or torch.compiler.is_compiling():
+    if not x.numel() or torch.compiler.is_compiling() or rule.shape not in IN_KERNELS:
         return None
     if x.is_cuda:
         kernels = gpu_kernels(x)

@@ -284,7 +284,7 @@ class Call:
             None if tally is None else tally.covered, partial[0], partial[1], sums[0], sums[1], self.leak, self.width,
             self.amplitude, rule.v_th, rule.v_reset, R, C,
             T=self.num_steps, STATIC=self.static, NORM=scale is not None, LEAKY=rule.leaky, HARD=rule.hard,
-            DETACH=rule.detach, SHAPE=surrogate.SHAPES.index(rule.shape), PEAK=rule.scale == "peak",
+            DETACH=rule.detach, SHAPE=surrogate.IN_KERNELS.index(rule.shape), PEAK=rule.scale == "peak",
             FROM_STATE=v is not None, TO_STATE=grad_last is not None, COUNT=tally is not None,
             BLOCK_R=block_r, BLOCK_C=block_c,
         )  # fmt: skip
