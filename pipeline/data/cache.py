@@ -220,9 +220,7 @@ class Cache:
                 )
             if self._remote.stopped.wait(POLL_S):
                 raise ClosedError
-            waited = (
-                0.0 if there.coming else waited + POLL_S
-            )  # a running download ends, however slow; then it can be evicted
+            waited = 0.0 if there.coming else waited + POLL_S  # a running download will end and can then be evicted
 
     @contextmanager
     def _space(self) -> Iterator[None]:

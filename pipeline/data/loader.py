@@ -190,9 +190,7 @@ class Loader:
     def names(self, position: int, count: int) -> list[str]:
         """Names of the samples at stream positions by the order, before bad samples are replaced."""
         sizes = [shard.num_samples for shard in self.manifest.shards]
-        order = Order(
-            sizes, seed=self._seed, window_shards=self._data.window_shards
-        )  # self._order is the reader thread's
+        order = Order(sizes, seed=self._seed, window_shards=self._data.window_shards)  # the reader owns self._order
         names = [self._samples.name(int(number)) for number in order.samples(position, count)[1]]
         self._shards.rest()
         return names

@@ -149,10 +149,7 @@ class _Fused(torch.autograd.Function):
         grads = grad_out.permute(0, 2, 3, 1)
         grad, _, grad_leak, sums = ctx.call.backward(grads, None, rows, scale, shift, mean, None)
         grad_beta, grad_product = sums[0], sums[1]
-        grad_gamma, grad_shift = (
-            grad_product * rstd,
-            grad_beta,
-        )  # of this rank's loss alone, as for any parameter
+        grad_gamma, grad_shift = grad_product * rstd, grad_beta  # of this rank's loss alone, as for any parameter
         a, b, d = scale, torch.zeros_like(scale), torch.zeros_like(scale)
         if ctx.train:
             # In doubles: where a mean is large, the terms of d nearly cancel.
