@@ -1,10 +1,11 @@
-"""How long a checkpoint holds up the training of SEW-ResNet34, which writes it beside the steps that follow.
+"""How long a checkpoint stalls the training of SEW-ResNet34; it is written while the next steps run.
 
     python -m benchmarks.checkpoint_stall [--quick] [--json FILE]
 
-The training loop itself at 224 x 224, one CPU rank, bf16, small steps of 4 images so that a save shows; a save after
-every 4th. The stall is the time inside `save`, and what the step after it takes longer than the median step, while the
-thread hashes and syncs. Images: ilsvrc-mini (the folder that CHISPIKE_DATA names, or ../shared/data).
+It runs the training loop itself at 224 x 224 on one CPU rank in bf16. Steps have only 4 images, so that a save shows,
+and every 4th step is followed by a save. The stall is the time inside `save`, plus the excess of the next step
+over the median step, as a thread hashes and syncs meanwhile. Images: ilsvrc-mini (the folder that CHISPIKE_DATA names,
+or ../shared/data).
 """
 
 import argparse
@@ -47,7 +48,7 @@ def configuration(scratch: Path, saves: int) -> Config:
 
 
 def measure(scratch: Path, saves: int) -> tuple[dict[int, float], dict[int, float], int]:
-    """Seconds of each step without its save, by step; of each save, by step; bytes of a checkpoint."""
+    """By step: seconds of each step without its save, and seconds of each save; then the bytes of a checkpoint."""
     write_set(scratch / "data/train", real_images()[:IMAGES], per_shard=20)
     config = configuration(scratch, saves)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

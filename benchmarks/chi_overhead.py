@@ -1,12 +1,11 @@
-"""What χ costs: a whole training step with measuring, reducing and steering against the same step without.
+"""What χ costs: a whole training step that measures, reduces and steers, against the same step without χ.
 
     python -m benchmarks.chi_overhead [--quick] [--image-size 224] [--pairs 12] [--json FILE]
 
-SEW-ResNet34, T = 4, bf16, ZeRO-1, an effective batch of 32 in micro-batches of 4. Three engines of the same weights
-stand side by side in one process and take their steps in turn, the order changing from step to step: one with χ, two
-without. The overhead is the median of neighbouring ratios; the two without, compared alike, say how far such a
-ratio can be believed. Beside it stands the time spent inside χ's own calls, on the clock. A profiled step counts
-collectives, and places where the host waits for a value.
+SEW-ResNet34, T = 4, bf16, ZeRO-1, an effective batch of 32 in micro-batches of 4. Three engines with the same weights,
+one with χ and two without, run in one process and step in turn; their order changes from step to step. The overhead is
+the median of the ratios of neighbouring steps. The same median for the two engines without χ shows the error of this
+method. The wall time inside χ's own calls is reported too. A profiled step counts collectives and reads by the host.
 """
 
 import argparse
@@ -37,7 +36,7 @@ MICRO, ACCUMULATION = 4, 8
 
 
 class Side:
-    """An engine that trains on made-up images, with χ or without."""
+    """An engine that trains on synthetic images, with χ or without."""
 
     def __init__(self, config: Config, image_size: int, with_chi: bool) -> None:
         torch.manual_seed(0)
@@ -72,7 +71,7 @@ class Side:
         return time.perf_counter() - began
 
     def timed(self, call: Callable, *arguments: object) -> Any:
-        """What `call` returns; its time is added to `own_s`."""
+        """Runs `call` and returns its result; its time is added to `own_s`."""
         began = time.perf_counter()
         result = call(*arguments)
         self.own_s += time.perf_counter() - began

@@ -1,9 +1,9 @@
-"""What each indicator says, and where it saturates: one gradient at every width, with batch normalisation and without.
+"""Each indicator over the width, and where it saturates, with batch normalisation and without.
 
     python -m benchmarks.chi_saturation [--plot docs/chi-saturation.png]
 
-Six layers of convolution and IF neurons, T = 4, on 64 of scikit-learn's digits; one backward pass for each width, all
-layers at the same width, all else equal.
+Six layers of convolution and IF neurons, T = 4, on 64 of scikit-learn's digits. One backward pass for each width; all
+layers have the same width, and all else is equal.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pipeline.snn.neurons import Neuron, Rule
 
 DEPTH, CHANNELS, T = 6, 16, 4
 GAIN = 2.5
-"""On the initial weights: without normalisation, spikes would die out after a few layers of Kaiming's."""
+"""Factor on Kaiming's initial weights: without it, and without normalisation, spikes die out after a few layers."""
 WIDTHS = torch.logspace(-4, 1, 31)
 COLUMNS = {"chi": "χ", "participation": "participation", "coverage": "coverage", "grad_norm": "gradient norm"}
 
@@ -51,7 +51,7 @@ def measure(normalised: bool) -> dict[str, Tensor]:
     images = torch.tensor(pixels[:64]).float().view(-1, 1, 8, 8).repeat_interleave(2, 2).repeat_interleave(2, 3) / 8
     rows: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
     for width in WIDTHS:
-        # The pilot writes its own widths after every step: under policy fixed, those that it was last given.
+        # The pilot writes widths after every step: under policy fixed, the last ones that it was given.
         pilot.neurons.widths.fill_(width)
         nn.functional.cross_entropy(network(images), torch.tensor(labels[:64])).backward()
         optimizer.step()

@@ -1,9 +1,9 @@
 """The χ study: does steering the widths beat every fixed surrogate? Protocol and log: docs/chi_study.md.
 
-    python -m benchmarks.chi_study run STAGE --scratch DIR [--limit N]   the runs of a stage that nobody has done yet
-    python -m benchmarks.chi_study table STAGE                           what came of them, arm by arm
-    python -m benchmarks.chi_study report [--json FILE] [--plot FILE]    the final figures
-    python -m benchmarks.chi_study plot [--plot FILE]                    the README's picture
+    python -m benchmarks.chi_study run STAGE --scratch DIR [--limit N]   do the runs of a stage that are not done yet
+    python -m benchmarks.chi_study table STAGE                           show their results by arm
+    python -m benchmarks.chi_study report [--json FILE] [--plot FILE]    show the final figures
+    python -m benchmarks.chi_study plot [--plot FILE]                    draw the README's picture
 
 DIR holds CIFAR-10 as shards (`python -m data_prep imagefolder cifar10-images.tar.gz DIR/cifar10`) and what the runs
 share. Several processes may run the same stage: each takes the next run that is free. Every finished run is a line of
@@ -36,7 +36,7 @@ def finished() -> list[dict]:
 
 
 def rounded(value):
-    """Courses with four digits: the file is read by people too."""
+    """`value` with its floats rounded to four digits, so that people can read the file."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     if isinstance(value, list):
@@ -59,7 +59,7 @@ def free(settings: list, claims: Path) -> Iterator:
 
 
 def do(stage: str, scratch: Path, limit: int | None) -> int:
-    """Does at most `limit` runs; the number done."""
+    """Does at most `limit` runs; returns the number done."""
     from benchmarks.chi_study_run import run
 
     done = 0
@@ -89,7 +89,7 @@ def table(stage: str) -> None:
 
 
 def report(json_path: str | None, plot_path: str | None) -> None:
-    """The table of the final stages, and with the paths given its file and the plot."""
+    """Shows the table of the final stages; writes it and the plot to the paths, if given."""
     import torch
 
     from benchmarks import chi_study_report

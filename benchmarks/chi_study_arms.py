@@ -1,10 +1,10 @@
-"""Every run of the χ study, stage by stage; what each stage is for stands in docs/chi_study.md."""
+"""Every run of the χ study by stage; docs/chi_study.md says what each stage is for."""
 
 from benchmarks.chi_study_run import Setting, Varied
 
 FIXED = {"policy": "fixed"}
 LOW = ("fixed 0.25", "fixed 0.5", "fixed 1.0", "atan")
-"""Arms that are tried at half the rate: the others were better at twice the rate than at once, or far behind."""
+"""Arms that are tried at half the learning rate too. The others did better at twice the rate, or were far behind."""
 
 
 def chi(target: float, target_end: float | None = None, **settings) -> dict:
@@ -12,7 +12,7 @@ def chi(target: float, target_end: float | None = None, **settings) -> dict:
 
 
 def _rivals(lr: float, **rest) -> list[Setting]:
-    """Every arm that is not ours."""
+    """Every arm without χ control."""
     fixed = [Setting(arm=f"fixed {w}", width=w, policy=FIXED, lr=lr, **rest) for w in (0.25, 0.5, 1.0, 2.0, 4.0)]
     return [
         *fixed,
@@ -24,7 +24,7 @@ def _rivals(lr: float, **rest) -> list[Setting]:
 
 
 def _search(lr: float, **rest) -> list[Setting]:
-    """Courses of the target, its slope in depth, shape, scale and indicator; from random widths."""
+    """Variants of the target's course and slope in depth, the shape, scale and indicator; from random widths."""
     arms = {
         "chi 0.5 to 0.3": {"policy": chi(0.5, 0.3)},
         "chi 0.4": {"policy": chi(0.4)},
@@ -53,7 +53,7 @@ def _confirm() -> list[Setting]:
 
 
 def _floor() -> list[Setting]:
-    """A rectangle far too narrow: left alone, and steered by coverage or by an indicator that cannot see it starve."""
+    """A far too narrow rectangle: fixed, steered by coverage, or by an indicator that does not see starving layers."""
     blind = chi(0.5, 0.5, indicator="participation", floor_coverage=0.1)
     policies = {
         "narrow, fixed": FIXED,
@@ -70,7 +70,7 @@ FROZEN = chi(0.6, 0.2)
 
 
 def _final() -> list[Setting]:
-    """The frozen arms at the test split: role and name. The baseline and the rival at every second seed."""
+    """The frozen arms on the test split, named "role: name". The baseline and the rival run on every second seed."""
     runs = []
     for seed in range(20):
         common = {"lr": 0.2, "seed": seed, "split": "test"}
@@ -103,7 +103,7 @@ def _transfer() -> list[Setting]:
 
 
 def _deep() -> list[Setting]:
-    """What a deep network asks of the control: the cost of random starts, courses, slopes in depth, scales; T = 2."""
+    """χ control of a deep network at T = 2: random starts, courses of the target, slopes in depth, scales."""
     atan = {"surrogate": "atan", "width": 0.31830988618379067, "policy": FIXED}
     arms = {
         "chi 0.6 to 0.2": {"width": None, "policy": FROZEN},
@@ -124,12 +124,12 @@ def _deep() -> list[Setting]:
 
 
 def quick(target: float, target_end: float | None = None, **settings) -> dict:
-    """By the law in log r, with a decision every second step."""
+    """χ control by the law in log r, with a decision every second step."""
     return chi(target, target_end, interval=2, **settings)
 
 
 def _search_quick() -> list[Setting]:
-    """The small network by the quick control from random starts, over two seeds; and widths that are drawn anew."""
+    """The small network with the quick control from random starts, over two seeds; one arm jitters its widths."""
     arms = {
         "quick 0.4": {"policy": quick(0.4)},
         "quick 0.6 to 0.2": {"policy": quick(0.6, 0.2)},
@@ -142,11 +142,11 @@ def _search_quick() -> list[Setting]:
 
 
 FROZEN_QUICK = quick(0.5, 0.3, target_slope=-0.2)
-"""What the search by the quick control ended with."""
+"""The setting that the search with the quick control ended with."""
 
 
 def _deep_quick() -> list[Setting]:
-    """The deep network by the quick control: started anywhere, or where the first batch's coverage is at its target."""
+    """The deep network with the quick control, from random widths or calibrated on the first batch."""
     arms = {
         "chi 0.5 to 0.3, calibrated": {"policy": FROZEN_QUICK, "calibrated": True},
         "chi 0.5 to 0.3, any start": {"policy": FROZEN_QUICK},
@@ -158,7 +158,7 @@ def _deep_quick() -> list[Setting]:
 
 
 def _final_quick() -> list[Setting]:
-    """The second frozen setting where the first was judged, in fp32; a seed of both arms before the next seed."""
+    """The second frozen setting in the test of the first one, in fp32. Seed by seed, both arms each."""
     runs = []
     for seed in range(20):
         common = {"lr": 0.2, "seed": seed, "split": "test", "precision": "fp32"}
@@ -169,7 +169,7 @@ def _final_quick() -> list[Setting]:
 
 
 def _final_32() -> list[Setting]:
-    """At the images' own resolution, at the test split, over 4 epochs; a seed of every arm before the next seed."""
+    """At the images' own resolution, on the test split, over 4 epochs. Seed by seed, all arms each."""
     runs = []
     for seed in range(4):
         common = {"lr": 0.2, "seed": seed, "split": "test", "image_size": 32, "epochs": 4}
@@ -182,11 +182,11 @@ def _final_32() -> list[Setting]:
 
 
 CARRIED = ("chi 0.5 to 0.3, lif", "fixed 1.0, lif", "atan, lif", "fixed 0.5, lif")
-"""What is run over more seeds: where the search and the sweep for IF ended, the baseline, and a width for LIF."""
+"""Arms that run over more seeds: the results of the search and the sweep for IF, the baseline, a width for LIF."""
 
 
 def _other_neuron() -> list[Setting]:
-    """LIF with τ = 2, whose potentials spread half as far: what was swept for IF, and what was frozen for it."""
+    """LIF with τ = 2, whose potentials spread half as far: the widths swept for IF, and the setting frozen for IF."""
     atan = {"surrogate": "atan", "width": 0.31830988618379067, "policy": FIXED}
     arms = {
         "chi 0.5 to 0.3, lif": {"width": None, "policy": FROZEN_QUICK},

@@ -1,4 +1,4 @@
-"""What the final stage of the χ study says: means, intervals, paired tests, the plot."""
+"""Results of the final stages of the χ study: means, intervals, paired tests, plots."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from benchmarks.table import row
 
 CHI, BASELINE, FIXED, RIVAL = "chi", "atan", "best fixed", "rival"
 FINAL_RATE, CHOSEN = 0.2, "chi 0.6 to 0.2"
-"""Learning rate and course of the target that were frozen before the test split was read."""
+"""Learning rate and course of the target, frozen before the test split was read."""
 
 
 def by_arm(records: list[dict]) -> dict[str, dict[int, float]]:
-    """Accuracy in % by arm and seed; the arm's role is the word before the colon."""
+    """Accuracy in % by arm and seed. An arm's role is the text before its colon."""
     arms: dict[str, dict[int, float]] = defaultdict(dict)
     for record in records:
         arms[record["arm"].split(":")[0]][record["seed"]] = 100 * record["accuracy"]
@@ -23,7 +23,7 @@ def by_arm(records: list[dict]) -> dict[str, dict[int, float]]:
 
 
 def paired(arms: dict[str, dict[int, float]], first: str, second: str) -> np.ndarray:
-    """Differences of the seeds that both have."""
+    """Differences in accuracy on the seeds that both arms have."""
     seeds = sorted(arms[first].keys() & arms[second].keys())
     return np.array([arms[first][seed] - arms[second][seed] for seed in seeds])
 
@@ -34,7 +34,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def carried(records: list[dict]) -> list[dict]:
-    """What the frozen setting gains over other arms with LIF neurons, paired by seed."""
+    """The gain of the frozen setting over other arms with LIF neurons, paired by seed."""
     arms = {arm.removesuffix(", lif"): by_seed for arm, by_seed in by_arm(records).items() if len(by_seed) > 1}
     control = next(arm for arm in arms if arm.startswith("chi"))
     table = []
@@ -117,7 +117,7 @@ def plot(every: list[dict], path: str) -> None:
 
 
 def first_picture(every: list[dict], path: str | Path) -> None:
-    """Accuracy over the width at the start, fixed against steered, and the final runs beside it."""
+    """Left: accuracy over the starting width, fixed and steered. Right: the final runs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,7 +158,7 @@ def sweep(every: list[dict]) -> list[tuple[float, float]]:
 
 
 def steered_starts(every: list[dict]) -> list[tuple[list[float], float]]:
-    """Starting widths by layer and held-out accuracy in % of the runs of the course that was chosen."""
+    """Starting widths by layer and held-out accuracy in % of the runs of the chosen course."""
     from benchmarks.chi_study_run import start_widths
 
     runs = [r for r in every if r["stage"] == "confirm" and r["arm"] == CHOSEN]
@@ -172,7 +172,7 @@ def single_run(every: list[dict]) -> float:
 
 
 def dots(axes, arms: dict[str, dict[int, float]], colours: Sequence[str] = ()) -> None:
-    """Every run of an arm, with mean and 95 % interval."""
+    """Draws every run of each arm as a dot, with mean and 95 % interval."""
     for place, by_seed in enumerate(arms.values()):
         values = np.array(list(by_seed.values()))
         jitter = np.random.default_rng(0).uniform(-0.12, 0.12, len(values))

@@ -1,7 +1,7 @@
 """One run of the χ study: a small SEW-ResNet on CIFAR-10, its widths set by one policy.
 
-Images come from our own shards through our own loader, decoded and scaled once, and stay in memory; the widths are
-steered by `chi.attach`. Training images are numbered in the shards' order, which data_prep has shuffled: the first
+This project's loader decodes and scales the images of the shards once; they then stay in memory. `chi.attach` steers
+the widths. Training images are numbered in the shards' order, which data_prep has shuffled: the first
 40,000 are for training, the last 10,000 for choosing. The test split is read only where `split` is "test".
 """
 
@@ -22,12 +22,12 @@ from pipeline.snn.losses import cross_entropy
 NUM_TRAIN = 40_000
 MOMENTUM = 0.9
 START = (0.25, 4.0)
-"""Random starting widths are drawn log-uniformly from here, one for each layer."""
+"""Range of random starting widths, drawn log-uniformly for each layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What a run depends on; the same for every arm but for the surrogate and its policy."""
+    """Everything that a run depends on. Arms differ only in the surrogate and its policy."""
 
     arm: str
     """Name of the arm."""
@@ -51,10 +51,10 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Varied(Setting):
-    """What was tried later."""
+    """Settings that later stages added."""
 
     jitter: float = 0.0
-    """Before every step each layer's width goes up or down by this much of ln w, as a coin falls."""
+    """Before every step, ln w of each layer changes by plus or minus this, at random."""
     calibrated: bool = False
     """Start where the coverage of the first batch is at its target."""
     neuron: str = "if"
@@ -107,13 +107,13 @@ def accuracy(network: torch.nn.Module, images: Tensor, labels: Tensor, precision
 
 
 def start_widths(seed: int, num_layers: int) -> list[float]:
-    """The widths, one for each layer, from which a run of this seed starts where its setting names none."""
+    """The random widths, one for each layer, from which a run of this seed starts if its setting has no width."""
     drawn = torch.rand(num_layers, generator=torch.Generator().manual_seed(1000 + seed))
     return [START[0] * (START[1] / START[0]) ** u for u in drawn.tolist()]
 
 
 def run(setting: Setting, shards: Path, cache: Path) -> dict:
-    """Trains one network and returns the setting with what came of it."""
+    """Trains one network; returns the setting with the results."""
     began = time.monotonic()
     images, labels = images_of(shards, "train", setting.image_size, cache)
     generator = torch.Generator().manual_seed(setting.seed)

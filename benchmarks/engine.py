@@ -1,4 +1,4 @@
-"""The training loop beside the bare model: what loader, engine, χ, controller and metrics add to a step.
+"""The training loop against the bare model: what loader, engine, χ, controller and metrics add to a step.
 
     python -m benchmarks.engine [--quick] [--json FILE]
 
@@ -29,7 +29,7 @@ SETTING = {"batch": 16, "micro_batch": 4}
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, list[float]]:
-    """Seconds a step, by side and round; a first turn of each warms it up."""
+    """Seconds a step, by side and round, after one turn of each side to warm up."""
     write_set(scratch / "data/train", real_images(), per_shard=50)
     sides: dict[str, Side] = {}
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}

@@ -1,4 +1,4 @@
-"""One side of benchmarks/engine.py, in a process of its own: trains as many steps as each line of its input says.
+"""One side of benchmarks/engine.py, in its own process: each input line gives a number of steps to train.
 
 The first line is a JSON object that says what to build; the answer to every line is one JSON line, with the seconds.
 """
@@ -52,7 +52,7 @@ def fixed_batches(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def bare(config: Config, make: Callable) -> None:
-    """The model's step on images that lie in memory; `make` gives what one step of them is."""
+    """Trains on images in memory; `make` gives the function of one step."""
     torch.manual_seed(config.train.seed)
     classes = len(Manifest.load(f"{config.data.path}/train").classes)
     network = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.image_size)
@@ -95,7 +95,7 @@ def with_deepspeed(config: Config, network) -> Callable:
 
 
 def whole_loop(config: Config) -> None:
-    """The training loop itself; between two of its steps it waits until it may go on."""
+    """The training loop itself; between turns it waits for the next input line."""
     from pipeline import train
     from pipeline.ranks.stop_requests import Watch
     from pipeline.run import prepare

@@ -3,9 +3,9 @@
     python -m benchmarks.flagship ILSVRC_MINI [--log FILE]
 
 ILSVRC_MINI is a folder with a few hundred images packed as ImageNet is: ILSVRC2012_img_train.tar, _img_val.tar and
-_devkit_t12.tar.gz. They are sharded, then `imagenet_sew34_chi` trains 20 steps of 16 images on two CPU ranks in bf16;
-every process gets SIGKILL after step 12, and the run is started again. It goes on from the checkpoint after step 10,
-and the steps that it repeats must have the losses that they had, to the last bit.
+_devkit_t12.tar.gz. They are sharded, then `imagenet_sew34_chi` trains 20 steps of 16 images on two CPU ranks in bf16.
+After step 12 every process gets SIGKILL, and the run is started again. It resumes from the checkpoint after step 10,
+and the repeated steps must have the same losses to the last bit.
 """
 
 import argparse
@@ -24,7 +24,7 @@ STEPS, BATCH, KILLED_AFTER, EVERY = 20, 16, 12, 5
 
 
 def shards(archives: Path, folder: Path) -> list[str]:
-    """Packs the archives; the lines that data_prep says."""
+    """Packs the archives; returns the lines that data_prep prints."""
     command = [sys.executable, "-m", "data_prep", "imagenet", str(folder)]
     for option, name in (("train", "img_train.tar"), ("val", "img_val.tar"), ("devkit", "devkit_t12.tar.gz")):
         command += [f"--{option}", str(archives / f"ILSVRC2012_{name}")]
@@ -53,7 +53,7 @@ def command(data: Path, run_dir: Path) -> list[str]:
 
 
 def run(words: list[str], kill_at: int | None) -> tuple[int, list[str]]:
-    """Exit code and lines of ours of a job, killed with all its processes once it has printed step `kill_at`."""
+    """Runs a job and kills all its processes once it printed step `kill_at`; returns its exit code and our lines."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -62,7 +62,7 @@ def run(words: list[str], kill_at: int | None) -> tuple[int, list[str]]:
     assert process.stdout is not None
     for line in process.stdout:
         if re.match(r"\[\d{4}-|WARNING|\s*$", line):
-            continue  # the launcher's own
+            continue  # a line of the launcher
         lines.append(line.rstrip())
         print(lines[-1], flush=True)
         if kill_at is not None and re.match(rf"step +{kill_at}/", line):
@@ -78,7 +78,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("archives", type=Path)
-    parser.add_argument("--log", metavar="FILE", type=Path, help="write what was said here")
+    parser.add_argument("--log", metavar="FILE", type=Path, help="write the output here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data, run_dir = Path(scratch) / "imagenet", Path(scratch) / "run"

@@ -1,12 +1,12 @@
-"""Kill-and-resume cycles: SIGKILL to every process of a job at random moments, and the same final weights bit for bit.
+"""Kill-and-resume cycles: SIGKILL to all processes of a job at random moments; final weights must be the same bits.
 
     python -m benchmarks.kill_resume [--cycles N] [--seed N] [--json FILE] [--quick]
 
-A small network learns the digits on two CPU ranks through the real launcher. First one run that nothing disturbs; then
-runs that are killed again and again, in their start-up, in steps, saves and evaluations, until each has come to its
-end. What they leave must be what the first one left: parameters, momentum, widths, every step's loss. A last run is
-asked to stop with SIGTERM and started again: which steps it repeats is read from its lines. With --json the cycles of
-earlier calls in FILE are kept and added to, so that many can be made in pieces; each call needs another --seed.
+A small network learns the digits on two CPU ranks through the real launcher. The first run is not disturbed. Later runs
+are killed again and again, in start-up, steps, saves and evaluations, until each is complete. Their results must equal
+those of the first: parameters, momentum, widths, every step's loss. A last run is stopped with SIGTERM and started
+again; its lines show which steps it repeats. With --json the cycles of earlier calls in FILE are kept and added to, so
+that many cycles can be split over several calls; each call needs another --seed.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def words(data: Path, run_dir: Path) -> list[str]:
 
 
 def left(run_dir: Path) -> dict:
-    """What must be the same: everything that the run computed."""
+    """All results of a run, which must be the same."""
     state = load_newest(run_dir)
     assert state is not None
     records = [r for r in read_journal(run_dir / "metrics.jsonl") if "train_loss" in r]
@@ -93,7 +93,7 @@ class Job:
         self.stepped.set()
 
     def killed_after(self, seconds: float, *, of_steps: bool) -> bool:
-        """Kills everything so long after the start, or the first step; False where the job ended before."""
+        """Kills all processes `seconds` after the start, or after the first step; False if the job ended before."""
         if of_steps:
             self.stepped.wait()
         try:
@@ -109,7 +109,7 @@ class Job:
 
 
 def cycles(data: Path, scratch: Path, count: int, seed: int) -> tuple[int, list[float], int, list[str]]:
-    """Kills, at least `count`; seconds from each to the next step that was done; runs that ended; what differed."""
+    """Kills at least `count` times. Returns kills, seconds from each to the next step, complete runs, differences."""
     straight = scratch / "straight"
     ended = launch("launch/train.py", *words(data, straight))
     assert ended.returncode == EXIT_DONE, ended.output
@@ -136,7 +136,7 @@ def cycles(data: Path, scratch: Path, count: int, seed: int) -> tuple[int, list[
 
 
 def repeated_after_stop(data: Path, run_dir: Path) -> int:
-    """Steps that are made again after SIGTERM in the middle and a new start."""
+    """Number of steps that a run repeats after SIGTERM in the middle and a new start."""
     job = Job(data, run_dir)
     job.stepped.wait()
     time.sleep(1)
@@ -152,7 +152,7 @@ def repeated_after_stop(data: Path, run_dir: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cycles", type=int, default=20, help="kills to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="for the moments of the kills")
     parser.add_argument("--quick", action="store_true", help="two kills")
     parser.add_argument("--json", metavar="FILE", help="add to the figures here")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""The loader beside bare DALI, DALI's own reader, and Pillow in a torch DataLoader; resume, planning, data wait.
+"""The loader against bare DALI, DALI's own reader, and Pillow in a torch DataLoader; resume, planning, data wait.
 
     python -m benchmarks.loader [--quick] [--json FILE] [--digits DIR]
 
 Images: ilsvrc-mini (the folder that CHISPIKE_DATA names, or ../shared/data). Every round runs each side in turn on the
-same cores, each in a process of its own and after warm-up; a ratio is the median of the rounds' ratios, so that a busy
-moment of the machine touches both sides. Where a goal is missed, the report says where the loader's CPU time goes.
+same cores, in its own process and after warm-up. A ratio is the median of the rounds' ratios, so that a busy moment of
+the machine affects both sides. If a goal is missed, the report says where the loader's CPU time goes.
 """
 
 import argparse
@@ -41,7 +41,7 @@ GOALS = {"bare_dali": 0.95, "native_dali": 1.0, "webdataset_pillow": 3.0, "folde
 IMAGENET_SHARDS, PER_SHARD = 1280, 1000
 
 
-# One side, in a process of its own.
+# One side, in its own process.
 
 
 def side(name: str, path: str, cache: str, threads: int, batches: int) -> dict:
@@ -65,7 +65,7 @@ def side(name: str, path: str, cache: str, threads: int, batches: int) -> dict:
 
 
 def thread_seconds() -> dict[str, float]:
-    """CPU seconds by thread: Python's by name, those of DALI together."""
+    """CPU seconds by thread: Python's threads by name, all of DALI's together."""
     import threading
 
     names = {thread.native_id: thread.name.split("_")[0] for thread in threading.enumerate()}
@@ -78,7 +78,7 @@ def thread_seconds() -> dict[str, float]:
 
 
 def first_batch(path: str, start: int) -> dict:
-    """Seconds and peak memory from nothing to the first batch at sample `start`."""
+    """Seconds and peak memory from a cold start to the first batch at sample `start`."""
     import torch
 
     from pipeline.config import DataConfig
@@ -106,7 +106,7 @@ def planning() -> dict:
 
 
 def alone(call: str, *words: object) -> dict:
-    """`call(*words)` of this file in a fresh process."""
+    """The result of `call(*words)` of this file in a fresh process."""
     code = f"import json; from benchmarks import loader; print(json.dumps(loader.{call}(*{words!r})))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -141,7 +141,7 @@ def write_images(folder: Path) -> None:
 
 
 def write_imagenet_sized(folder: Path) -> None:
-    """A set of 1.28M samples: 1,280 names of one shard of 1,000 small images."""
+    """A set of 1.28M samples: 1,280 names for one shard of 1,000 small images."""
     from pipeline.data.manifest import MANIFEST_NAME, Manifest
 
     one = write_set(folder / "train", [drawn_jpeg(n, 32, 32) for n in range(PER_SHARD)], per_shard=PER_SHARD)
@@ -187,7 +187,7 @@ def compare(folder: Path, threads: int, rounds: int) -> tuple[list[dict], dict]:
 
 
 def resume(folder: Path, rounds: int) -> list[dict]:
-    """The first batch at sample 1,000,000 beyond that at sample 0."""
+    """What the first batch costs at sample 1,000,000 beyond that at sample 0."""
     write_imagenet_sized(folder)
     pairs = [
         (alone("first_batch", str(folder), 0), alone("first_batch", str(folder), 1_000_000)) for _ in range(rounds)
@@ -210,7 +210,7 @@ def resume(folder: Path, rounds: int) -> list[dict]:
 
 
 def data_wait(folder: Path, digits: Path, epochs: int) -> list[dict]:
-    """Share of the step time that `make train`'s loop waited, after its first ten steps, on two ranks."""
+    """Share of the step time that `make train` waits for data on two ranks, after its first ten steps."""
     if not (digits / "val" / "manifest.json").exists():
         print(f"no digits in {digits} (python -m data_prep digits {digits}): the data wait is left out")
         return []

@@ -39,7 +39,7 @@ def ours(path: str, threads: int, cache: str = "") -> Generator[torch.Tensor, No
 
 
 def from_memory(path: str) -> Callable[[], tuple[list[np.ndarray], Windows]]:
-    """Batches of the set's images, read and their windows drawn beforehand."""
+    """Gives batches of the set's images; they are read, and their windows drawn, beforehand."""
     folder = Path(path) / "train"
     encoded, sizes = [], []
     for shard in Manifest.load(folder).shards:
@@ -68,7 +68,7 @@ def from_memory(path: str) -> Callable[[], tuple[list[np.ndarray], Windows]]:
 
 
 def bare_dali(path: str, threads: int) -> Generator[torch.Tensor, None, None]:
-    """The same graph fed with the same images from memory: what DALI can do at most."""
+    """The same graph fed with the same images from memory: the most that DALI can do."""
     graph = Graph(config(path, threads), CPU, from_memory(path), batch_size=BATCH, ahead=3)
     while True:
         yield graph.run()
@@ -102,7 +102,7 @@ def decode_only(path: str, threads: int) -> Generator[object, None, None]:
 
 
 def native_dali(path: str, threads: int, *, fancy: bool = True) -> Generator[torch.Tensor, None, None]:
-    """DALI's own reader of WebDataset tars and random crops; `fancy` chroma upsampling is the graph's above."""
+    """DALI's own reader of WebDataset tars and random crops; `fancy` chroma upsampling is as in our graph."""
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import pipeline_def
 
@@ -142,7 +142,7 @@ def native_dali(path: str, threads: int, *, fancy: bool = True) -> Generator[tor
 
 
 def random_resized_crop(image: Image.Image) -> torch.Tensor:
-    """What torchvision's RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize do, by Pillow."""
+    """torchvision's RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, done with Pillow."""
     image = image.convert("RGB")
     width, height = image.size
     box = (0, 0, width, height)
@@ -166,7 +166,7 @@ def _decode(encoded: bytes) -> torch.Tensor:
 
 
 def webdataset_pillow(path: str, threads: int) -> Generator[torch.Tensor, None, None]:
-    """webdataset and Pillow in a torch DataLoader with a worker a core."""
+    """webdataset and Pillow in a torch DataLoader with one worker per core."""
     import webdataset
 
     tars = sorted(str(tar) for tar in (Path(path) / "train").glob("*.tar"))
@@ -180,7 +180,7 @@ def _stack(samples: list[tuple[torch.Tensor]]) -> torch.Tensor:
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """One file an image."""
+    """An image folder with one file per image."""
 
     def __init__(self, folder: Path) -> None:
         self.paths = sorted(folder.rglob("*.jpg"))
@@ -193,12 +193,12 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 def folder_pillow(path: str, threads: int) -> Generator[torch.Tensor, None, None]:
-    """An image folder and Pillow in a torch DataLoader with a worker a core."""
+    """An image folder and Pillow in a torch DataLoader with one worker per core."""
     images = ImageFolder(Path(path) / "folder")
     sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=1 << 30)
     yield from torch.utils.data.DataLoader(images, BATCH, sampler=sampler, num_workers=threads, prefetch_factor=2)
 
 
 def native_default(path: str, threads: int) -> Generator[torch.Tensor, None, None]:
-    """`native_dali` with the plain chroma upsampling that is its default: less work, other pixels than on a GPU."""
+    """`native_dali` with plain chroma upsampling, its default: less work, but other pixels than on a GPU."""
     return native_dali(path, threads, fancy=False)

@@ -1,12 +1,12 @@
-"""Bytes that a spiking layer moves and keeps for a neuron-step, against SpikingJelly 2.0, on the CPU in bf16.
+"""Bytes per neuron-step that a spiking layer moves and keeps, against SpikingJelly 2.0, on the CPU in bf16.
 
     python -m benchmarks.neuron_bytes [--quick] [--json FILE] [--peer PYTHON]
 
-Kept: what a forward pass leaves in its graph and modules when its inputs and its output are gone, counted by torch's
-allocator. Moved: processor seconds of a forward and backward pass on one thread times the rate of a copy in the same
-round, so the bytes that a copy would have moved meanwhile; arithmetic that the memory waits for counts too. Counted
-figures come from reading the code, the peer's from its fused GPU kernel, which does not run here: on the CPU it runs
-plain torch operations. Each side is a process of its own; their rounds alternate.
+Kept: the bytes in graph and modules after a forward pass, when its inputs and output are freed, by torch's allocator.
+Moved: processor seconds of a forward and backward pass on one thread, times the rate of a copy in the same round: the
+bytes that a copy would have moved in that time. So arithmetic that is slower than memory counts too. Counted figures
+come from reading the code. The peer's are those of its fused GPU kernel, which does not run here: on the CPU the peer
+runs plain torch operations. Each side has its own process; their rounds alternate.
 """
 
 import argparse
@@ -26,17 +26,17 @@ COUNTED = {
     # Peer: statistics 2, y 2, x 2; neurons 20; s 2, shortcut 2, out 2; sums y 2, grad 2; y 2, grad 2, grad y 2.
     "BN + neurons + shortcut": {"ours": (20, 2), "peer": (42, 6)},
 }
-"""Moved and kept, in bytes for a neuron-step in bf16 at T = 4."""
+"""Bytes moved and kept per neuron-step, in bf16 at T = 4, counted from the code."""
 
 
 def measure(arguments: argparse.Namespace, shape: dict) -> tuple[dict[str, dict], dict[str, list[dict]], str]:
-    """Bytes kept by op, and the times of every round, by side; and torch's version."""
+    """By side: bytes kept by each op, and the times of every round. Then torch's version."""
     sides: dict[str, Side] = {}
     peer = peer_python(arguments.peer)
     try:
         for name in SIDES:
             python = peer if name == "peer" else sys.executable
-            # Without this every large tensor would be new pages of the system, whose faults would be timed.
+            # Without this every large tensor would get new pages, and the time would include their page faults.
             memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
             sides[name] = Side(python, "neuron_bytes_side.py", {**shape, "side": name}, memory)
         kept = {name: sides[name].ask("kept") for name in SIDES}
@@ -51,7 +51,7 @@ def measure(arguments: argparse.Namespace, shape: dict) -> tuple[dict[str, dict]
 
 
 def rows(kept: dict[str, dict], rounds: dict[str, list[dict]], neuron_steps: int) -> list[dict]:
-    """The table: every figure in bytes for a neuron-step, and the ratios of ours to the peer's."""
+    """The table: every figure in bytes per neuron-step, and the ratios of ours to the peer's."""
     found = []
     for op in OPS:
         by_copy = {

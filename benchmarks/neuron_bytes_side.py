@@ -1,7 +1,7 @@
-"""One side of benchmarks/neuron_bytes.py, in a process of its own: times and kept bytes of a spiking layer's ops.
+"""One side of benchmarks/neuron_bytes.py, in its own process: times and kept bytes of a spiking layer's ops.
 
 The first line on standard input is a JSON object that says what to build; every further line asks for a round. The
-answer to each is one JSON line. Run by the environment that has the side's packages.
+answer to each line is one JSON line. It runs in the environment that has the side's packages.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 REPEATS = 3
-"""Runs of each op in a round; the median counts."""
+"""Runs of each op in a round, of which the median is used."""
 
 
 def kept_by(function: Callable[[], object]) -> int:
@@ -44,7 +44,7 @@ def our_ops(T: int, C: int, checkpoint: bool) -> dict[str, Callable]:
 
 
 def peer_ops(T: int, C: int) -> tuple[dict[str, Callable], Callable[[], None]]:
-    """The same of SpikingJelly, multi-step, as its SEW-ResNet puts them together, and what resets them before a run."""
+    """The same ops of SpikingJelly in multi-step mode, as in its SEW-ResNet, and a function that resets them."""
     from benchmarks.train_step_side import peer_packages
 
     functional, layer, neuron, surrogate, sew_resnet = peer_packages()
@@ -70,12 +70,12 @@ def peer_ops(T: int, C: int) -> tuple[dict[str, Callable], Callable[[], None]]:
 
 
 def kept(op: Callable, reset: Callable[[], None], y: torch.Tensor, shortcut: torch.Tensor) -> int:
-    """Bytes that the op's graph and modules hold when its inputs and its output are gone."""
+    """Bytes that the op's graph and modules hold when its inputs and its output are freed."""
     reset()
     graphs = []
 
     def forward() -> None:
-        # Copies are made inside, so that an input counts if the graph keeps it, and only then.
+        # Copies are made inside, so that an input counts only if the graph keeps it.
         inputs = [t.detach().requires_grad_().clone(memory_format=torch.preserve_format) for t in (y, shortcut)]
         with torch.autocast("cpu", torch.bfloat16):
             graphs.append(op(*inputs).grad_fn)
@@ -100,7 +100,7 @@ def times(op: Callable, reset: Callable[[], None], y: torch.Tensor, shortcut: to
 
 
 def copying(y: torch.Tensor) -> float:
-    """Bytes a processor second, read and written, of copying a tensor."""
+    """Bytes read and written per processor second when a tensor is copied."""
     to, seconds = torch.empty_like(y), []
     for _ in range(REPEATS):
         start = time.process_time()
@@ -111,7 +111,7 @@ def copying(y: torch.Tensor) -> float:
 
 def main() -> None:
     job = json.loads(sys.stdin.readline())
-    # One thread, so that processor seconds are seconds of work and not of waiting for another thread.
+    # One thread: processor seconds must not include waits for other threads.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     T, N, C, size, side = (job[name] for name in ("T", "N", "C", "size", "side"))
@@ -125,7 +125,7 @@ def main() -> None:
     print(json.dumps({"torch": torch.__version__}), flush=True)
     for line in sys.stdin:
         if json.loads(line) == "kept":
-            # Twice, for what only a first call makes: compiled kernels, constants.
+            # Twice: the first call also makes compiled kernels and constants.
             answer = [{name: kept(op, reset, y, shortcut) for name, op in ops.items()} for _ in range(2)][1]
         else:
             answer = {name: times(op, reset, y, shortcut) for name, op in ops.items() if name != "block"}

@@ -1,8 +1,8 @@
-"""What 8, 64, 512 and 4,096 GPUs would ask of each part, from measured costs:  python -m benchmarks.scale [--quick]
+"""What 8, 64, 512 and 4,096 GPUs would need of each part, from measured costs:  python -m benchmarks.scale [--quick]
 
 SEW-ResNet34 on ImageNet, T=4, one micro-batch of 32 a GPU and step. Sizes and counts come from the program itself:
-the order and the cache are run for every size (scale_parts.py), a checkpoint is written, a page of metrics is served.
-Rates of hardware that was not at hand are ASSUMED; each stands in the results beside what was made of it.
+order and cache are run at every size (scale_parts.py), a checkpoint is written, a page of metrics is served. Rates of
+hardware that was not available are ASSUMED; the results list them beside the figures made from them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pipeline.metrics.exporter import NodeServer
 
 SIZES = (8, 64, 512, 4096)
 RECIPE = "imagenet_sew34_chi"
-SHARD_BYTES, WINDOW_SHARDS = 256 << 20, 16  # what data_prep and the recipe take where nothing else is said
+SHARD_BYTES, WINDOW_SHARDS = 256 << 20, 16  # the defaults of data_prep and the recipe
 SMALL_SHARD_BYTES, SMALL_WINDOW = 32 << 20, 1
 
 ASSUMED = {
@@ -39,7 +39,7 @@ ASSUMED = {
     "chi_bytes_per_layer": (25.1, "added to the all-reduce: benchmarks/results/chi_overhead.json"),
     "loader_images_per_s_core": (446.0, "images/s a core decodes: benchmarks/results/loader.json"),
 }
-"""Name: (value, what it is and where it is from); the last three were measured, by other benchmarks of ours."""
+"""Name: (value, what it is and its source). The last three were measured by other benchmarks here."""
 
 
 def assumed(name: str) -> float:
@@ -47,7 +47,7 @@ def assumed(name: str) -> float:
 
 
 def scrape(num_layers: int, repeats: int, *, first: bool) -> tuple[int, int, float]:
-    """Series and bytes of a node's page of metrics, and the median seconds of reading it; the first has rank 0's."""
+    """Series and bytes of a node's metrics page, and the median seconds to read it. `first`: the node of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         parts.snapshots(Path(folder), num_layers, first=first)
         server = NodeServer(Path(folder), host="127.0.0.1", port=0)
@@ -63,7 +63,7 @@ def scrape(num_layers: int, repeats: int, *, first: bool) -> tuple[int, int, flo
 
 
 def reduce_s(num_bytes: float, gpus: int) -> float:
-    """An all-reduce: within the nodes, then between them, each node's link carrying all of it twice."""
+    """Seconds of an all-reduce: within nodes, then between them, where each node's link carries all bytes twice."""
     nodes, inside = gpus // parts.RANKS_PER_NODE, min(gpus, parts.RANKS_PER_NODE)
     seconds = 2 * num_bytes * (inside - 1) / inside / assumed("gpu_link_bytes_per_s")
     if nodes > 1:
@@ -73,14 +73,14 @@ def reduce_s(num_bytes: float, gpus: int) -> float:
 
 
 def first_epoch_bytes(data: parts.Set, gpus: int, micro_batch: int) -> float:
-    """What a node fetches in the first epoch with room for all of it: the mean of its first, middle and last node."""
+    """Bytes that a node fetches in the first epoch with an unlimited cache: mean of the first, middle and last node."""
     nodes = sorted({0, gpus // parts.RANKS_PER_NODE // 2, gpus // parts.RANKS_PER_NODE - 1})
     counts = [parts.downloads(parts.wanted(data, gpus, micro_batch, node), len(data.sizes)) for node in nodes]
     return statistics.mean(counts) * data.shard_bytes
 
 
 def lost_work(gpus: int, every_s: float, save_s: float) -> tuple[float, float, float]:
-    """Hours between failures, the share of the time that failures and checkpoints cost, and the best interval (s)."""
+    """Hours between failures, share of time lost to failures and checkpoints, best checkpoint interval in seconds."""
     mtbf_s = assumed("gpu_mtbf_h") * 3600 / gpus
     lost = save_s / every_s + (every_s / 2 + assumed("restart_s")) / mtbf_s
     return mtbf_s / 3600, lost, math.sqrt(2 * save_s * mtbf_s)
@@ -96,7 +96,7 @@ def at_size(
     small = parts.Set(assumed("sample_bytes"), SMALL_SHARD_BYTES, SMALL_WINDOW)
     gradient, chi = 4.0 * num_parameters, assumed("chi_bytes_per_layer") * num_layers
     compute = micro_batch / assumed("gpu_images_per_s")
-    reduce = 1.5 * reduce_s(gradient, gpus)  # ZeRO-1 sends the new weights round, too: half an all-reduce
+    reduce = 1.5 * reduce_s(gradient, gpus)  # ZeRO-1 also all-gathers the new weights: half an all-reduce
     step = compute + reduce
     steps = math.ceil(parts.SAMPLES / (gpus * micro_batch))
     node_rate = parts.RANKS_PER_NODE * micro_batch / step
@@ -128,7 +128,7 @@ def at_size(
 
 
 def counting_s(num_parameters: int) -> float:
-    """The sums that χ needs, over a gradient of all parameters, on one core here."""
+    """Seconds of the sums that χ needs, over a gradient of all parameters, on one core here."""
     gradient, times = torch.randn(num_parameters), []
     for _ in range(5):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What benchmarks/scale.py measures or runs for real: the order and the cache at any number of ranks, a checkpoint."""
+"""The parts that benchmarks/scale.py really runs: order and cache at any number of ranks, a checkpoint, metrics."""
 
 import hashlib
 import statistics
@@ -47,14 +47,14 @@ class Set(NamedTuple):
 
 
 def network(config: ModelConfig) -> tuple[int, int]:
-    """Parameters and spiking layers."""
+    """Number of parameters and of spiking layers."""
     with torch.device("meta"):
         model = sew_resnet.build(config, num_classes=1000, image_size=224)
     return sum(p.numel() for p in model.parameters()), len(model.spiking_layers())
 
 
 def every_sample_once(data: Set, world_size: int, micro_batch: int) -> bool:
-    """Whether one epoch's steps give each sample to exactly one rank, asked of every rank as its loader asks."""
+    """Whether one epoch gives each sample to exactly one rank; every rank is asked as its loader asks."""
     order, global_batch = data.order(), world_size * micro_batch
     seen = np.zeros(SAMPLES, dtype=np.int64)
     for step in range(-(-SAMPLES // global_batch)):
@@ -76,7 +76,7 @@ def planning_s(data: Set, world_size: int, micro_batch: int) -> float:
 def wanted(data: Set, world_size: int, micro_batch: int, node: int) -> Iterator[list[int]]:
     """The shards that the ranks of a node ask their cache for, request after request, in one epoch.
 
-    As the loader: the windows of the micro-batch, and the window that the rank needs next.
+    As in the loader: the windows of the micro-batch, and the window that the rank needs next.
     """
     order, global_batch = data.order(), world_size * micro_batch
     for step in range(-(-SAMPLES // global_batch)):
@@ -110,14 +110,14 @@ class _Counting(Remote):
 
 
 def real_downloads(data: Set, world_size: int, micro_batch: int, node: int, capacity: int) -> int:
-    """The same by `pipeline.data.cache.Cache` itself, with tiny shards from a folder in the place of a store."""
+    """As `downloads`, by the real `pipeline.data.cache.Cache`, with tiny shards from a folder as the store."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder, "store")
         store.mkdir()
         shards = [_tiny_shard(store, number) for number in range(len(data.sizes))]
         remote = _Counting(f"file://{store}")
         each = sum((store / name).stat().st_size for name in (shards[0].tar, shards[0].samples))
-        room = (capacity - 1) * each + cached_bytes(shards[0])  # one that comes is counted with the most it may take
+        room = (capacity - 1) * each + cached_bytes(shards[0])  # a download counts with the most that it may take
         cache = Cache(f"{folder}/cache", remote, capacity_bytes=room)
         for numbers in wanted(data, world_size, micro_batch, node):
             for number in numbers:
@@ -148,7 +148,7 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoint(num_parameters: int) -> Checkpoint:
-    """A checkpoint of so many fp32 weights and as much momentum, as rank 0 writes it and every rank reads it."""
+    """A checkpoint of `num_parameters` fp32 weights and as much momentum: rank 0 writes it, every rank reads it."""
     tensors = {name: torch.randn(num_parameters) for name in ("parameters", "momentum")}
     saves, loads, num_bytes = [], [], 0
     with tempfile.TemporaryDirectory() as folder:
@@ -163,8 +163,8 @@ def checkpoint(num_parameters: int) -> Checkpoint:
 
 
 def snapshots(folder: Path, num_layers: int, *, first: bool) -> None:
-    """What a node shows while it trains: each rank what is its own, the supervisor its restarts; on the first node rank
-    0 all the rest and the layers too.
+    """Writes a node's metrics: each rank's own and the supervisor's restarts. On the first node rank 0 adds all others,
+    and those of the layers.
     """
     values = {
         "phase": PHASES,

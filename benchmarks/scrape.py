@@ -1,10 +1,10 @@
-"""What Prometheus costs the training: processor time of snapshots and scrapes against a step, in one run.
+"""What Prometheus costs the training: processor time of snapshots and scrapes, against a step in the same run.
 
     python -m benchmarks.scrape [--quick] [--json FILE]
 
-The server runs in the process that trains, as on a machine without a supervisor, and shows all metrics of a rank 0 with
-the 36 layers of SEW-ResNet34. Another process scrapes; only this one's processor time counts, and every scrape finds a
-new snapshot. Against it stands a step of SEW-ResNet34 that is far smaller than any real one.
+The server runs in the training process, as on a machine without a supervisor, and serves all metrics of a rank 0 with
+the 36 layers of SEW-ResNet34. Another process scrapes; only the server process's processor time counts, and every
+scrape finds a new snapshot. It is compared with a step of SEW-ResNet34 that is far smaller than any real one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pipeline.metrics.snapshots import Snapshot
 from pipeline.snn import losses, sew_resnet
 
 INTERVAL_S = 15
-"""Between two scrapes, as k8s/monitoring sets it."""
+"""Seconds between two scrapes, as in k8s/monitoring."""
 LOG_EVERY = 10
 """Steps between two snapshots: the default of train.log_every."""
 CLIENT = """
@@ -40,7 +40,7 @@ for line in sys.stdin:
 
 
 def filled(folder: Path, layers: list[str]) -> Snapshot:
-    """Rank 0's snapshot with a value for every metric; digits as long as they come."""
+    """Rank 0's snapshot with a value of full precision for every metric."""
     snapshot = Snapshot(folder, "rank-0", run="benchmark", rank="0")
     for number, (name, metric) in enumerate(METRICS.items()):
         own = [label for label in metric.labels if label not in ("rank", "layer")]
@@ -93,7 +93,7 @@ def steps(times: int) -> tuple[list[float], list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few repetitions, to see that it works")
-    parser.add_argument("--json", help="write the figures there")
+    parser.add_argument("--json", help="write the figures here")
     arguments = parser.parse_args()
     step_times, layers = steps(3 if arguments.quick else 15)
     writes, scrapes, size = costs(layers, 10 if arguments.quick else 200)

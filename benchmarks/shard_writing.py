@@ -4,9 +4,9 @@
 
 All sides read the same files in turn, warm in the page cache: at least 2 GB of ImageNet's JPEGs in class folders (the
 400 of ilsvrc-mini, repeated). Medians of neighbouring ratios are shown. Our side is timed as the whole command, from
-start to exit, files flushed to disk; the others from after their imports to their last write. The last line says what
-processor time reading, hashing, writing and decoding these bytes cannot do without. Without ilsvrc-mini
-beside the repository or in CHISPIKE_DATA the images are made up, and the table says so.
+start to exit with files flushed to disk; the others from after their imports to their last write. The last line gives
+the least processor time that reading, hashing, writing and decoding these bytes takes. If ilsvrc-mini is neither beside
+the repository nor in CHISPIKE_DATA, the images are synthetic, and the table says so.
 """
 
 import argparse
@@ -38,7 +38,7 @@ FULL_BYTES, QUICK_BYTES = 2_050_000_000, 200_000_000
 
 
 def find_images(given: str | None) -> tuple[list[tuple[str, bytes]], str]:
-    """(class, JPEG) of each image there is to repeat, and what they are."""
+    """(class, JPEG) of each image to repeat, and a description of the images."""
     base = Path(given or os.environ.get("CHISPIKE_DATA") or ROOT.parent / "shared" / "data")
     if (base / ARCHIVE).exists():
         data, images = (base / ARCHIVE).read_bytes(), []
@@ -106,7 +106,7 @@ def shard_writer_loop(folder: Path, out: Path) -> float:
 
 
 def gnu_tar(folder: Path, out: Path, *, flush: bool) -> float:
-    """Seconds of `tar cf`; with `flush` until the disk has it, as our shards are when they are done."""
+    """Seconds of `tar cf`; with `flush`, until the file is on disk, as our shards are."""
     start = time.perf_counter()
     subprocess.run(["tar", "cf", str(out), "-C", str(folder), "."], check=True)
     if flush:
@@ -115,7 +115,7 @@ def gnu_tar(folder: Path, out: Path, *, flush: bool) -> float:
 
 
 def core_seconds(folder: Path, scratch: Path) -> dict[str, float]:
-    """Processor time of each thing that packing has to do to every byte, one after the other in this process."""
+    """Processor time of each thing that packing must do to every byte, done in turn in this process."""
     spent: dict[str, float] = dict.fromkeys(("read the files", "SHA-256", "write", "decode"), 0.0)
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -144,7 +144,7 @@ def ours(folder: Path, out: Path, *options: str) -> float:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of change of every file: what shows a file that was written again."""
+    """Inode and mtime of every file: they change when a file is written again."""
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
@@ -157,7 +157,7 @@ def measure(scratch: Path, folder: Path, rounds: int, processes: int) -> dict[st
         print(f"  {name:36} {value:8.2f} s", flush=True)
         shutil.rmtree(out, ignore_errors=True)
         out.unlink(missing_ok=True) if out.is_file() else None
-        os.sync()  # what one side left to be written must not slow the next
+        os.sync()  # unwritten pages of one side must not slow the next
 
     workers = ("--workers", str(processes))
     for turn in range(rounds):

@@ -1,4 +1,4 @@
-"""A side of a comparison: a process of its own, in its own environment, that answers JSON lines with JSON lines."""
+"""A side of a comparison: a process in its own Python environment that answers JSON lines with JSON lines."""
 
 import json
 import os
@@ -11,7 +11,7 @@ PEER = ("torch==2.13.0", "numpy", "spikingjelly==2.0.0")
 
 
 def peer_python(given: str | None) -> str:
-    """A Python that has SpikingJelly, `given` or one under build/peer, which is made where there is none."""
+    """A Python that has SpikingJelly, `given` or one under build/peer, which is made at first use."""
     if given:
         return given
     home = Path("build/peer")
@@ -46,7 +46,7 @@ class Side:
         self.torch: str = self.ask(job)["torch"]
 
     def ask(self, question: object) -> dict:
-        """The answer to one line; ends the benchmark where the process has ended."""
+        """The answer to one line; ends the benchmark if the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + "\n")

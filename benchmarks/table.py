@@ -1,4 +1,4 @@
-"""What benchmarks share: a row of their table with its goal, the table on the screen, the file of results."""
+"""The results of a benchmark: rows with goals, the printed table, the JSON file."""
 
 import datetime
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def row(name: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> dict:
-    """One figure; `better` is higher or lower, and says on which side of its goal, if it has one, it has to lie."""
+    """One figure. `better`, higher or lower, says on which side of the goal, if any, the value must lie."""
     figure = {"name": name, "value": value, "unit": unit, "goal": goal}
     if goal is None:
         return {**figure, "better": None, "met": None}
@@ -16,7 +16,7 @@ def row(name: str, value: float, unit: str, goal: float | None = None, better: s
 
 
 def show(rows: list[dict]) -> None:
-    """Print the table, a line a row."""
+    """Print the table, one line per row."""
     width = max(len(line["name"]) for line in rows)
     for line in rows:
         goal = "" if line["goal"] is None else f"   goal {line['goal']:g}: {'met' if line['met'] else 'missed'}"
@@ -42,14 +42,14 @@ def write(
     setting: str,
     **more: object,
 ) -> None:
-    """Write the figures as JSON, with what they were measured on and how; Python's version and the date are added.
+    """Write the figures as JSON, with how and on what they were measured, Python's version and the date.
 
     Args:
         path: the file; its folder is made where there is none.
         rows: from `row`.
-        hardware: processor and what of it was used, and what was not at hand.
+        hardware: the processor, how much of it was used, and what hardware was not available.
         versions: of the packages that matter.
-        command: that gives these figures again.
+        command: the command that measures these figures again.
         setting: what was measured, in a sentence.
         more: anything else to keep, such as every single time.
     """

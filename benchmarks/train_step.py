@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_step [--quick] [--json FILE] [--peer PYTHON]
 
-Each side is a process of its own (peak memory is a process's), with the same weights, images and optimizer; they step
-in turn, so that a busy moment of the machine hits all of them, and medians are compared. The peer's environment is
-made on first use under build/peer, unless --peer names a Python that has torch and spikingjelly 2.0.0.
+Each side has its own process, as peak memory is measured per process. All have the same weights, images and optimizer.
+They step in turn, so that a busy moment of the machine affects all sides; medians are compared. The peer's environment
+is made on first use under build/peer, unless --peer names a Python that has torch and spikingjelly 2.0.0.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from benchmarks.side import Side, peer_python
 
 SIDES = ("peer", "ours", "ours, not counting", "ours, checkpoint")
 GFLOP_PER_IMAGE = 2 * (3 * (3.664 - 0.118) * 4 + 2 * 0.118)
-"""Executed by our side for one image, T=4: 3.664 GMAC forward in all, thrice that with the backward pass; the stem's
-0.118 GMAC run once and need no gradient for the images."""
+"""Executed by our side for one image at T=4. Of 3.664 GMAC a step, those after the stem run 4 times and cost 3 times as
+much with the backward pass; the stem's 0.118 GMAC run once and need no gradient for the images."""
 CONVOLUTIONS = ("aten::convolution_backward", "aten::mkldnn_convolution")
 
 
@@ -60,7 +60,7 @@ def matrix_rate(threads: int) -> float:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Trainer], dict[str, dict[str, float]]]:
-    """Warm every side up twice, then step them in turn; the profile of one more step of each comes last."""
+    """Warms up every side with two steps, then steps them in turn; last, profiles one more step of each."""
     weights = str(folder / "weights.pt")
     base = {"arch": "sew_resnet34", "T": 4, "batch": 4, "size": 224, "threads": arguments.threads}
     peer = peer_python(arguments.peer)
@@ -83,7 +83,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Trai
 def rows(sides: dict[str, Trainer], profiles: dict[str, dict[str, float]], rate: float) -> list[dict]:
     """The table of the benchmark."""
     median = {name: statistics.median(side.seconds[2:]) for name, side in sides.items()}
-    # Pairs of neighbouring steps see the same machine: the median of their ratios is steadier than a ratio of medians.
+    # Neighbouring steps see the same machine load: the median of their ratios is steadier than a ratio of medians.
     pairs = zip(sides["peer"].seconds[2:], sides["ours"].seconds[2:], strict=True)
     counting = zip(sides["ours"].seconds[2:], sides["ours, not counting"].seconds[2:], strict=True)
     work = GFLOP_PER_IMAGE * 1e9 * 4

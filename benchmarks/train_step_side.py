@@ -1,7 +1,7 @@
-"""One side of benchmarks/train_step.py, in a process of its own: trains a step for each line on its standard input.
+"""One side of benchmarks/train_step.py, in its own process: trains one step for each line on standard input.
 
-The first line is a JSON object that says what to build; the answer to every line is one JSON line. Run by the
-environment that has the side's packages: the peer's needs torch and SpikingJelly only.
+The first line is a JSON object that says what to build; the answer to every line is one JSON line. It runs in
+the environment that has the side's packages: the peer's needs only torch and SpikingJelly.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 
 def peer_packages() -> tuple:
     """SpikingJelly's functional, layer, neuron, surrogate and sew_resnet."""
-    # It imports torchvision for a download helper; a torchvision that does not fit torch fails at that import.
+    # SpikingJelly imports torchvision for a download helper; if its version does not fit torch, that import fails.
     names = ("torchvision", "torchvision.models", "torchvision.models.utils")
     for name in names:
         sys.modules[name] = types.ModuleType(name)

@@ -1,6 +1,6 @@
-"""What passes between host and device without making the host wait for the device.
+"""Copies between host and device for which the host does not wait.
 
-A read (`.item()`, `.tolist()`) waits for everything that is queued; so does a tensor that is made from Python numbers.
+A read (`.item()`, `.tolist()`) waits for all queued kernels; so does making a device tensor from Python numbers.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class AsyncRead:
-    """A small tensor of every step, read by the host a step later: by then it has come by itself.
+    """A small tensor of every step, which the host reads one step later: by then the copy is done.
 
     Args:
-        like: shape, dtype and device of the tensors; before the first of them there were zeros.
+        like: shape, dtype and device of the tensors. Before the first `late`, the values are zeros.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -24,7 +24,7 @@ class AsyncRead:
         self._turn = 0
 
     def late(self, step: int, newest: Tensor) -> tuple[int, list]:
-        """Sends `newest`, of `step`, on its way, and gives the step and the values of the one before it."""
+        """Starts the copy of `newest`, of `step`; returns the step and values of the tensor that was sent before it."""
         self._turn ^= 1
         self._steps[self._turn] = step
         self._hosts[self._turn].copy_(newest, non_blocking=True)
@@ -33,7 +33,7 @@ class AsyncRead:
         return self._values(self._turn ^ 1)
 
     def newest(self) -> tuple[int, list]:
-        """Those of the one that was sent last; the host waits for it."""
+        """Step and values of the tensor that was sent last; the host waits for its copy."""
         return self._values(self._turn)
 
     def _values(self, turn: int) -> tuple[int, list]:
@@ -43,13 +43,13 @@ class AsyncRead:
 
 
 class Constants:
-    """Numbers of the host as a tensor on the device, made anew only when they have changed."""
+    """Python numbers as a tensor on the device, made again only when they have changed."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._values, self._tensor = device, None, torch.empty(0)
 
     def __call__(self, values: Sequence[int]) -> Tensor:
-        """`(n,)` int64."""
+        """The `n` values as `(n,)` int64 on the device."""
         if self._values != tuple(values):
             self._values = tuple(values)
             self._tensor = torch.tensor(self._values, dtype=torch.int64, device=self._device)

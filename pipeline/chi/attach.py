@@ -1,11 +1,11 @@
-"""χ and its control for a training script of one's own: plain PyTorch or DistributedDataParallel.
+"""χ and its control for your own training script: plain PyTorch or DistributedDataParallel.
 
     pilot = attach(model, optimizer, steps=num_steps)
 
 After that every `optimizer.step()` measures the gradient it is about to use and steers the widths for the next step;
 the script's loop stays as it is. Spiking layers are `snn.neurons.Neuron`, or any neuron that takes its spike from a
-`snn.external_neurons.Surrogate` (SpikingJelly's do). Under DDP this rank's counts ride on the last bucket of the
-gradient all-reduce, so that all ranks read the same numbers and steer alike; no collective is added.
+`snn.external_neurons.Surrogate` (SpikingJelly's neurons can). Under DDP this rank's counts are appended to the last
+bucket of the gradient all-reduce, so all ranks read the same numbers and steer alike; no collective is added.
 """
 
 import torch
@@ -51,7 +51,7 @@ class Pilot:
         self._is_reduced = isinstance(model, DistributedDataParallel)
 
     def calibrate(self, images: Tensor) -> None:
-        """Before the first step: widths that put the coverage of this batch at the target, on every rank alike."""
+        """Before the first step: sets widths that put this batch's coverage at the target, the same on every rank."""
         if self.config.policy != "chi" or self.config.indicator != "coverage":
             raise ConfigError("chi.attach: calibrate() sets coverage to its target; use it with policy chi, indicator "
                               "coverage")  # fmt: skip
@@ -59,7 +59,7 @@ class Pilot:
         self.widths.calibrate(self._network, images, agree)
 
     def state_dict(self) -> dict:
-        """What a checkpoint of the script has to hold, for `load_state_dict`."""
+        """What the script has to save in its checkpoint, for `load_state_dict`."""
         return {"widths": self.widths.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
@@ -68,7 +68,7 @@ class Pilot:
         self.step = int(state["step"])
 
     def detach(self) -> None:
-        """Stop measuring and steering; the widths stay. A DDP model keeps its hook, which then does no more."""
+        """Stop measuring and steering; the widths stay. A DDP model keeps its hook, which then only averages."""
         self._hook.remove()
         self._is_reduced = False
 
@@ -104,7 +104,7 @@ class Pilot:
         assert self.indicators is not None
         self.widths.step(self.indicators, min(1.0, self.step / self.num_steps))
 
-    # Under DDP: what this rank counted goes along with the last bucket.
+    # Under DDP: this rank's counts are appended to the last bucket.
 
     def _counts(self) -> Tensor:
         steps = self._counted([neuron.counted for neuron in self.neurons.neurons])
@@ -117,7 +117,7 @@ class Pilot:
         tail = torch.cat((pack(self._counts()), self.widths.stats.share()))
         size = gradient.numel()
         if gradient.dtype not in (torch.float32, torch.float64):
-            # Counts would be rounded in a half-precision bucket: here, and only here, they travel by themselves.
+            # A half-precision bucket would round the counts: only in this case they get an all-reduce of their own.
             dist.all_reduce(tail)
             self._reduced = tail
             return summed(gradient).then(lambda done: done.value()[0])
@@ -136,8 +136,8 @@ def attach(
 
     Args:
         model: on its device; plain, or wrapped in DistributedDataParallel (before its first backward pass).
-        optimizer: of torch; its `step()` is the moment of measuring.
-        steps: optimizer steps in the run, which a moving target or schedule is spread over; None only where nothing
+        optimizer: a torch optimizer; each `step()` measures first.
+        steps: optimizer steps in the run, over which a moving target or schedule is spread. None only where nothing
             moves (`target_end` equal to `target`, policy not schedule).
         settings: fields of `pipeline.config.ChiConfig`: policy, indicator, target, target_end, eta, interval, …
 
@@ -145,7 +145,7 @@ def attach(
         The pilot: `.indicators` of the last step, `.neurons.widths`, `state_dict()`.
 
     Raises:
-        ConfigError: a setting that does not exist or is out of range; steps missing; a model in shards.
+        ConfigError: a setting that does not exist or is out of range; steps missing; a sharded model.
         ValueError: the model has no spiking layer that can be steered.
     """
     if type(model).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine") or hasattr(model, "unshard"):
@@ -158,14 +158,14 @@ def attach(
     moves = config.policy == "schedule" or (config.policy == "chi" and config.target != config.target_end)
     if moves and steps is None:
         raise ConfigError(
-            f"chi.attach: steps is missing, over which policy={config.policy!r} moves; give the optimizer steps of the "
-            "run, or a target_end equal to target"
+            f"chi.attach: steps is missing: policy={config.policy!r} moves over the run; give the optimizer steps "
+            "of the run, or a target_end equal to target"
         )
     return Pilot(model, optimizer, config, steps or 1)
 
 
 def summed(tensor: Tensor) -> torch.futures.Future:
-    """The all-reduce of `tensor`, under way."""
+    """Starts the all-reduce of `tensor`; its future."""
     work = dist.all_reduce(tensor, async_op=True)
     assert work is not None
     return work.get_future()
@@ -174,7 +174,7 @@ def summed(tensor: Tensor) -> torch.futures.Future:
 def feeding_layers(network: nn.Module, neurons: NeuronState) -> list[SpikingLayer]:
     """Every spiking layer with the weight that feeds it: the network's own list, or the nearest one before it.
 
-    Before means in the order of registration; the weight is of a convolution or linear layer, the norm a BatchNorm2d.
+    "Before" is in the order of registration. The weight is a convolution's or linear layer's, the norm a BatchNorm2d.
     """
     if hasattr(network, "spiking_layers"):
         return list(network.spiking_layers())  # pyright: ignore

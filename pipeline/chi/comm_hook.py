@@ -1,10 +1,10 @@
-"""ZeRO-0 and 1: χ rides the gradient all-reduce and costs no collective of its own.
+"""ZeRO-0 and 1: the counts for χ travel in the gradient all-reduce, so χ adds no collective.
 
 DeepSpeed flattens all gradients into one fp32 bucket and reduces it once per optimizer step, in `allreduce_bucket` of
 the engine (ZeRO-0) or of its optimizer (ZeRO-1). The carrier replaces that method on the instance:
 
-    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers: spikes, covered neuron-steps, flags; and
-                                      the loss, with ds_atgo and scale rms 4 bytes a layer more
+    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers (spikes, covered neuron-steps, flags) and
+                                      the loss; ds_atgo and scale rms add 4 bytes a layer
        ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 24 bytes a layer
     reduced g_0 | g_1 | …  → gradient_sums, the same on every rank
     summed  tail           → counts over all ranks, exact
@@ -33,13 +33,13 @@ def pack(counts: Tensor) -> Tensor:
 
 
 def unpack(limbs: Tensor) -> Tensor:
-    """The `(n,)` int64 of which the sums of the ranks' `pack` are given."""
+    """The inverse of `pack`, of one rank's limbs or of their sum over ranks: `(n,)` int64."""
     rows = limbs.double().round().long().view(NUM_LIMBS, -1)
     return sum((rows[limb] << (LIMB_BITS * limb) for limb in range(1, NUM_LIMBS)), start=rows[0])
 
 
 class TapError(RuntimeError):
-    """The tap and DeepSpeed disagree about the reduced gradient: χ would be wrong, so nothing is trained."""
+    """The tap and DeepSpeed disagree about the reduced gradient: χ would be wrong, so the run ends before an update."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class Share:
     counts: Tensor
     """`(n,)` int64, each in [0, 2**36)."""
     floats: Tensor
-    """`(k,)` float32, whatever else is summed over ranks; k stays the same."""
+    """`(k,)` float32, other numbers to sum over ranks; k is the same in every step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ class Total:
     skipped: bool = False
     """No update was made: `sums` and `nnz` are NaN."""
     nonfinite: str = ""
-    """Why, where it was not the overflow that fp16's loss scale adapts to; what is not finite, for a message."""
+    """What was not finite, for a message; empty where it was an overflow that fp16's loss scale adapts to."""
 
 
 class Watched:
@@ -85,7 +85,7 @@ class Watched:
         """`(P,)` elements of every parameter."""
 
     def rows(self, parameters: Sequence[nn.Parameter]) -> list[int]:
-        """Where these parameters stand among all."""
+        """Row of each of these parameters among all P."""
         return [self._rows[id(p)] for p in parameters]
 
     def zeros(self) -> Tensor:
@@ -93,9 +93,9 @@ class Watched:
         return torch.zeros(len(self.parameters), 3, dtype=torch.float64, device=self.device)
 
     def full_counts(self) -> Tensor:
-        """`(P,)` float64, non-zero gradients by DeepSpeed's public API; between backward and step, on every rank.
+        """`(P,)` float64, non-zero gradients by DeepSpeed's public API. One collective a parameter.
 
-        One collective for every parameter: for the check at the start only.
+        For the check at the start only. Call it on every rank, between backward and step.
         """
         counts = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
         for row, parameter in enumerate(self.parameters):
@@ -105,7 +105,7 @@ class Watched:
         return counts
 
     def compare(self, seen: Tensor, expected: Tensor) -> None:
-        """Raises TapError, the same on every rank, where the counts `(P,)` differ."""
+        """Raises TapError where the counts `(P,)` differ; the error is the same on every rank."""
         different = (seen != expected).nonzero().flatten().tolist()
         if different:
             row = different[0]
@@ -137,9 +137,9 @@ class BucketCarrier:
         owner.allreduce_bucket = self._counted(owner.allreduce_bucket, layout, averages=not self._zero1)
 
     def before_step(self) -> None:
-        """Refuses a gradient that is not finite, and a first one that DeepSpeed counts otherwise.
+        """Refuses a gradient that is not finite, and a first gradient whose count differs from DeepSpeed's.
 
-        The host waits for the answer in ZeRO-0 alone: in ZeRO-1 DeepSpeed itself looks, and makes no update.
+        Only in ZeRO-0 the host waits for the answer: in ZeRO-1 DeepSpeed itself checks, and makes no update.
         """
         if self._tail is None:
             raise TapError("DeepSpeed reduced no gradient through allreduce_bucket; this version is not supported")
@@ -154,7 +154,7 @@ class BucketCarrier:
         """The step's totals; the next step starts from zero.
 
         Raises:
-            NonFiniteError: DeepSpeed (ZeRO-1) made no update, since the gradient was not finite.
+            NonFiniteError: DeepSpeed (ZeRO-1) made no update because the gradient was not finite.
         """
         assert self._tail is not None
         if self._zero1 and self._engine.optimizer.overflow:
@@ -208,7 +208,7 @@ class BucketCarrier:
                 self._num_floats = share.floats.numel()
                 flat = reduce([*bucket, tail], *args, **kwargs)
                 reduced = flat[: -tail.numel()]
-                # A copy: the flat bucket is DeepSpeed's, and is freed or reused after the step.
+                # A copy: DeepSpeed owns the flat bucket, and frees or reuses it after the step.
                 self._tail = flat[-tail.numel() :].clone().mul_(self._engine.dp_world_size if averages else 1)
             parts = reduced.split([p.numel() for p in owned])
             self._sums[self._rows(self._watched.rows(owned))] = torch.stack([gradient_sums(part) for part in parts])
@@ -221,6 +221,6 @@ class BucketCarrier:
         return [by_address[gradient.data_ptr()] for gradient in bucket]
 
     def _zero1_layout(self, bucket: list[Tensor]) -> list[nn.Parameter]:
-        # The bucket arrives cut by destination rank; its elements lie as the whole parameters did when it was filled.
+        # The bucket is cut by destination rank, but its elements keep the order of the parameters that filled it.
         optimizer = self._engine.optimizer
         return [optimizer.bit16_groups[g][i] for g, i, _ in optimizer.ipg_buckets[bucket[0].dtype].params]

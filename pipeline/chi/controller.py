@@ -1,17 +1,17 @@
-"""The χ-based pipeline: for every layer the narrowest surrogate that keeps its indicator at its target.
+"""The χ controller: gives every layer the surrogate width that keeps its indicator at its target.
 
 An integral controller in log-width, every `interval` steps on the mean indicator since the last decision:
 
     log w_ℓ += η (log r(target_ℓ) - log r(coverage_ℓ)),   w_min ≤ w_ℓ ≤ w_max
 
-r(p) is the half-width, in standard deviations, that holds a share p of a centred Gaussian. Were the potential one, r
-would be w over its spread, and η the share of the distance to the right width that one decision goes: with η = 0.5 a
-width that is off by a factor of 8 is off by 9 % after five decisions. A potential whose mean lies below the threshold
-answers more strongly, by up to half as much again at the targets in use, which leaves the loop far from ringing. Other
-indicators have no such law, and steer by log w_ℓ += η (target_ℓ - indicator_ℓ). One decision at most doubles or halves
-a width. A layer whose own coverage or firing rate lies below its floor gets no, or next to no,
-gradient; it is widened by at least a quarter at every decision until it is above, whatever the indicator says.
-Everything is a pure function of tensors on the training device: no host read. The other policies are in policies.py.
+r(p) is the half-width, in standard deviations, that holds a share p of a centred Gaussian. If the potential is such a
+Gaussian, r is w over its spread, and one decision goes a share η of the distance (in log w) to the right width: with
+η = 0.5 a width that is off by a factor of 8 is off by 9 % after five decisions. A potential whose mean lies below the
+threshold has a higher loop gain, up to 1.5 times at the targets in use; the loop is then still far from oscillating.
+Other indicators have no such law, and steer by log w_ℓ += η (target_ℓ - indicator_ℓ). One decision at most doubles or
+halves a width. A layer whose coverage or firing rate is below its floor gets almost no gradient: every decision widens
+it by at least a quarter until it is above the floor, whatever the indicator says. Everything is a pure function of
+tensors on the training device: no host read. The other policies are in policies.py.
 """
 
 import math
@@ -77,7 +77,7 @@ def targets_at(config: ChiConfig, progress: float, like: Tensor) -> Tensor:
 def steer(
     config: ChiConfig, state: ControllerState, evidence: Evidence | None, progress: float
 ) -> tuple[ControllerState, Evidence | None]:
-    """The state after a step that measured `evidence`, and on every `interval`-th what it decided on, else None.
+    """The state after a step that measured `evidence`; and, on every `interval`-th step, the means it decided on.
 
     A step that measured nothing (None: its update was skipped) does not count.
     """
@@ -94,7 +94,7 @@ def steer(
 
 
 def decide(config: ChiConfig, start: Tensor, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:
-    """ln w `(L,)` after a decision on `mean`; what is not finite leaves its layer's width where it is."""
+    """ln w `(L,)` after a decision on `mean`. A result that is not finite leaves the width of its layer as it is."""
     policy = _hold if config.policy == "chi" else policies.TABLE[config.policy]
     moved = policy(config, start, log_width, mean, progress)
     moved = torch.where(torch.isfinite(moved), moved, log_width)
@@ -114,5 +114,5 @@ def _hold(config: ChiConfig, start: Tensor, log_width: Tensor, mean: Evidence, p
 
 
 def _reach(coverage: Tensor) -> Tensor:
-    """r of a coverage, which counts as at least 0.001 and at most 0.999."""
+    """r of a coverage, clamped to [0.001, 0.999]."""
     return math.sqrt(2) * torch.erfinv(coverage.clamp(1e-3, 1 - 1e-3))

@@ -1,8 +1,8 @@
-"""What the decisions of a run say about the control itself, read from its journal: replay, and layers that do not obey.
+"""Checks of the control from a run's journal: a replay of every decision, and layers that do not respond.
 
-A decision's record holds the means it was made on and the ln w that came of it, at full precision:
+A decision's record holds the means that it was made on and the resulting ln w, at full precision:
 `{"step", "decision_progress", "decision_indicator", "decision_coverage", "decision_firing_rate", "decision_spread",
-"decision_log_width"}`; the record of step 0 holds the widths at the start alone.
+"decision_log_width"}`; the record of step 0 holds only the starting widths.
 """
 
 import itertools
@@ -17,9 +17,9 @@ from pipeline.chi.widths import Decision
 from pipeline.config import ChiConfig
 
 LOOK_BACK = 20
-"""Decisions that a finding looks at."""
+"""Number of last decisions that a finding is based on."""
 MOVED, ANSWERED = math.log(2), 0.02
-"""A width that moved by this much of ln w must have moved its indicator by this much."""
+"""If ln w moved by MOVED, the indicator must have moved by ANSWERED; else the layer does not answer."""
 
 
 def record_of(decision: Decision) -> dict:
@@ -64,7 +64,7 @@ def replay(config: ChiConfig, journal: Sequence[dict]) -> list[tuple[int, list[f
 
 
 def findings(config: ChiConfig, layers: Sequence[str], journal: Sequence[dict]) -> list[str]:
-    """One line for each layer that starves, stands at a limit, or whose indicator does not answer its width."""
+    """One line for each layer that is below its floor, is at a width limit, or whose indicator ignores its width."""
     records = [record for record in decisions_of(journal) if "decision_indicator" in record]
     if not records:
         return []
@@ -77,7 +77,7 @@ def findings(config: ChiConfig, layers: Sequence[str], journal: Sequence[dict]) 
     for layer, name in enumerate(layers):
         if below[-1, layer]:
             times = f"{int(below[:, layer].sum())} of {len(records)}"
-            lines.append(f"{name}: below its floor in {times} decisions, and still; "
+            lines.append(f"{name}: below its floor in {times} decisions, and still is; "
                          "where its input is silent, widening it cannot help")  # fmt: skip
         elif below[:, layer].any():
             last = records[int(below[:, layer].nonzero().max())]["step"]

@@ -1,17 +1,17 @@
-"""χ and its companions: what they are, and how they follow from sums over a gradient and counts over neurons.
+"""χ and the other indicators: definitions, and how they follow from sums over a gradient and counts over neurons.
 
 For spiking layer ℓ, fed by the convolution W_ℓ, and the gradient G_ℓ that the optimizer is about to use (summed over
 micro-batches, averaged over ranks):
 
     χ_ℓ              nnz(G_ℓ) / |W_ℓ|                 proportion of parameters with a non-zero gradient
-    participation    (Σ|G_ℓ|)² / (|W_ℓ| ΣG_ℓ²)        effective proportion: 1 if all are equal, 1/|W_ℓ| if one takes all
+    participation    (Σ|G_ℓ|)² / (|W_ℓ| ΣG_ℓ²)        effective proportion: 1 if all are equal, 1/|W_ℓ| if one is not 0
     gradient norm    √ΣG_ℓ²
     coverage         #{|h - v_th| < w_ℓ} / (T N n_ℓ)  neuron-steps inside the surrogate's support
     firing rate      #{s = 1} / (T N n_ℓ)
 
-χ is the definition of "Efficient Surrogate Gradients for Training Spiking Neural Networks"; taken over all trainable
-parameters it is the network's χ. The backward pass of BatchNorm makes gradients dense, so that χ stays at 1 until
-channels die or values underflow; participation and coverage are measured beside it for that reason.
+χ is defined as in "Efficient Surrogate Gradients for Training Spiking Neural Networks"; over all trainable parameters
+it is the network's χ. The backward pass of BatchNorm makes gradients dense, so χ stays at 1 until channels die or
+values underflow; participation and coverage are measured for that reason.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Indicators:
     chi: Tensor
     participation: Tensor
     coverage: Tensor
-    """NaN for a surrogate of unbounded support, where it is undefined."""
+    """NaN where the surrogate has unbounded support: coverage is then undefined."""
     firing_rate: Tensor
     grad_norm: Tensor
     network_chi: Tensor
@@ -55,7 +55,7 @@ def indicators(
     covered: Tensor | None,
     neuron_steps: Tensor,
 ) -> Indicators:
-    """Indicators from sums.
+    """Indicators from the sums and counts of one step.
 
     Args:
         layer_sums: `(L, 3)` float64, `gradient_sums` of every layer's weight.

@@ -1,12 +1,12 @@
-"""Who sets the widths when χ does not: a schedule, and two published rivals, behind one interface.
+"""The policies beside χ control that set widths: a schedule and two published rivals, behind one interface.
 
 A policy is `(config, start, log_width, evidence, progress) -> log_width`, pure, on `(L,)` float64 tensors (`start` is
-ln w before the first step), asked at every decision; controller.py clamps what it says, and keeps a layer's width where
-it says something that is not finite.
+ln w before the first step), called at every decision. controller.py clamps its result, and keeps a layer's width where
+the result is not finite.
 
-    schedule   log w from the layer's first width to `width_end`, linear in the position
-    mpd_agl    w = √(1 + λ²) γ̄ v_th       λ what the potential keeps per step (IF: 1, LIF: 1 - 1/τ), γ̄ = mean |γ| of the
-               batch normalisation in front: with x ~ N(0, (γ v_th)²) it is the deviation of the potential at t = 2
+    schedule   log w from the layer's first width to `width_end`, linear in the position in the run
+    mpd_agl    w = √(1 + λ²) γ̄ v_th       λ: share of the potential kept per step (IF: 1, LIF: 1 - 1/τ); γ̄: mean |γ| of
+               the batch normalisation in front. If x ~ N(0, (γ v_th)²), w is the potential's deviation at t = 2
     ds_atgo    w = √E[(h - v_th)²], averaged exponentially over decisions
 
 Sources: Jiang et al., "Adaptive Gradient Learning for Spiking Neural Networks by Exploiting Membrane Potential
@@ -32,12 +32,12 @@ class Evidence:
     """What one optimizer step measured, or the mean over the steps of a decision: `(L,)` float64 tensors."""
 
     indicator: Tensor
-    """The one that `chi.indicator` names."""
+    """The indicator that `chi.indicator` names."""
     coverage: Tensor
-    """NaN where the surrogate's support is unbounded."""
+    """NaN where the surrogate has unbounded support."""
     firing_rate: Tensor
     spread: Tensor | None = None
-    """Of the potential, of the last step: √(1 + λ²) γ̄ v_th for mpd_agl, √E[(h - v_th)²] for ds_atgo; else None."""
+    """Spread of the potential, last step: √(1 + λ²) γ̄ v_th for mpd_agl, √E[(h - v_th)²] for ds_atgo; else None."""
 
 
 def schedule(config: ChiConfig, start: Tensor, log_width: Tensor, evidence: Evidence, progress: float) -> Tensor:

@@ -1,5 +1,5 @@
-"""What some settings need beside the indicators: how far potentials spread around the threshold, for the rival
-policies, and the mean square of the surrogate, which `model.scale=rms` holds where it was.
+"""Statistics that some settings need beside the indicators: the spread of potentials around the threshold, for the
+rival policies, and the mean square of the surrogate, which `model.scale=rms` keeps constant.
 """
 
 import torch
@@ -15,9 +15,9 @@ from pipeline.snn.sew_resnet import SpikingLayer
 
 
 class PotentialStats:
-    """Measures what `chi.policy` and the surrogates' scale ask for, and nothing where they ask for nothing.
+    """Measures only what `chi.policy` and the surrogates' scale need; nothing where they need nothing.
 
-    mpd_agl reads the batch normalisations. ds_atgo looks at the potentials of the step before each decision, by a
+    mpd_agl reads the batch normalisations. ds_atgo reads the potentials in the last step before each decision, by a
     second pass over every layer's current (snn/membrane_probe.py), in the training forward pass of each rank.
     """
 
@@ -37,7 +37,7 @@ class PotentialStats:
         self.prepare(0)
 
     def prepare(self, count: int) -> None:
-        """After a step, `count` of which were summed since the last decision: look at the next one if it decides."""
+        """Call it after a step. `count`: steps summed since the last decision. Probes the next step if it decides."""
         if not self._looks:
             return
         self._squares.zero_()
@@ -57,7 +57,7 @@ class PotentialStats:
 
     def share(self) -> Tensor:
         """What this rank adds to the step's all-reduce, float32: means of (h - v_th)², `(L,)`, zeros where it did not
-        look; then sums of g², `(L,)`. Each only where it is asked for.
+        probe; then sums of g², `(L,)`. Each part only where a setting needs it.
         """
         parts = [self._squares[:0]]
         if self._looks:
@@ -71,7 +71,7 @@ class PotentialStats:
 
         Args:
             summed: float64, as long as `share()`.
-            num_ranks: ranks that it sums over.
+            num_ranks: number of ranks in the sum.
             neuron_steps: `(L,)`, of all ranks.
         """
         if self._looks:
@@ -80,14 +80,14 @@ class PotentialStats:
             self._grad_sq = (summed[-len(self._layers) :], neuron_steps)
 
     def hold_amplitudes(self) -> None:
-        """The amplitudes of scale rms follow what was taken."""
+        """Sets the amplitudes of scale rms from the last `take`."""
         if self._grad_sq is not None:
             self._neurons.hold_rms(*self._grad_sq)
             self._grad_sq = None
 
     @torch.no_grad()
     def evidence(self, indicators: Indicators) -> Evidence:
-        """What the controller decides on, from a step's indicators and what was taken."""
+        """What the controller decides on: a step's indicators and the last `take`."""
         spread = None if self._mean is None else self._mean.sqrt()
         if self._config.policy == "mpd_agl":
             spread = torch.stack([self._from_norm(layer) for layer in self._layers])

@@ -1,18 +1,18 @@
 """ZeRO-2 and 3, and fp16 at any stage: one small all-reduce when the optimizer steps.
 
-Here gradients are reduced after every micro-batch and each rank keeps its partition of the sum, so there is no moment
-at which all of it passes. The carrier reads the partition in the pre-step hook of torch's optimizer, which DeepSpeed
-calls with the fp32 gradient that the update is made from, and sends one packed vector of float64:
+In these modes gradients are reduced after every micro-batch and each rank keeps only its partition of the sum: no
+bucket ever holds all of it. The carrier reads the partition in the pre-step hook of torch's optimizer, which DeepSpeed
+calls with the fp32 gradient of the update, and sends one packed float64 vector:
 
     nnz, Σ|g|, Σg², spikes, covered of every layer     40 bytes a layer
     nnz, Σg² of the network, loss, other counts        56 bytes
 
-A weight that lies across partitions adds up, since all of its sums are additive. The all-reduce is asynchronous and
-overlaps the update; integers are exact up to 2⁵³. Where a gradient overflowed DeepSpeed makes no update and calls no
-hook: the counts then travel alone, after the step, and the totals say that the step was skipped.
+All sums are additive, so a weight that lies across partitions is counted right. The all-reduce is asynchronous and
+overlaps the update; integers are exact up to 2⁵³. If a gradient overflows, DeepSpeed makes no update and calls no hook:
+the counts are then sent alone, after the step, and the totals say that the step was skipped.
 
 The optimizer's gradient is unscaled and, with `optim.clip`, clipped. Clipping multiplies all gradients by one number:
-nnz and participation do not see it, and the norms are given as they were before it.
+nnz and participation do not change, and the norms are reported as before clipping.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ class Segment(NamedTuple):
 
 
 class PartitionCarrier:
-    """Counts this rank's partition of the gradient when the optimizer steps; `share` gives what else it sends."""
+    """Counts this rank's partition of the gradient when the optimizer steps; `share` gives what else is sent."""
 
     def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool, skips: bool) -> None:
         self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
@@ -50,7 +50,7 @@ class PartitionCarrier:
         self._work = None
         self._scale = 1.0
         if self._fp16 and engine.zero_optimization_stage() > 0:
-            engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `after_step` says it, and may pass over it
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `after_step` reports it, or may skip it
         self._segments: dict[int, list[Segment]] = {}
         for segment in _segments(engine, watched):
             self._segments.setdefault(id(segment.flat), []).append(segment)
@@ -59,7 +59,7 @@ class PartitionCarrier:
         engine.basic_optimizer.register_step_pre_hook(self._on_step)
 
     def before_step(self) -> None:
-        """Keeps what only the time between backward and step knows: the loss scale, and the first full gradient."""
+        """Keeps what is known only between backward and step: the loss scale, and counts of the first full gradient."""
         self._scale = float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
         self._groups_left = self._num_groups
         if self._unchecked:
@@ -69,7 +69,7 @@ class PartitionCarrier:
         """The step's totals; the next step starts from zero.
 
         Raises:
-            NonFiniteError: the gradient was not finite, in another precision than fp16; DeepSpeed made no update.
+            NonFiniteError: the gradient was not finite, in a precision other than fp16; DeepSpeed made no update.
         """
         skipped, nonfinite = self._vector is None, ""
         if skipped:
@@ -77,7 +77,7 @@ class PartitionCarrier:
                 raise TapError("the optimizer stepped some of its groups only; this version is not supported")
             if not self._fp16:
                 nonfinite = "the gradient is not finite"
-            elif self._scale <= 1:  # that of this step: DeepSpeed has lowered its own by now
+            elif self._scale <= 1:  # the scale of this step; DeepSpeed has lowered its own already
                 nonfinite = "the gradient is not finite in fp16, not even with a loss scale of 1"
             if nonfinite and not self._skips:
                 raise NonFiniteError(nonfinite)
@@ -112,7 +112,7 @@ class PartitionCarrier:
         if self._groups_left:
             return
         if self._replicated and dist.get_rank() != 0:
-            self._sums.zero_()  # every rank holds the same gradient, which shall count once
+            self._sums.zero_()  # every rank holds the same gradient: count it once
         if self._expected is not None:
             seen = self._sums[:, 0].clone()
             dist.all_reduce(seen)
@@ -126,18 +126,18 @@ class PartitionCarrier:
 
     def _send(self, sums: Tensor) -> None:
         share = self._share()
-        network = sums.sum(0)[::2]  # not [[0, 2]], for which the host would wait
+        network = sums.sum(0)[::2]  # not [[0, 2]]: the host would wait for it
         parts = (sums[self._watched.layers].flatten(), network, share.floats.double(), share.counts.double())
         self._vector, self._num_floats = torch.cat(parts), share.floats.numel()
         if dist.get_world_size() > 1:
             self._work = dist.all_reduce(self._vector, async_op=True)
 
     def _unclipped(self, sums: Tensor, squares: Tensor) -> Tensor:
-        """The layers' sums before clipping: the network's norm is known from before, by DeepSpeed, and from after."""
+        """The layers' sums before clipping, from the network's norm before (DeepSpeed's) and after it (`squares`)."""
         if not self._engine.gradient_clipping():
             return sums
         norm = self._engine.get_global_grad_norm()
-        # DeepSpeed's optimizer for fp16 without ZeRO gives the norm of the scaled gradient.
+        # For fp16 without ZeRO, DeepSpeed gives the norm of the scaled gradient.
         norm = norm / self._scale if self._replicated else norm
         factor = torch.where(squares > 0, norm / squares.sqrt(), 1.0)
         return sums * torch.stack((torch.ones_like(factor), factor, factor.square()))

@@ -2,9 +2,9 @@
 
     backward → check() → engine.step() → read()
 
-A carrier counts the reduced gradient and sums the ranks' counters: as a tail of DeepSpeed's own all-reduce where there
-is one of all gradients (comm_hook.py), else by one small all-reduce of its own (small_allreduce.py). The reading is of
-the gradient that the update is made from, unscaled, before clipping.
+A carrier counts the reduced gradient and sums the ranks' counters. Where DeepSpeed reduces all gradients at once, the
+counters are a tail of that all-reduce (comm_hook.py); else they take one small all-reduce (small_allreduce.py). The
+reading describes the gradient of the update, unscaled, before clipping.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Reading:
     """What one optimizer step measured, the same on every rank; tensors on the training device."""
 
     indicators: Indicators
-    """NaN, all of them, where the step was skipped."""
+    """All are NaN where the step was skipped."""
     loss: Tensor
     """Mean over the global batch."""
     correct: Tensor
@@ -36,13 +36,13 @@ class Reading:
     flags: Tensor
     """`(len(FLAGS),)` int64, summed over ranks."""
     widths: Tensor
-    """`(L,)` fp32, w that the step was taken with."""
+    """`(L,)` fp32, the widths w of this step."""
     skipped: bool
-    """No parameter changed: the fp16 gradient overflowed, so that the loss scale was lowered; or see `nonfinite`."""
+    """No parameter changed: the fp16 gradient overflowed and the loss scale was lowered; or see `nonfinite`."""
     nonfinite: str = ""
-    """What was not finite, for a message, where it was not such an overflow; only of a tap that skips."""
+    """What was not finite, for a message; empty for an fp16 overflow. Only a tap with `skips` sets it."""
     samples: tuple[str, ...] = ()
-    """Names of those in which something was not finite, as far as that is known."""
+    """Names of the layers in which something was not finite, as far as known."""
 
     @property
     def measured(self) -> Indicators | None:
@@ -51,7 +51,7 @@ class Reading:
 
 
 FLAGS = ("stop", "bad_samples", "unsaved")
-"""What the ranks tell each other with every step: a stop is asked for, samples were bad, a checkpoint was not saved."""
+"""What ranks tell each other in every step: a stop was requested, samples were bad, a checkpoint was not saved."""
 
 
 class Tap:
@@ -61,10 +61,10 @@ class Tap:
         engine: an initialised engine of any ZeRO stage; fp32, bf16 by torch_autocast, or the fp16 block.
         layers: the network's spiking layers, in forward order.
         neurons: the counters of these layers (`snn.neurons.bind`).
-        spread: what the policy and the scale of the surrogate need beside the indicators; it travels along.
-        has_coverage: whether the surrogate's support is bounded.
+        spread: what the policy and the scale of the surrogate need beside the indicators; it is sent with the counts.
+        has_coverage: whether the surrogate has bounded support.
         self_check: compare the first gradient with `safe_get_full_grad` (one all-reduce of every parameter, once).
-        skips: a gradient that is not finite makes no update and is told by the reading, instead of an error.
+        skips: for a gradient that is not finite, make no update and say so in the reading, instead of an error.
 
     Raises:
         ConfigError: more ranks than counts are exact for; fp16 by torch_autocast.
@@ -90,7 +90,7 @@ class Tap:
         self._num_parameters = int(watched.numel.sum())
         self._weights = watched.numel[watched.layers]
         self.flags = torch.zeros(len(FLAGS), dtype=torch.int64, device=watched.device)
-        """This rank's share of `FLAGS`, sent with every step."""
+        """This rank's values of `FLAGS`, sent with every step."""
         self._loss = torch.zeros((), device=watched.device)
         self._correct = torch.zeros(1, dtype=torch.int64, device=watched.device)
         self._micro_batches = 0
@@ -110,7 +110,7 @@ class Tap:
     def check(self) -> None:
         """Between backward and step: refuses a gradient that is not finite, or that the tap did not see.
 
-        In ZeRO-2 and 3 the same errors come from `engine.step()` and `read()`, as early: before any update.
+        In ZeRO-2 and 3 `engine.step()` and `read()` raise the same errors, also before any update.
 
         Raises:
             NonFiniteError: the same on every rank, before any parameter changed.
@@ -122,7 +122,7 @@ class Tap:
     # After the step: what all ranks saw.
 
     def read(self) -> Reading:
-        """The step's reading; starts the next step's counters at zero."""
+        """The step's reading; sets the counters to zero for the next step."""
         total = self._carrier.after_step()
         num_layers = len(self._layers)
         spikes, covered, (correct, *_) = total.counts.split([num_layers, num_layers, 1 + len(FLAGS)])
@@ -166,6 +166,6 @@ def _refuse_unsupported(engine) -> None:
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
         raise ConfigError(
             f"torch_autocast with dtype=float16 in ZeRO-{engine.zero_optimization_stage()} is not allowed: its loss "
-            "scale does not recover from an overflow, so that every step is skipped; use the fp16 block "
+            "scale does not recover from an overflow, so every step is skipped; use the fp16 block "
             "(train.precision=fp16), or bf16"
         )

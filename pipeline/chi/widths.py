@@ -1,9 +1,9 @@
-"""The width of every layer's surrogate, from its first value to the one that the next step uses. Set here alone.
+"""The width of every layer's surrogate, from its first value to the one of the next step. Only this file sets it.
 
-    start      the configuration's, or calibrated on a batch, or another run's
+    start      from the configuration, or calibrated on a batch, or from another run
     step       what the step measured → controller.py → the vector that the kernels read
 
-With them go the amplitudes of `model.scale=rms`, which follow the widths, and what a decision needs beside the
+It also sets the amplitudes of `model.scale=rms`, which follow the widths, and holds what a decision needs beside the
 indicators (potential_stats.py).
 """
 
@@ -24,7 +24,7 @@ from pipeline.snn.neurons import NeuronState
 from pipeline.snn.sew_resnet import SpikingLayer
 
 CALIBRATION_SAMPLES = 1 << 20
-"""Neuron-steps of a layer that a calibration's quantile is taken over, at most."""
+"""Most neuron-steps of a layer over which a calibration takes its quantile."""
 
 
 class Decision(NamedTuple):
@@ -33,7 +33,7 @@ class Decision(NamedTuple):
     evidence: Evidence
     """Means over the steps since the last decision."""
     log_width: Tensor
-    """`(L,)` float64, ln w that came of it."""
+    """`(L,)` float64, ln w after it."""
     progress: float
     """Where in the run it was made, in [0, 1]."""
 
@@ -54,15 +54,15 @@ class Widths:
         self.controller: ControllerState = controller.start(neurons.widths)
 
     def start_from(self, widths: Tensor) -> None:
-        """Before the first step: other first widths `(L,)`, as another run's."""
+        """Before the first step: starts from other widths `(L,)`, such as another run's."""
         self.controller = controller.start(widths)
         self._apply()
 
     def calibrate(self, network: nn.Module, images: Tensor, agree: Callable[[Tensor], object] | None = None) -> None:
-        """Before the first step: widths that put the coverage of a batch at the target, layer by layer.
+        """Before the first step: sets each layer's width so that the coverage of a batch is at its target.
 
         Args:
-            network: is left as it was: its batch statistics, its mode, its counters at zero.
+            network: its batch statistics and mode stay as they were; its counters are zero afterwards.
             images: one batch.
             agree: makes the widths `(L,)` the same on every rank, in place.
         """
@@ -73,10 +73,10 @@ class Widths:
         self.start_from(widths.clamp(self.config.width_min, self.config.width_max))
 
     def step(self, indicators: Indicators | None, progress: float) -> Decision | None:
-        """After every step: takes in what it measured, None where its update was skipped; sets the next step's widths.
+        """After every step: takes in what the step measured and sets the next step's widths.
 
         Args:
-            indicators: the same on every rank.
+            indicators: of the step, the same on every rank; None where its update was skipped.
             progress: where in the run the step ends, in [0, 1].
 
         Returns:
@@ -89,7 +89,7 @@ class Widths:
         return None if mean is None else Decision(mean, self.controller.log_width, progress)
 
     def state_dict(self) -> dict:
-        """What a checkpoint holds of it, on the CPU."""
+        """What a checkpoint holds of the widths, on the CPU."""
         return {**self.controller.state_dict(), **self.neurons.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:

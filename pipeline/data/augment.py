@@ -1,4 +1,4 @@
-"""The crop and flip of a sample: a pure function of (seed, epoch, sample), whatever the rank, threads or resume point.
+"""Crop, flip and size of images. A sample's crop and flip depend only on (seed, epoch, sample), its size on the epoch.
 
 Random-resized crop as in Inception and torchvision: an area uniform in [area_min, 1] of the image, an aspect ratio
 log-uniform in [1/aspect, aspect], placed uniformly; after ten tries that do not fit, the largest central crop.
@@ -12,11 +12,11 @@ from pipeline.config import DataConfig
 from pipeline.data.order import mix
 
 TRIES = 10
-_CROP, _FLIP = 2, 3  # words of the hash that keep these draws apart from those of the order
+_CROP, _FLIP = 2, 3  # hash words that keep these draws independent of those of the order
 
 
 class Windows(NamedTuple):
-    """The parts of `n` images that the network sees, in pixels."""
+    """The parts of `n` images that the network sees, in pixels. Arrays in the form that DALI takes."""
 
     anchors: np.ndarray
     """`(n, 2)` int32: top, left."""
@@ -25,11 +25,11 @@ class Windows(NamedTuple):
     flips: np.ndarray
     """`(n,)` int32: 1 mirrors left and right."""
     sides: np.ndarray
-    """`(n, 2)` float32: height and width that each part is resized to, as DALI takes them."""
+    """`(n, 2)` float32: height and width that each part is resized to."""
 
 
 def _uniform(*words: int | np.ndarray) -> np.ndarray:
-    """Uniform in [0, 1), 53 bits."""
+    """Uniform in [0, 1), 53 bits, from a hash of the words."""
     return (mix(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -72,7 +72,7 @@ def _largest_central(sizes: np.ndarray, aspect: float) -> np.ndarray:
 
 
 def central_windows(sizes: np.ndarray, *, image_size: int, resize: int) -> Windows:
-    """Evaluation windows: the central `image_size` square of an image whose shorter side became `resize`."""
+    """Evaluation windows: the central `image_size` square of an image whose shorter side is resized to `resize`."""
     side = np.rint(sizes.min(1) * (image_size / resize)).clip(1).astype(np.int32)
     shapes = np.stack((side, side), axis=1)
     anchors, flips = ((sizes - shapes) // 2).astype(np.int32), np.zeros(len(sizes), np.int32)
@@ -84,10 +84,10 @@ def _sides(count: int, image_size: int) -> np.ndarray:
 
 
 def image_size_at(data: DataConfig, epoch: int) -> int:
-    """Side of the images of a step that begins in `epoch`, from 0, in pixels.
+    """Side in pixels of the images of a step that begins in `epoch`; epochs count from 0.
 
-    From `image_size_start` it grows evenly over the epochs of `image_size_ramp`, in multiples of `image_size_step`, to
-    `image_size`. A function of the epoch alone: the same on every rank, and after a resume.
+    It grows linearly from `image_size_start` to `image_size` over the epochs of `image_size_ramp`, in multiples of
+    `image_size_step`. It depends on the epoch alone: the same on every rank, and after a resume.
     """
     if not data.image_size_start:
         return data.image_size

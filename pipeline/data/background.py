@@ -1,6 +1,6 @@
-"""Threads that do what they are given in order, and that a program which ends does not wait for.
+"""A pool of daemon threads: it runs calls in order, and a program that exits does not wait for it.
 
-`ThreadPoolExecutor` is waited for: a program that failed would first finish every download that was asked for.
+Python waits for a `ThreadPoolExecutor` at exit: a program that failed would first finish every queued download.
 """
 
 import threading
@@ -27,9 +27,9 @@ class Background:
             thread.start()
 
     def submit(self, call: Callable[..., _Result], *arguments: object) -> Future[_Result]:
-        """Does `call(*arguments)` in its turn; after `close` the future is cancelled."""
+        """Queues `call(*arguments)`; after `close` the future is cancelled."""
         future: Future[_Result] = Future()
-        with self._guard:  # else a call could slip in behind those that closing cancels, and wait for ever
+        with self._guard:  # else a call queued while `close` cancels the others would wait for ever
             if self._closed.is_set():
                 future.cancel()
                 future.set_running_or_notify_cancel()
@@ -50,7 +50,7 @@ class Background:
                 future.set_exception(error)
 
     def close(self, *, wait: bool) -> None:
-        """Cancels what has not begun. With `wait`, returns when what has begun is over."""
+        """Cancels calls that have not started. With `wait`, returns when the running ones have ended."""
         with self._guard:
             if not self._closed.is_set():
                 self._closed.set()

@@ -1,12 +1,12 @@
-"""Remote shards → local disk, shared by the ranks of a node.
+"""Remote shards → local disk, shared by the ranks of a node; and the size that such a cache must have.
 
-    CACHE/NAME-HASH/NAME.tar, NAME.npy    a shard that is complete and was checked against its manifest
-    CACHE/NAME-HASH.BYTES.part/           one that is being downloaded, and the bytes that it will take
-    CACHE/locks/NAME-HASH                 held shared by each user of the shard, exclusively by who downloads or evicts
-    CACHE/locks/space                     held while room is made
+    CACHE/NAME-HASH/NAME.tar, NAME.npy    a complete shard, checked against its manifest
+    CACHE/NAME-HASH.BYTES.part/           a shard that is being downloaded; BYTES is the space reserved for it
+    CACHE/locks/NAME-HASH                 locked shared by each user of the shard, exclusively to download or evict it
+    CACHE/locks/space                     locked while room is made
 
-All agreement between ranks is by flock: the kernel lets go of it when a process dies, however it dies. The time of a
-lock file is the shard's last use. Two shards with one hash are one, whichever set they belong to.
+Ranks coordinate only by flock: the kernel releases it when a process dies, however it dies. The mtime of a lock file is
+the shard's last use. Shards of the same name and hash are one shard, whichever set they belong to.
 """
 
 import errno
@@ -33,6 +33,8 @@ POLL_S = 0.02
 READ_AHEAD_THREADS = 2
 _HEADER_BYTES = 256  # of a .npy file, at most
 _OURS = re.compile(r"(?P<key>.+-[0-9a-f]{24})(\.(?P<bytes>\d+)\.part)?")  # the folders that the cache makes
+READ_AHEAD = 2
+"""Shards that an evaluation fetches ahead of use."""
 
 
 class Held(NamedTuple):
@@ -47,9 +49,9 @@ class Held(NamedTuple):
 
 class _Used(NamedTuple):
     used: int
-    """Bytes."""
+    """Bytes of complete shards and of reservations for downloads."""
     coming: bool
-    """Whether some of them are being downloaded."""
+    """Whether a download is under way."""
 
 
 class Cache:
@@ -58,8 +60,8 @@ class Cache:
     Args:
         folder: on a local disk, the same for all ranks of a node; several sets may share it.
         remote: where the shards come from.
-        capacity_bytes: never taken more of the disk than this.
-        patience_s: how long to wait for room while every cached shard is in use, and none is on its way.
+        capacity_bytes: the most disk space that the cache takes.
+        patience_s: how long to wait for room while every cached shard is in use and no download is under way.
     """
 
     def __init__(self, folder: str, remote: Remote, *, capacity_bytes: int, patience_s: float = 60.0) -> None:
@@ -72,7 +74,7 @@ class Cache:
         self._wanted: frozenset[str] = frozenset()
 
     def hold_at_once(self, shard: Shard) -> Held | None:
-        """Keeps the shard on disk where it is there and nobody is at it; else None."""
+        """Holds the shard if it is on disk and no process downloads or evicts it; else None. Does not wait."""
         key = _key(shard)
         lock = self._open_lock(key)
         try:
@@ -87,12 +89,13 @@ class Cache:
         return Held(str(self._folder / key), lock)
 
     def hold(self, shard: Shard) -> Held:
-        """Waits until the shard is on disk, downloading it where no other process does, and keeps it there.
+        """Waits until the shard is on disk, downloads it unless another process does, and holds it.
 
-        Whoever holds shards while it waits may stall others, and itself.
+        A process that holds other shards while it waits here may deadlock the ranks, and itself.
 
         Raises:
-            DataError: it cannot be had, or there is no room for it; a StoreError where its store does not answer.
+            DataError: the shard or the disk cannot be used.
+            StoreError: its store does not answer, or the cache has no room.
         """
         key = _key(shard)
         while True:
@@ -106,23 +109,23 @@ class Cache:
                 if not (self._folder / key).is_dir():
                     self._download(shard, lock, patience_s=self._patience_s)
             finally:
-                os.close(lock)  # between this and the shared lock it may be evicted: then once more
+                os.close(lock)  # it may be evicted before the shared lock is taken: then the loop tries again
 
     def read_ahead(self, shards: Sequence[Shard]) -> None:
-        """Downloads shards in the background, in this order, and no longer those that an earlier call asked for."""
+        """Downloads shards in the background, in this order; cancels what earlier calls asked for and did not start."""
         before, self._wanted = self._wanted, frozenset(_key(shard) for shard in shards)
         if self._wanted == before:
             return
         for shard in shards:
             if (self._folder / _key(shard)).is_dir():
                 lock = self._open_lock(_key(shard))
-                _touch(lock)  # not the next to be evicted
+                _touch(lock)  # so that it is not evicted next
                 os.close(lock)
             if _key(shard) not in before:
                 self._ahead.submit(self._read_ahead, shard)
 
     def pass_over(self, shard: Shard) -> None:
-        """Makes the shard the first to be evicted: it was read, and will not be needed again soon."""
+        """Makes the shard the first to be evicted: it will not be needed again soon."""
         lock = self._open_lock(_key(shard))
         os.utime(lock, ns=(0, 0))
         os.close(lock)
@@ -137,12 +140,12 @@ class Cache:
             if not (self._folder / key).is_dir():
                 self._download(shard, lock, patience_s=0)
         except (BlockingIOError, DataError, ClosedError):
-            pass  # another process is at it; or whoever needs the shard tries again, and reports what fails then
+            pass  # another process downloads it; or it failed, and `hold` will try again and report the error
         finally:
             os.close(lock)
 
     def _lock(self, key: str, kind: int) -> int:
-        """A lock file's descriptor, locked. Waits in steps, so that closing the loader ends the wait."""
+        """Locks a lock file; returns its descriptor. It polls, so that closing the loader ends the wait."""
         descriptor = self._open_lock(key)
         while True:
             try:
@@ -157,18 +160,18 @@ class Cache:
         return os.open(self._folder / "locks" / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def _download(self, shard: Shard, lock: int, *, patience_s: float) -> None:
-        """Under the shard's exclusive lock: both files into a folder, checked, then the folder to its place."""
+        """Downloads and checks both files in a .part folder, then renames it. The caller holds the exclusive `lock`."""
         key = _key(shard)
         needed = cached_bytes(shard)
         part = self._folder / f"{key}.{needed}.part"
         try:
             while True:
                 try:
-                    _touch(lock)  # what has just come is not the next to be evicted
+                    _touch(lock)  # so that the new shard is not evicted next
                     self._make_room(part, needed, patience_s)
                     for name, sha256 in ((shard.samples, shard.samples_sha256), (shard.tar, shard.sha256)):
                         self._fetch(name, part / name, sha256)
-                    with self._space():  # nobody who counts meets it between the two names
+                    with self._space():  # so that `_used_bytes` never runs during the rename
                         os.rename(part, self._folder / key)
                     return
                 except OSError as error:
@@ -195,14 +198,14 @@ class Cache:
 
         self._remote.fetch(name, str(path), check)
         with open(path, "rb") as file:
-            os.fsync(file.fileno())  # a power cut must not leave a whole name on half a file
+            os.fsync(file.fileno())  # so that after a power cut a complete name is a complete file
 
     def _make_room(self, part: Path, needed: int, patience_s: float) -> None:
-        """Evicts until `needed` bytes fit, and reserves them by making `part`."""
+        """Evicts until `needed` bytes fit, then reserves them by creating the folder `part`."""
         waited = 0.0
         while True:
             with self._space():
-                shutil.rmtree(part, ignore_errors=True)  # of a process that was killed, or of the attempt before
+                shutil.rmtree(part, ignore_errors=True)  # left by a killed process or an earlier attempt
                 while (there := self._used_bytes()).used + needed > self._capacity:
                     if not self._evict_one():
                         break
@@ -212,12 +215,12 @@ class Cache:
             if waited >= patience_s:
                 raise StoreError(
                     f"data.cache_bytes={self._capacity} leaves no room for {needed} bytes of {self._remote.url}: "
-                    f"{there.used} bytes in {str(self._folder)!r} are in use, as where another run shares the folder; "
+                    f"{there.used} bytes in {str(self._folder)!r} are in use, perhaps by another run; "
                     "raise it, or give this run another data.cache_dir"
                 )
             if self._remote.stopped.wait(POLL_S):
                 raise ClosedError
-            waited = 0.0 if there.coming else waited + POLL_S  # a download ends, however slow, and can then be evicted
+            waited = 0.0 if there.coming else waited + POLL_S  # a running download will end and can then be evicted
 
     @contextmanager
     def _space(self) -> Iterator[None]:
@@ -228,14 +231,14 @@ class Cache:
             os.close(lock)
 
     def _entries(self) -> Iterator[tuple[os.DirEntry[str], re.Match[str]]]:
-        """The cache's own folders, and nothing else that lies in a folder which the user may have put to other use."""
+        """The folders that the cache made; other entries of the folder are the user's, and left alone."""
         for entry in os.scandir(self._folder):
             ours = _OURS.fullmatch(entry.name)
             if ours and entry.is_dir(follow_symlinks=False):
                 yield entry, ours
 
     def _used_bytes(self) -> _Used:
-        """Of complete shards, and of those to come; what a killed process left half done is removed."""
+        """Space taken by complete shards and running downloads; removes what killed processes left half done."""
         used, coming = 0, False
         for entry, ours in self._entries():
             if ours["bytes"] is None:
@@ -245,7 +248,7 @@ class Cache:
         return _Used(used, coming)
 
     def _evict_one(self) -> bool:
-        """Removes the shard that was used least recently, of those that no process holds."""
+        """Removes the least recently used shard that no process holds; False if there is none."""
         keys = [ours["key"] for _, ours in self._entries() if ours["bytes"] is None]
         return any(self._evict(key, os.fspath(self._folder / key)) for key in sorted(keys, key=self._last_use))
 
@@ -262,7 +265,7 @@ class Cache:
         except BlockingIOError:
             return False
         else:
-            if not folder.endswith(".part"):  # at once out of its place: a half removed shard must not be found there
+            if not folder.endswith(".part"):  # rename first: no process may find a half removed shard
                 os.rename(folder, folder := f"{folder}.0.part")
             shutil.rmtree(folder)
             return True
@@ -270,18 +273,18 @@ class Cache:
             os.close(lock)
 
     def close(self) -> None:
-        """Ends downloads under way. Waits for none: one that stalls ends at its timeout, or with the process."""
+        """Ends running downloads, without waiting: a stalled one ends at its timeout or with the process."""
         self._remote.stopped.set()
         self._ahead.close(wait=False)
 
 
 def cached_bytes(shard: Shard) -> int:
-    """The most that a shard takes in the cache."""
+    """The most bytes that a shard takes in the cache."""
     return shard.num_bytes + shard.num_samples * SAMPLE_DTYPE.itemsize + _HEADER_BYTES
 
 
 def _touch(lock: int) -> None:
-    now = time.time_ns()  # left to itself the file system takes a clock that ticks in milliseconds
+    now = time.time_ns()  # the default clock of the file system ticks only every few milliseconds
     os.utime(lock, ns=(now, now))
 
 
@@ -289,21 +292,18 @@ def _key(shard: Shard) -> str:
     return f"{shard.name}-{shard.sha256[:16]}{shard.samples_sha256[:8]}"
 
 
-READ_AHEAD = 2
-"""Shards that an evaluation fetches ahead of use."""
-
-
 def training_shards(
     shard_sizes: Sequence[int], *, window_shards: int, ranks: int, share: int, micro_batch: int, global_batch: int
 ) -> int:
-    """How many shards `ranks` neighbouring ranks need at once, at most, whatever the seed and the epoch.
+    """The most shards that `ranks` neighbouring ranks need at once, for any seed and epoch.
 
-    That is: the shards of the windows in which their shares of one step lie, and of the windows that each rank needs
+    These are the shards of the windows that hold the ranks' shares of one step, and of the window that each rank needs
     next (`Order.coming`).
 
     Args:
         shard_sizes: samples in each shard.
-        window_shards: 0 for all.
+        window_shards: shards that are shuffled together; 0 for all.
+        ranks: ranks of one node.
         share: a rank's samples of a global batch.
     """
     total, window = len(shard_sizes), window_shards or len(shard_sizes)
@@ -315,7 +315,7 @@ def training_shards(
         return total
 
     def most(ends: int, between: int) -> int:
-        """Shards of the windows that fit into `between` positions, and of `ends` windows at their ends."""
+        """The most shards in `ends` windows and in the whole windows that fit into `between` positions."""
         whole = (ends + max(0, between) // smallest_window) * window
         if not rest or between < smallest_rest:
             return whole
@@ -324,16 +324,16 @@ def training_shards(
     def touched(positions: int) -> int:
         return most(min(2, positions), positions - 2)
 
-    # What a rank needs next begins less than a global batch behind the window that it is in.
+    # The window that a rank needs next begins less than one global batch after the end of its present one.
     following = min(ranks * window, most(1, global_batch - 1))
     together, each = touched(ranks * share) + following, ranks * (touched(micro_batch) + window)
     return min(total, together, each)
 
 
 def evaluation_bytes(manifest: Manifest, *, micro_batch: int, ranks: int) -> int:
-    """Bytes that `ranks` ranks of a node need at once, at most, while they evaluate a split; each is at its own place.
+    """The most bytes that `ranks` ranks of a node need at once while they evaluate a split.
 
-    That is: the shards of one micro-batch, and `READ_AHEAD` more.
+    Each rank needs the shards of one micro-batch, and `READ_AHEAD` more.
     """
     num_bytes = np.asarray([cached_bytes(shard) for shard in manifest.shards], dtype=np.int64)
     before = np.concatenate(([0], np.cumsum(num_bytes)))
@@ -346,7 +346,7 @@ def evaluation_bytes(manifest: Manifest, *, micro_batch: int, ranks: int) -> int
 
 
 def least_cache(data: DataConfig, train: Manifest, evaluation: Manifest | None, *, ranks: int, world_size: int) -> int:
-    """The smallest `data.cache_bytes` for `ranks` ranks a node: a training, and an evaluation between its steps."""
+    """The smallest `data.cache_bytes` for `ranks` ranks a node that train and evaluate between steps."""
     sizes = [shard.num_samples for shard in train.shards]
     count = training_shards(
         sizes,
@@ -363,7 +363,7 @@ def least_cache(data: DataConfig, train: Manifest, evaluation: Manifest | None, 
 
 
 def check_cache(data: DataConfig, train: Manifest, evaluation: Manifest | None, *, ranks: int, world_size: int) -> None:
-    """Refuses, with a `ConfigError`, a `data.cache_bytes` below `least_cache`."""
+    """Raises a `ConfigError` for a `data.cache_bytes` below `least_cache`."""
     needed = least_cache(data, train, evaluation, ranks=ranks, world_size=world_size)
     if needed > data.cache_bytes:
         of_whom = f"the {ranks} ranks of a node need" if ranks > 1 else "a node of one rank needs"

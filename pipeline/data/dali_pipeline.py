@@ -1,6 +1,6 @@
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
 # DALI makes its names and overloads at run time, so its stubs lack or misstate these.
-"""DALI's part: encoded images and windows → decoded, cropped, resized, flipped, normalised.
+"""The DALI pipeline: encoded images and windows → decoded, cropped, resized, flipped, normalised images.
 
 One graph serves the GPU (`mixed` decoding, of the window only) and the CPU.
 """
@@ -22,12 +22,12 @@ STD = (58.395, 57.12, 57.375)
 
 
 class Graph:
-    """A built DALI pipeline. It is lost when an image cannot be decoded; another one is then built.
+    """A built DALI pipeline. After an image that DALI cannot decode it is broken; a new one must be built.
 
     Args:
-        data: threads, images a run (`micro_batch`).
+        data: threads and other decoding settings.
         device: where images come out.
-        feed: called ahead of `run` for the encoded images and windows of the next batch; `StopIteration` ends it.
+        feed: called ahead of `run`, gives the encoded images and windows of the next batch; `StopIteration` ends it.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Graph:
         self._pipeline = _pipeline(data, device, source, batch_size, ahead)
 
     def run(self) -> Tensor:
-        """The next batch: `(n, 3, H, W)` float32 in channels-last memory, its own to keep.
+        """The next batch: `(n, 3, H, W)` float32 in channels-last memory; the caller may keep it.
 
         Raises:
             RuntimeError: DALI could not process one of the batches fed so far.
         """
         (images,) = self._pipeline.run()
-        # No copy: the dynamic executor gives the buffer away and takes another for the next batch.
+        # No copy: the dynamic executor gives this buffer away and uses another for the next batch.
         return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
 
 
@@ -71,7 +71,7 @@ def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list]
             source=source,
             num_outputs=5,
             batch=True,
-            no_copy=not on_gpu,  # whoever feeds keeps a batch until it came out; a GPU may still be copying then
+            no_copy=not on_gpu,  # the feeder keeps a batch until it comes out; a GPU may still be copying it then
             dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.FLOAT],
             ndim=[1, 1, 1, 0, 1],
         )
@@ -96,7 +96,7 @@ def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list]
 
 
 def undecodable(data: DataConfig, device: torch.device, encoded: Sequence[np.ndarray], windows: Windows) -> list[int]:
-    """Which of a batch's images DALI cannot decode, tried one by one: it does not say itself."""
+    """Which of a batch's images DALI cannot decode, tried one by one: its error does not name them."""
     culprits: list[int] = []
     slots = iter(range(len(encoded)))
     tried: list[int] = []

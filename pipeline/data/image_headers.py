@@ -1,8 +1,8 @@
-"""Is a file a whole JPEG or PNG, and what do its headers say: the one answer for packing, verifying and training.
+"""Reads JPEG and PNG headers, and finds whether the file is whole. Packing, verifying and training all use this.
 
 Nothing is decoded: the marker segments of a JPEG and the chunks of a PNG are walked up to the end of the image. Bytes
-behind that end (a phone's film, a camera's preview, a server's padding) belong to no image and harm none. It takes a
-tenth of the time of opening the image in Pillow. JPEG: ITU-T T.81, annex B; EXIF: CIPA DC-008, 4.6; XMP: ISO 16684-1;
+behind that end (a phone's film, a camera's preview, a server's padding) are ignored. It takes a tenth of the time that
+Pillow needs to open the image. JPEG: ITU-T T.81, annex B; EXIF: CIPA DC-008, 4.6; XMP: ISO 16684-1;
 PNG: ISO/IEC 15948, 11.2.
 """
 
@@ -28,7 +28,7 @@ _PNG_EXIF_TEXT = b"Raw profile type exif"
 
 
 class HeaderError(ValueError):
-    """The header is cut off or contradicts itself; the message is the reason for the quarantine list."""
+    """The header is cut off or contradicts itself. The message is the reason in the quarantine list."""
 
 
 class TruncatedError(HeaderError):
@@ -46,33 +46,33 @@ class Header:
     depth: int
     """Bits a component."""
     orientation: int = 1
-    """EXIF orientation, 1 to 8; above 4 height and width change places."""
+    """EXIF orientation, 1 to 8; above 4, height and width are swapped."""
     doubtful: bool = False
     """Readers disagree about the orientation that EXIF states: twice, in another type, or in a damaged block."""
     noted_elsewhere: bool = False
-    """No EXIF block states an orientation, but XMP or a text may, which some readers follow."""
+    """No EXIF block states an orientation, but XMP or a PNG text may; some readers follow it."""
     unusual: bool = False
-    """JPEG with arithmetic, lossless or hierarchical coding: few decoders take it."""
+    """JPEG with arithmetic, lossless or hierarchical coding: few decoders can read it."""
     rgb: bool = False
     """JPEG whose three components are red, green and blue, which some decoders take for YCbCr."""
     truncated: bool = False
     """The end of the image is missing."""
     damage: str = ""
-    """What is broken behind a good header; empty where nothing is."""
+    """What is broken behind a good header; empty if nothing is."""
     end: int = 0
-    """Offset behind the image; what follows does not belong to it. The file's end where the image is truncated."""
+    """Offset of the first byte behind the image; the file's end where the image is truncated."""
     scan_start: int = 0
     """JPEG: offset of the image data of the first scan."""
     scan_end: int = 0
-    """JPEG of one sequential scan: offset of the end marker, or where it is missing of the file's end, without the FF
-    that may be left of it; otherwise 0."""
+    """JPEG of one sequential scan: offset of the end marker. If the marker is missing: the file's end, without an FF
+    that may be left of it. Otherwise 0."""
 
 
 def read_header(data: bytes | memoryview) -> Header | None:
-    """What the headers of `data` say, or None where it is neither JPEG nor PNG.
+    """What the headers of `data` say; None if it is neither JPEG nor PNG.
 
     Raises:
-        HeaderError: they are cut off or broken.
+        HeaderError: the headers are cut off or broken.
     """
     if data[:3] == JPEG_MAGIC:
         return read_jpeg(data)
@@ -82,7 +82,7 @@ def read_header(data: bytes | memoryview) -> Header | None:
 
 
 class _Orientation:
-    """What the metadata of a file say about its orientation, as far as readers agree."""
+    """Collects what the metadata of a file say about its orientation, and whether readers agree on it."""
 
     def __init__(self) -> None:
         self.value = 1
@@ -97,7 +97,7 @@ class _Orientation:
         self.doubtful |= doubtful or self._num_exif > 1
 
     def see_text(self, text: bytes | memoryview) -> None:
-        """XMP, or what some programs write into a PNG in place of an EXIF block."""
+        """Takes in XMP, or the text that some programs write into a PNG in place of an EXIF block."""
         self._noted |= b"Orientation" in bytes(text) or bytes(text[:21]) == _PNG_EXIF_TEXT
 
     @property
@@ -189,10 +189,10 @@ def read_jpeg(data: bytes | memoryview) -> Header:
 
 
 def _image_end(data: bytes | memoryview, at: int) -> tuple[int, int]:
-    """Offset behind the end marker, and of the marker; where there is none -1 and that of the end of the image data.
+    """Offset behind the end marker, and offset of the marker; without a marker, -1 and the end of the image data.
 
     Args:
-        at: where the image data of the first scan begin.
+        at: offset of the image data of the first scan.
     """
     while (found := _MARKER.search(data, at)) is not None:
         marker, at = data[found.end() - 1], found.end()
@@ -206,7 +206,7 @@ def _image_end(data: bytes | memoryview, at: int) -> tuple[int, int]:
             return -1, found.start()
         at = _segment_end(data, at - 2)
     end = len(data)
-    while data[end - 1] == 0xFF:  # half of the lost marker: by itself an FF is no image data
+    while data[end - 1] == 0xFF:  # half of the lost marker: a single FF is not image data
         end -= 1
     return -1, end
 

@@ -1,6 +1,6 @@
-"""The two streams of a shard set, for one rank: the one that trains, and the one that evaluates.
+"""The two streams of batches for one rank, from a shard set: one for training, one for evaluation.
 
-Order → numbers → Samples → files and windows → Stream → Batch
+Order → sample numbers → Samples → files and windows → Stream → Batch
 """
 
 import atexit
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Figures(NamedTuple):
-    """How one rank's loading goes, since its start."""
+    """Figures of one rank's loading since its start."""
 
     wait_s: float
     queue_depth: int
@@ -46,12 +46,12 @@ class Loader:
     """The training split's stream for one rank.
 
     Args:
-        data: the data configuration; `global_batch` over `world_size` in micro-batches is this rank's share.
-        seed: of the order and the augmentation.
+        data: the data configuration. This rank's share of a step is `global_batch` / `world_size`, in micro-batches.
+        seed: for the order and the augmentation.
         rank, world_size: this rank's place.
         device: where batches go; a CUDA device decodes on the GPU.
         split: folder of the shard set below `data.path`.
-        dtype: of the images; bfloat16 halves what they take where the network computes in it.
+        dtype: of the images; bfloat16 halves their memory where the network computes in bf16.
 
     Raises:
         ConfigError: there is no such set, or the batch does not divide over the ranks.
@@ -85,11 +85,11 @@ class Loader:
         )
         self._check_cache(local_ranks(world_size), world_size)
         self.bad = BadSamples()
-        """What this rank replaced; on rank 0 the count begins at what all ranks had before the resume."""
+        """The samples that this rank replaced; on rank 0 the count starts from that of all ranks before the resume."""
         self._bad_count = self._bad_step = self._bad_from_step = self._bad_earlier = 0
         self._stream = Stream(data, device, self._samples, self._request, self.bad, dtype)
         self._step = self._left = 0
-        atexit.register(self.close)  # runs before DALI's own, which aborts while a thread is in a pipeline
+        atexit.register(self.close)  # runs before DALI's own exit handler, which aborts if a thread is in a pipeline
 
     @property
     def wait_s(self) -> float:
@@ -98,7 +98,7 @@ class Loader:
 
     @property
     def step(self) -> int:
-        """Steps whose batches were all handed out; of a loaded state, where to go on."""
+        """Number of steps whose batches were all handed out: the step at which a resume goes on."""
         return self._step
 
     def figures(self) -> Figures:
@@ -117,8 +117,8 @@ class Loader:
         """The micro-batches of each optimizer step in [start, stop), read and decoded ahead of use.
 
         Raises:
-            RuntimeError: a step was asked for before all micro-batches of the one before were taken, which would
-                otherwise get them.
+            RuntimeError: a step was asked for before all micro-batches of the step before it were taken: it would
+                get the ones that are left.
         """
         batches = self._stream.run(range(start * self._accumulation, stop * self._accumulation))
         for step in range(start, stop):
@@ -127,14 +127,14 @@ class Loader:
             if self._left:
                 raise RuntimeError(
                     f"step {step + 1} was asked for while {self._left} of the {self._accumulation} micro-batches of "
-                    f"step {step} were not taken; take all of them first, or begin anew with steps(start, stop)"
+                    f"step {step} were not taken; take all of them first, or call steps(start, stop) again"
                 )
 
     def _micro_batches(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         for left in reversed(range(self._accumulation)):
             batch = next(batches)
             self._left = left
-            if left == 0:  # a state saved in the loop's body after this step goes on with the next one
+            if left == 0:  # so that a state saved in the loop body after this step resumes at the next one
                 self._step = step + 1
             yield batch
 
@@ -143,7 +143,7 @@ class Loader:
         m = self._data.micro_batch
         step, within = divmod(micro_batch, self._accumulation)
         position = step * self._data.global_batch + self._rank * self._share + within * m
-        if self._shards.is_cached:  # local ones stay open: a window may lie anywhere in them
+        if self._shards.is_cached:  # local shards stay open: a window may lie anywhere in the set
             last, global_batch = position + m - 1, self._data.global_batch
             self._shards.expect(self._order.coming(position, last, share=self._share, global_batch=global_batch))
         epochs, numbers = self._order.samples(position, m)
@@ -183,25 +183,25 @@ class Loader:
             return
         try:
             evaluation = load_manifest(self._data, EVALUATION)
-        except ConfigError:  # whoever evaluates says that there is none
+        except ConfigError:  # a missing split is reported when the evaluation begins
             evaluation = None
         check_cache(self._data, self.manifest, evaluation, ranks=ranks, world_size=world_size)
 
     def names(self, position: int, count: int) -> list[str]:
-        """Names of the samples at stream positions, as the order has them: before a bad one was replaced."""
+        """Names of the samples at stream positions by the order, before bad samples are replaced."""
         sizes = [shard.num_samples for shard in self.manifest.shards]
-        order = Order(sizes, seed=self._seed, window_shards=self._data.window_shards)  # the other is the threads'
+        order = Order(sizes, seed=self._seed, window_shards=self._data.window_shards)  # the reader owns self._order
         names = [self._samples.name(int(number)) for number in order.samples(position, count)[1]]
         self._shards.rest()
         return names
 
     def account(self, count: int, step: int) -> None:
-        """Takes down `count` stand-ins on all ranks, the sum of their `bad.count`, up to the end of `step`."""
+        """Records `count`, the ranks' sum of `bad.count` (stand-ins) up to the end of `step`."""
         self._bad_count, self._bad_step = count, step
 
     @property
     def too_many_bad(self) -> bool:
-        """Whether the stand-ins that were taken down are over `data.max_bad_ratio`."""
+        """Whether the recorded stand-ins are over `data.max_bad_ratio`."""
         return too_many(
             self._bad_count,
             seen=self._seen,
@@ -210,7 +210,7 @@ class Loader:
         )
 
     def refuse_bad(self, reasons: dict[str, str]) -> None:
-        """Raises the `DataError` of `too_many_bad`, with `reasons` by name of all ranks."""
+        """Raises a `DataError` where `too_many_bad`; `reasons` are all ranks', by name of the sample."""
         refuse(
             reasons,
             count=self._bad_count,
@@ -225,14 +225,14 @@ class Loader:
         return (self._bad_step - self._bad_from_step) * self._data.global_batch
 
     def state_dict(self) -> dict[str, object]:
-        """The position, the account of bad samples of all ranks, and what the stream's meaning depends on."""
+        """The position, the count of bad samples of all ranks, and the settings that the order depends on."""
         account = {"bad_count": self._bad_count, "bad_from_step": self._bad_from_step}
         return {"step": self._step, **account, **self._identity()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Takes over a position and its account of bad samples.
+        """Resumes at a saved position with its count of bad samples.
 
-        A state of before there was an account goes on with an empty one, and a warning.
+        An old state without such a count starts it at zero, with a warning.
 
         Raises:
             ConfigError: the state is of another data set, seed, batch or window; the message names which.
@@ -252,7 +252,7 @@ class Loader:
                 "the checkpoint has no account of bad samples: data.max_bad_ratio holds from step %d", self._step
             )
         self._bad_earlier = self._bad_count
-        self.bad.count = self._bad_count if self._rank == 0 else 0  # once in the sum over ranks, however many they are
+        self.bad.count = self._bad_count if self._rank == 0 else 0  # once in the sum over ranks
 
     def _identity(self) -> dict[str, object]:
         return {
@@ -317,7 +317,7 @@ def evaluation_batches(
         position = (rank * per_rank + index) * m
         places = position + np.arange(m)
         valid = places < total
-        filled = np.minimum(places, total - 1)  # padding and stand-ins are of shards at hand: none is fetched for them
+        filled = np.minimum(places, total - 1)  # padding and stand-ins come from shards that are there already
         owners = shards.owners(filled[[0, -1]])
         ahead = owners[1] + 1 + READ_AHEAD
         shards.expect(range(owners[0], min(ahead, len(shards.manifest.shards))), once=True)
@@ -344,7 +344,7 @@ def evaluation_batches(
 
     stream = Stream(data, device, samples, request, bad)
     close = partial(end, stream, shards)
-    atexit.register(close)  # of an evaluation that nobody finished
+    atexit.register(close)  # for an evaluation that is left before its end
     try:
         yield from stream.run(range(per_rank))
         refuse(bad.reasons, count=bad.count, seen=total, num_samples=total, max_ratio=data.max_bad_ratio)

@@ -1,4 +1,4 @@
-"""The shard format: what lies in a shard set, read side and names; `data_prep` writes it through this file.
+"""The shard format: names, manifest and sample records, and their checks before a run. `data_prep` writes with it too.
 
     DIR/train/                   one shard set a split
       manifest.json              format, split, classes and what to show for them, every file's size and SHA-256
@@ -26,11 +26,12 @@ from pipeline.errors import ConfigError, DataError
 FORMAT = "chispike-shards"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
-# Names become paths, of the set and of the cache: none may lead out of these folders, nor hold a byte that no path has.
+TRAIN, EVALUATION = "train", "val"
+"""Names of the splits, which are their folders."""
+# Names become paths in the set and in the cache: they must not lead out of these folders, nor hold invalid bytes.
 _NAME = re.compile(r"\w[\w.+=-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-_MOST = 1 << 53  # bytes or samples of a shard; far more would not fit into the integers that are counted with
+_MOST = 1 << 53  # bytes or samples of a shard: sums of larger numbers could overflow int64
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -75,11 +76,11 @@ class Manifest:
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
     display_names: tuple[str, ...] = ()
-    """What to show for the classes, in label order, where their names say little (WNIDs); empty for the names."""
+    """Names to show for the classes, in label order, where `classes` are codes (WNIDs); empty: show `classes`."""
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """What to show for each class."""
+        """The name to show for each class."""
         return self.display_names or self.classes
 
     @property
@@ -92,7 +93,7 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of the manifest's text but for what is only shown: sets with one identity hold the same bytes."""
+        """SHA-256 of the manifest's text without the shown names: sets of the same identity hold the same bytes."""
         return hashlib.sha256(replace(self, display_names=()).to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -103,7 +104,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
-        """Reads `to_json`'s text; `where` names its place in a `DataError`."""
+        """The inverse of `to_json`; a `DataError` names `where` the text is from."""
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -138,11 +139,12 @@ class Manifest:
     def load(
         cls, folder: str | os.PathLike[str], *, retries: int = RETRIES, timeout_s: float = TIMEOUT_S
     ) -> "Manifest":
-        """Reads the manifest of the set in `folder`, a path or a URL; of a URL with `retries` and `timeout_s`.
+        """Reads the manifest of the set in `folder`, a path or a URL; `retries` and `timeout_s` are for a URL.
 
         Raises:
-            ConfigError: there is none, or its protocol cannot be used.
-            DataError: it is damaged, or a remote one may not be read; a StoreError where its store does not answer.
+            ConfigError: there is no manifest, or the URL's protocol cannot be used.
+            DataError: it is damaged, or access to a remote one is denied.
+            StoreError: the store does not answer.
         """
         path = join(folder, MANIFEST_NAME)
         try:
@@ -167,7 +169,7 @@ def _is_text(value: object) -> bool:
 
 
 def _check(shards: tuple[Shard, ...], where: str) -> None:
-    """Refuses, with a `DataError`, what would lead a reader astray: a manifest may come from anywhere."""
+    """Raises a `DataError` for a dangerous name or impossible values: a manifest may come from anywhere."""
     for shard in shards:
         if not isinstance(shard.name, str) or not _NAME.fullmatch(shard.name):
             raise DataError(
@@ -191,8 +193,8 @@ def _check(shards: tuple[Shard, ...], where: str) -> None:
 
 
 def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
-    """The `SAMPLE_DTYPE` records of a shard, `(shard.num_samples,)`, in memory: a map would end the process (SIGBUS)
-    where its file is cut while it is in use.
+    """The `SAMPLE_DTYPE` records of a shard, `(shard.num_samples,)`, in memory. Not memory-mapped: if the file is cut
+    while it is mapped, SIGBUS ends the process.
 
     Raises:
         DataError: the file cannot be read, its header or length is not what the manifest says, or a record lies outside
@@ -226,18 +228,15 @@ def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     return records
 
 
-TRAIN, EVALUATION = "train", "val"
-
-
 def load_manifest(data: DataConfig, split: str) -> Manifest:
     """The manifest of a split below `data.path`, local or remote."""
     return Manifest.load(join(data.path, split), retries=data.retries, timeout_s=data.timeout_s)
 
 
 def check_splits(data: DataConfig) -> Manifest:
-    """The training split's manifest, once both splits can be used.
+    """Checks that both splits can be used; returns the training split's manifest.
 
-    The files of local splits are looked at; those of remote ones are when they come through the cache.
+    Files of local splits are checked here, those of remote splits when the cache downloads them.
 
     Raises:
         ConfigError: there is no such set, or the classes of the two differ.
@@ -263,7 +262,7 @@ def check_splits(data: DataConfig) -> Manifest:
 
 
 def differing(classes: tuple[str, ...], others: tuple[str, ...], others_have: str) -> str:
-    """In what a split's `classes` first differ from `others`, in words."""
+    """The first difference between a split's `classes` and `others`, in words."""
     if len(classes) != len(others):
         return f"{len(classes)} classes, but {others_have} {len(others)}"
     label = next(i for i, name in enumerate(classes) if name != others[i])
@@ -272,7 +271,7 @@ def differing(classes: tuple[str, ...], others: tuple[str, ...], others_have: st
 
 def _check_files(folder: Path, manifest: Manifest, max_bad_ratio: float) -> None:
     try:
-        there = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # no link that leads nowhere
+        there = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # not a dangling link
     except OSError as error:
         raise ConfigError(f"{folder} cannot be listed ({error.strerror}); mend its rights or its disk") from None
     named = [name for shard in manifest.shards for name in (shard.tar, shard.index, shard.samples)]

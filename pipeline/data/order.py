@@ -1,11 +1,12 @@
-"""Which sample comes when: a pure function of (seed, epoch), the same for any number of ranks.
+"""The order of the samples: a pure function of (seed, epoch), the same for any number of ranks.
 
-The stream of samples is continuous over epochs: position p is place p mod S of epoch p // S. In an epoch the shards
+The stream of samples is continuous over epochs: position p is place p mod S of epoch p // S, for a set of S
+samples. In an epoch the shards
 are permuted, cut into windows of `window_shards`, and the samples within a window are shuffled. Global batch b is
 positions [bG, (b+1)G); rank r of R takes its r-th contiguous share of it, in micro-batches of m. So the groups of m
-that BatchNorm sees are the same at every R that divides G/m, and to resume is to set a counter.
+that BatchNorm sees are the same at every R that divides G/m, and a resume only sets a counter.
 
-Permutations sort by keys of a fixed integer hash: they stay what they are when a library changes its generator.
+Permutations sort by keys of a fixed integer hash: they stay the same when a library changes its random generator.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pipeline.errors import DataError
 
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_SHARDS, _SAMPLES, _REPLACEMENT = 0, 1, 4  # words that keep these draws apart; augment.py has 2 and 3
+_SHARDS, _SAMPLES, _REPLACEMENT = 0, 1, 4  # hash words that keep these draws independent; augment.py uses 2 and 3
 
 
 def mix(*words: int | np.ndarray) -> np.ndarray:
@@ -36,7 +37,7 @@ class Order:
 
     Args:
         shard_sizes: samples in each shard, in the manifest's order.
-        seed: of the permutations.
+        seed: for the permutations.
         window_shards: shards that are shuffled together; 0 for all.
     """
 
@@ -67,7 +68,7 @@ class Order:
         return epochs, numbers
 
     def replacement(self, position: int, attempt: int) -> int:
-        """The `attempt`-th sample to put in the place of a bad one: of the same window, so its shard is at hand."""
+        """The `attempt`-th candidate to replace a bad sample: from the same window, whose shards are there already."""
         epoch, place = divmod(position, self.num_samples)
         _, members = self._window_at(epoch, place)
         return int(members[int(mix(self._seed, epoch, _REPLACEMENT, place, attempt)[0] % np.uint64(len(members)))])
@@ -82,8 +83,8 @@ class Order:
     def coming(self, first: int, last: int, *, share: int, global_batch: int) -> list[int]:
         """The shards of the windows of positions `first` to `last`, then those of the window that the rank needs next.
 
-        `first` and `last` lie in the rank's `share` of a global batch. Where global batches are larger than windows it
-        passes over some: the next is the one in which its share of a later batch lies.
+        `first` and `last` lie in the rank's `share` of a global batch. If global batches are larger than windows, the
+        rank skips windows: the next one is the first that holds a sample of its share of this or a later batch.
         """
         end, here = first, [first]
         while (end := self._window_end(end)) <= last:
@@ -98,14 +99,14 @@ class Order:
         epoch, place = divmod(position, self.num_samples)
         self._plan(epoch)
         end = epoch * self.num_samples + int(self._starts[self._window_number(place) + 1])
-        assert end > position  # who goes from window to window gets on
+        assert end > position  # so a caller that goes from window to window advances
         return end
 
     def _permuted_shards(self, epoch: int) -> np.ndarray:
         return np.argsort(mix(self._seed, epoch, _SHARDS, np.arange(len(self._sizes))), kind="stable")
 
     def _plan(self, epoch: int) -> None:
-        """Makes `epoch` the current one: its order of shards and where its windows start."""
+        """Computes the order of shards and the window starts of `epoch`, and makes it the current epoch."""
         if epoch == self._epoch:
             return
         self._epoch, self._shards = epoch, self._permuted_shards(epoch)
@@ -122,7 +123,7 @@ class Order:
         window = self._window_number(place)
         key = (epoch, window)
         if key not in self._windows:
-            if len(self._windows) >= 2:  # a micro-batch may straddle two; older ones are not met again
+            if len(self._windows) >= 2:  # a micro-batch may lie in two windows; older ones are not needed again
                 self._windows.pop(next(iter(self._windows)))
             self._windows[key] = self._shuffled(epoch, window)
         return place - int(self._starts[window]), self._windows[key]

@@ -1,9 +1,9 @@
-"""Micro-batches read and decoded ahead of whoever iterates.
+"""Reads and decodes micro-batches ahead of the training loop.
 
     reader thread: numbers → bytes, windows → decoder thread: DALI (its own threads) → Batch → the training loop
 
-Threads, not processes: reading and decoding release the interpreter's lock, there is nothing to orphan when a rank is
-killed, and a resume costs no start-up.
+Threads, not processes: reading and decoding release the GIL, a killed rank leaves no orphans, and a resume starts no
+processes.
 """
 
 import threading
@@ -25,7 +25,7 @@ from pipeline.data.dali_pipeline import Graph, undecodable
 from pipeline.data.remote import ClosedError
 from pipeline.data.samples import UNDECODABLE, BadSamples, Samples
 
-GRAPH_AHEAD = 3  # batches inside DALI; with fewer its threads run dry between two
+GRAPH_AHEAD = 3  # batches inside DALI; with fewer its threads have no work between two batches
 
 
 class Batch(NamedTuple):
@@ -43,7 +43,7 @@ class Request(NamedTuple):
     """A micro-batch before decoding."""
 
     index: int
-    """What it was prepared from."""
+    """The index from which `prepare` made it."""
     numbers: np.ndarray
     encoded: list[np.ndarray]
     windows: Windows
@@ -51,7 +51,7 @@ class Request(NamedTuple):
     valid: np.ndarray
     position: int
     bad: list[tuple[str, str, str]]
-    """Name, reason and what was done, of each sample that could not be used."""
+    """Name, reason and what was done instead, for each sample that could not be used."""
 
 
 class Stream:
@@ -59,9 +59,9 @@ class Stream:
 
     Args:
         data, device: see `Graph`.
-        samples: where a sample that does not decode is entered as bad, so that `prepare` replaces it.
-        prepare: the request of an index; called in the reader thread.
-        bad: the account of bad samples, written as their batches are handed out.
+        samples: a sample that does not decode is marked bad here, so that `prepare` replaces it.
+        prepare: makes the request of an index; called in the reader thread.
+        bad: counts bad samples when their batches are handed out.
         dtype: of the images.
     """
 
@@ -79,11 +79,11 @@ class Stream:
         self._reader = Background(1, name="shard-reader")
         self._decoder: _Decoder | None = None
         self.wait_s = 0.0
-        """Seconds in which no finished batch was there for whoever asked."""
+        """Seconds that `run` waited for a finished batch."""
 
     @property
     def queue_depth(self) -> int:
-        """Finished batches that wait to be asked for."""
+        """Finished batches that wait to be taken."""
         return self._decoder.depth if self._decoder is not None else 0
 
     def run(self, indices: Sequence[int]) -> Iterator[Batch]:
@@ -103,7 +103,7 @@ class Stream:
             yield batch._replace(images=batch.images.to(self._dtype))
 
     def close(self) -> None:
-        """Ends the threads. Waits for no more than the read that is under way."""
+        """Ends the threads. Waits at most for the read that is under way."""
         self._reader.close(wait=False)
         if self._decoder is not None:
             self._decoder.close()
@@ -133,7 +133,7 @@ class _Decoder:
         self._room = threading.Semaphore(data.prefetch)
         self._stopped = False
         self._done: SimpleQueue[tuple[Batch, list] | BaseException] = SimpleQueue()
-        # A daemon, so that a crash of the program that forgot to close is not kept waiting for data.
+        # A daemon, so that a program that crashes without `close` does not wait for data.
         self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
         self._thread.start()
 
@@ -148,7 +148,7 @@ class _Decoder:
         return self._done.qsize()
 
     def make_room(self) -> None:
-        """Lets the decoder go on, after each `next`."""
+        """Lets the decoder make one more batch; call it after each `next`."""
         self._room.release()
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ class _Decoder:
         except BaseException as error:  # the training loop raises it, in its own thread
             self._done.put(error)
         finally:
-            self._done.put(ClosedError("the loader was closed"))  # whoever still waits must not wait for ever
+            self._done.put(ClosedError("the loader was closed"))  # so that a waiting `next` ends
 
     def _graph(self) -> Graph:
         return Graph(self._data, self._device, self._feed, batch_size=self._data.micro_batch, ahead=self._ahead)
@@ -200,7 +200,7 @@ class _Decoder:
         return request.encoded, request.windows
 
     def _repair(self, error: RuntimeError) -> None:
-        """Finds what DALI failed at among the batches it had been fed, and prepares these batches again without it."""
+        """Finds the image that DALI failed at, marks it bad, and prepares all batches that DALI lost again."""
         for request in self._fed:
             culprits = undecodable(self._data, self._device, request.encoded, request.windows)
             if culprits:
@@ -208,14 +208,14 @@ class _Decoder:
                 break
         else:
             raise error
-        # Both queues: what was fed before an earlier failure may wait behind the one that failed now.
-        # Kept until the next failure: the broken pipeline is not gone yet, and its threads may still read their bytes.
+        # Both queues: batches that an earlier failure lost may not have been fed again yet.
+        # Kept until the next failure: threads of the broken pipeline may still read these bytes.
         self._lost = [*self._fed, *self._again]
         self._fed.clear()
         self._again = deque(self._reader.submit(self._prepare, request.index).result() for request in self._lost)
 
     def _finished(self, images: Tensor, request: Request) -> tuple[Batch, list]:
-        # In this thread, so that the training loop finds the batch finished; on a GPU the copy belongs into its stream.
+        # The CPU cast runs in this thread, ahead of the loop. On a GPU the loop casts, in its own stream.
         if self._device.type == "cpu":
             images = images.to(self._dtype)
         batch = Batch(

@@ -1,7 +1,7 @@
-"""Files behind URLs: http(s)://, s3:// and whatever else fsspec opens, with retries and errors that say which and why.
+"""Files behind URLs: http(s)://, s3:// and all other protocols of fsspec, with retries. Errors name the URL and cause.
 
-Credentials and endpoints come from where each protocol's client looks for them (for s3 the AWS environment variables,
-`AWS_ENDPOINT_URL` among them); nothing of them is configured here.
+Credentials and endpoints are not configured here: each protocol's client finds them itself (for s3 in the AWS
+environment variables, such as `AWS_ENDPOINT_URL`).
 """
 
 import errno
@@ -14,12 +14,15 @@ from pipeline.errors import ConfigError, DataError, StoreError
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 RETRIES, TIMEOUT_S = 5, 30.0
+_LOCAL = frozenset([errno.ENOSPC, errno.EDQUOT])  # errors of the local disk: a retry does not help
+_FORBIDDEN = frozenset([401, 403])
+_PASSING = frozenset([408, 425, 429])  # client errors (4xx) worth a retry: timeout, too early, too many requests
 
 _Result = TypeVar("_Result")
 
 
 class ClosedError(Exception):
-    """The loader was closed while a file came in."""
+    """The loader was closed during a download."""
 
 
 class MismatchError(Exception):
@@ -36,11 +39,11 @@ def join(folder: str | os.PathLike[str], *names: str) -> str:
 
 
 class Remote:
-    """A place that files come from.
+    """A remote folder that files are read from.
 
     Args:
         url: of the folder.
-        retries: further attempts after one that failed, each after twice the delay of the one before.
+        retries: further attempts after a failed one; the delay before each doubles, up to LONGEST_DELAY_S.
         timeout_s: seconds without a byte after which an attempt has failed, where the protocol's client can tell.
 
     Raises:
@@ -56,19 +59,19 @@ class Remote:
         """The bytes of a small file.
 
         Raises:
-            FileNotFoundError: there is none.
-            DataError: it may not be read.
+            FileNotFoundError: the file does not exist.
+            DataError: access is denied.
             StoreError: it could not be read in `retries` + 1 attempts.
         """
         url = join(self.url, name)
         return self._persist(url, lambda: self._files.cat_file(url))
 
     def fetch(self, name: str, path: str, check: Callable[[], None]) -> None:
-        """Copies a file to `path`, until `check` accepts what came.
+        """Downloads a file to `path`; tries again while `check` raises MismatchError.
 
         Raises:
-            DataError: it is not there, may not be read, or was another one in each of `retries` + 1 attempts.
-            StoreError: it could not be had in `retries` + 1 attempts. Both name the URL and the last cause.
+            DataError: it does not exist, access is denied, or `check` refused it in each of `retries` + 1 attempts.
+            StoreError: it could not be read in `retries` + 1 attempts. Both name the URL and the last cause.
             OSError: of the local disk, such as ENOSPC.
             ClosedError: `stopped` was set.
         """
@@ -90,7 +93,7 @@ class Remote:
                 return once()
             except (FileNotFoundError, ClosedError):
                 raise
-            except Exception as error:  # each protocol's client has its own kinds; none passes silently
+            except Exception as error:  # each protocol's client has its own errors; all are retried or raised
                 status = getattr(error, "status", 0)
                 if isinstance(error, PermissionError) or status in _FORBIDDEN:
                     raise DataError(f"{url} may not be read ({error}); check the credentials") from None
@@ -100,17 +103,12 @@ class Remote:
                     wrong = isinstance(error, MismatchError) or (400 <= status < 500 and status not in _PASSING)
                     raise (DataError if wrong else StoreError)(
                         f"{url} could not be read in {self._retries + 1} attempts; the last failed with "
-                        f"{type(error).__name__}: {error or 'no further word'}"
+                        f"{type(error).__name__}: {error or 'no message'}"
                     ) from None
             if self.stopped.wait(delay):
                 raise ClosedError
             delay = min(2 * delay, LONGEST_DELAY_S)
         raise AssertionError("the last attempt returns or raises")
-
-
-_LOCAL = frozenset([errno.ENOSPC, errno.EDQUOT])  # the local disk's, which trying again does not mend
-_FORBIDDEN = frozenset([401, 403])
-_PASSING = frozenset([408, 425, 429])  # of 400 to 499 those that blame the moment: slow, early, too many requests
 
 
 def _stopper(stopped: threading.Event):
@@ -125,7 +123,7 @@ def _stopper(stopped: threading.Event):
 
 
 def _file_system(url: str, timeout_s: float):
-    import fsspec  # not at the top: who has local shards does not wait for it
+    import fsspec  # not at the top: a run on local shards must not wait for this import
 
     protocol = url.split("://", 1)[0]
     options: dict[str, object] = {}
@@ -144,7 +142,7 @@ def _file_system(url: str, timeout_s: float):
     try:
         files = fsspec.filesystem(protocol, **options)
         if protocol == "s3":
-            files.retries = 1  # its own five, by boto's five, would make minutes of timeouts hours
+            files.retries = 1  # s3fs and boto would retry 5 times each: minutes of timeouts would become hours
         return files
     except ImportError as error:
         raise ConfigError(f"data.path={url!r} needs a package that is not installed: {error}") from None

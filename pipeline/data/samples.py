@@ -1,7 +1,7 @@
-"""Samples by number, with a stand-in for each that cannot be used.
+"""Reads samples by number, replaces bad ones by stand-ins, and ends a run that has too many bad ones.
 
-A bad sample is never fatal by itself and never silent: it is replaced by the first good one of a list that depends on
-its position alone, so that a resumed run, or one on another number of ranks, sees the same.
+A single bad sample is never fatal and never silent. Its stand-in is the first good sample of a list that depends only
+on its position, so a resumed run, or a run on another number of ranks, sees the same samples.
 """
 
 import logging
@@ -18,22 +18,25 @@ from pipeline.errors import DataError
 log = logging.getLogger(__name__)
 
 MAX_LISTED = 50
+"""Bad samples that an error names, at most."""
+MAX_ATTEMPTS = 1000
+"""Candidates for a stand-in that are tried, at most."""
+REASONS = UNREADABLE, TRUNCATED, UNDECODABLE, LABEL = "unreadable", "truncated", "undecodable", "label out of range"
 
 
 class BadSamples:
-    """What one rank replaced, in the order in which the training loop met it."""
+    """The bad samples that one rank replaced, counted when the training loop uses their batches."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
-        """Reason by name."""
+        """Reason by name of the sample."""
         self.count = 0
-        """Places of the stream that were given to a stand-in: a bad sample counts again in every epoch."""
-
+        """Stand-ins that were used: a bad sample counts again in every epoch."""
         self.by_reason: Counter[str] = Counter()
-        """Places that this process gave to a stand-in."""
+        """Stand-ins by reason, of this process alone: a resume does not restore it."""
 
     def met(self, name: str, reason: str, *, instead: str) -> None:
-        """Counts a bad sample where its batch is used, so that the count does not depend on what is read ahead."""
+        """Counts a bad sample when its batch is used, so that the count does not depend on read-ahead."""
         self.count += 1
         self.by_reason[reason] += 1
         if name not in self.reasons:
@@ -44,18 +47,19 @@ class BadSamples:
 def refuse(
     reasons: dict[str, str], *, count: int, seen: int, num_samples: int, max_ratio: float, earlier: int = 0
 ) -> None:
-    """Ends the run when more than `max_ratio` of the samples were bad.
+    """Raises an error when more than `max_ratio` of the samples were bad.
 
     Args:
-        reasons: reason by name, over all ranks.
-        count: places that were given to a stand-in, over all ranks.
-        seen: places of the stream that were used.
-        num_samples: of the set. Until an epoch is over the limit is that of a whole one, or the first would stop it.
+        reasons: reason by name of the sample, of all ranks.
+        count: stand-ins that were used, on all ranks.
+        seen: samples that were used so far, on all ranks.
+        num_samples: of the set. In the first epoch the limit is that of a whole epoch: else one early bad sample would
+            end the run.
         max_ratio: `data.max_bad_ratio`.
-        earlier: those of `count` that a run before this one met, and named in its log.
+        earlier: the part of `count` from before the resume, whose samples are in the log of that time.
 
     Raises:
-        DataError: with the list.
+        DataError: the message lists the bad samples.
     """
     if not too_many(count, seen=seen, num_samples=num_samples, max_ratio=max_ratio):
         return
@@ -74,16 +78,11 @@ def too_many(count: int, *, seen: int, num_samples: int, max_ratio: float) -> bo
     return count > max_ratio * max(seen, num_samples)
 
 
-MAX_ATTEMPTS = 1000
-
-REASONS = UNREADABLE, TRUNCATED, UNDECODABLE, LABEL = "unreadable", "truncated", "undecodable", "label out of range"
-
-
 class Taken(NamedTuple):
-    """`n` samples, the bad ones replaced."""
+    """`n` samples, with bad ones replaced."""
 
     numbers: np.ndarray
-    """`(n,)` int64: what was taken."""
+    """`(n,)` int64: the numbers of the samples that were taken."""
     encoded: list[np.ndarray]
     """Their files, uint8."""
     records: np.ndarray
@@ -93,9 +92,9 @@ class Taken(NamedTuple):
 
 
 def flaw(encoded: bytes) -> str:
-    """Why a JPEG or PNG is not whole, by the same reading as when it was packed; empty where it is.
+    """The reason why a JPEG or PNG is not whole, by the same check as in packing; empty if it is whole.
 
-    Decoders fill the missing part of a JPEG with grey and say nothing.
+    Decoders silently fill the missing part of a JPEG with grey.
     """
     try:
         header = read_header(encoded)
@@ -109,7 +108,7 @@ def flaw(encoded: bytes) -> str:
 
 
 class Samples:
-    """The samples of a shard set. One thread uses it at a time; `bad` may be read by any."""
+    """The samples of a shard set. One thread at a time may use it; any thread may read `bad`."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
@@ -118,7 +117,7 @@ class Samples:
         """Reason by number, for every sample that was found bad so far."""
 
     def take(self, numbers: np.ndarray, stand_in: Callable[[int, int], int]) -> Taken:
-        """Reads samples; `stand_in(slot, attempt)` numbers the candidates for a bad one's place.
+        """Reads samples; `stand_in(slot, attempt)` gives the number of the next candidate to replace a bad one.
 
         Raises:
             DataError: no candidate can be used, or a shard is missing.

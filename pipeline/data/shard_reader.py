@@ -1,8 +1,8 @@
-"""A shard set's records and bytes: opened when first needed, the least recently used closed again.
+"""A shard set's records and bytes. A shard is opened at first use; the least recently used is closed again.
 
-The ranks of a node share a cache, and none may wait for a shard while it keeps others from being evicted: that could
-stall them all. So whoever waits for a shard first lets go of those that it has open, and `rest` lets go of them between
-two micro-batches, where a rank may wait for the others.
+The ranks of a node share a cache. A rank must not wait for a shard while it holds others, which then cannot be evicted:
+all ranks could deadlock. So a rank releases its shards before it waits for one, and between micro-batches (`rest`),
+where it may wait for the other ranks.
 """
 
 import os
@@ -21,24 +21,24 @@ from pipeline.errors import DataError
 from pipeline.run_dir import caches
 
 MAX_OPEN = 4096
-"""Shards open at a time, at most: the records of each are in memory (24 kB for 1,000 samples)."""
+"""Most shards open at a time: the records of each are in memory (24 kB for 1,000 samples)."""
 _RESERVED_FILES = 256
-"""Descriptors of the process's limit that are left to others, at least: sockets of the ranks, DALI, an evaluation."""
+"""Descriptors within the process's limit that are left for other uses: sockets, DALI, an evaluation."""
 _TAR_BLOCK = 512
 _TAR_NAME = 100
 
 
 class _Open(NamedTuple):
     descriptor: int
-    """Of the tar."""
+    """Descriptor of the tar."""
     samples: np.ndarray
     """Its records."""
     held: Held | None
-    """Of a cached shard."""
+    """The hold of a cached shard; None for a local one."""
 
 
 class Shards:
-    """A shard set. Threads may share it; while one waits for a shard, so do the others.
+    """A shard set. Threads may share it; while one waits for a shard, the others wait too.
 
     Args:
         folder: a path, or a URL whose shards then come through `cache_dir`.
@@ -46,7 +46,7 @@ class Shards:
 
     Raises:
         ConfigError: there is no set in the folder.
-        DataError: its manifest is damaged; later, a shard is missing or its records are not the manifest's.
+        DataError: its manifest is damaged; later, a shard is missing or its records do not fit the manifest.
     """
 
     def __init__(
@@ -67,17 +67,17 @@ class Shards:
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self._starts = self._ends - np.asarray(sizes, dtype=np.int64)
         self.bytes_read = 0
-        """Of samples, by this process."""
+        """Bytes of samples that this process read."""
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._records: dict[int, np.ndarray] = {}
-        """Of cached shards, which are opened for each micro-batch anew."""
+        """Records of cached shards, which are opened again for each micro-batch."""
         self._one = threading.RLock()
-        self._max_open = max_open(2 if self._cache is not None else 1)  # the tar, and a cached shard's lock
+        self._max_open = max_open(2 if self._cache is not None else 1)  # the tar and, for a cached shard, its lock
 
     def expect(self, soon: Sequence[int], *, once: bool = False) -> None:
-        """Says which shards come next, in order: the others are closed; a cache may evict them, and reads ahead.
+        """Announces the shards that come next, in order. Closes all others; a cache may evict those, and reads ahead.
 
-        `once`: those that are left are not needed again soon, and may be evicted before all others.
+        `once`: the shards that are closed now are not needed again soon; a cache evicts them first.
         """
         with self._one:
             for shard in [shard for shard in self._open if shard not in soon]:
@@ -91,7 +91,7 @@ class Shards:
             self._cache.read_ahead([self.manifest.shards[shard] for shard in soon])
 
     def rest(self) -> None:
-        """Lets go of all shards of a cache: others may need the room. Local ones stay open."""
+        """Releases all cached shards, as other ranks may need the room. Local shards stay open."""
         with self._one:
             while self._cache is not None and self._open:
                 self._shut(self._open.popitem()[1])
@@ -117,7 +117,7 @@ class Shards:
         return shards, records
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """`length` bytes of a shard's tar from `offset`; `OSError` if they cannot be read or are not there."""
+        """`length` bytes of a shard's tar from `offset`; `OSError` if unreadable, `EOFError` if the tar is shorter."""
         with self._one:
             content = os.pread(self._opened(shard).descriptor, length, offset)
             self.bytes_read += len(content)
@@ -126,7 +126,7 @@ class Shards:
         return content
 
     def name(self, number: int) -> str:
-        """Where a person finds a sample: `train-000003.tar:00042.jpg`."""
+        """A sample's name in messages, by which a person finds it: `train-000003.tar:00042.jpg`."""
         (shard,), (record,) = self.locate(np.array([number]))
         tar = self.manifest.shards[shard].tar
         try:
@@ -174,7 +174,7 @@ class Shards:
             shard.held.release()
 
     def interrupt(self) -> None:
-        """Ends downloads under way; from any thread, before `close`."""
+        """Ends running downloads; call it from any thread, before `close`."""
         if self._cache is not None:
             self._cache.close()
 

@@ -1,4 +1,4 @@
-"""Names and shapes of the networks. Imports nothing heavy: a configuration is checked before torch is loaded."""
+"""Names and shapes of the networks. It does not import torch: configurations are checked before torch is loaded."""
 
 from dataclasses import dataclass
 from typing import Literal

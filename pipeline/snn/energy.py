@@ -1,14 +1,14 @@
 """Synaptic operations, firing rates and the 45 nm energy estimate of a network, as papers report them.
 
-A convolution or linear layer that sees spikes does an accumulation (AC) for each spike and connection; one that sees
-analog values (the images) does a multiply-accumulate (MAC) for each connection:
+A convolution or linear layer whose input is spikes does an accumulation (AC) for each spike and connection. If its
+input is analog (the images), it does a multiply-accumulate (MAC) for each connection:
 
     MAC = connections                     once for static images, T times for event frames
     AC  = sum over t of the mean over the batch of (spikes x connections of that spike)
     E   = 4.6 pJ MAC + 0.9 pJ AC
 
-Sums of spikes (ADD) count as that many spikes: the hardware would receive them one by one. A spike's connections are
-counted exactly, with those that padding and stride cut off left out. Energies of one 32-bit operation in 45 nm CMOS
+A sum of n spikes (ADD) counts as n spikes: the hardware would receive them one by one. A spike's connections are
+counted exactly, without those that padding and stride cut off. Energies of one 32-bit operation in 45 nm CMOS
 are from Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014.
 """
 
@@ -36,7 +36,7 @@ class LayerEnergy:
     acs: float
     """Accumulations."""
     input_rate: float | None
-    """Mean of the layer's input over samples, steps and positions, where it is spikes; None for analog input."""
+    """Mean of the layer's input spikes over samples, steps and positions; None for analog input."""
 
     @property
     def picojoule(self) -> float:
@@ -50,7 +50,7 @@ class Energy:
 
     layers: tuple[LayerEnergy, ...]
     firing_rates: dict[str, float]
-    """Mean of s by neuron layer."""
+    """Mean of s of each neuron layer."""
 
     @property
     def microjoule(self) -> float:
@@ -76,7 +76,7 @@ def _connections(module: nn.Conv2d | nn.Linear, x: torch.Tensor) -> torch.Tensor
 
 
 def average(parts: Sequence[tuple[Energy, int]]) -> Energy:
-    """The mean over all samples, from each part's means and number of samples; at least one part."""
+    """The mean over all samples, from the mean and number of samples of each part; needs at least one part."""
     total = sum(count for _, count in parts)
 
     def mean(of: Callable[[Energy], float]) -> float:
@@ -98,13 +98,13 @@ def average(parts: Sequence[tuple[Energy, int]]) -> Energy:
 
 @torch.no_grad()
 def measure(network: nn.Module, images: torch.Tensor) -> Energy:
-    """Count one evaluation forward pass.
+    """Count the operations of one evaluation forward pass.
 
-    A layer's input is taken as spikes where it holds whole numbers from 0 on and some neuron fired before it; the
-    mean over positions that comes before the last linear layer counts as the spikes it averages.
+    A layer's input counts as spikes if all its values are integers >= 0 and a neuron layer ran before it. The mean over
+    positions before the last linear layer counts as the spikes that it averages.
 
     Args:
-        network: a network of this package; its training flag is put back afterwards.
+        network: a network of this package; its training flag is restored afterwards.
         images: (N, C, H, W), or (T, N, C, H, W) for event frames.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Our surrogate for neurons of other libraries: they compute u = h - v_th and call it for the spike.
+"""Our surrogate for neurons of other libraries, which compute u = h - v_th and call it to get the spike.
 
     neuron.IFNode(surrogate_function=Surrogate("triangle"))      # SpikingJelly 2.0, step_mode "s" or "m"
 
-Width, amplitude and counters are a layer's scalars in device memory, as for `neurons.Neuron`; `neurons.bind` gives
+Width, amplitude and counters are a layer's scalars in device memory, as for `neurons.Neuron`; `neurons.bind` assigns
 them.
 """
 
@@ -20,14 +20,14 @@ class Surrogate(nn.Module):
 
     Args:
         shape, scale: of the surrogate, see surrogate.py.
-        width: w until `neurons.bind` or `chi.attach`, in units of the potential, above 0.
+        width: the first w, in units of the potential, above 0; `chi.attach` may change it later.
 
     Raises:
         ConfigError: unknown shape or scale.
     """
 
     spiking = True
-    """What SpikingJelly asks its surrogate objects: the forward pass is a step."""
+    """SpikingJelly reads this attribute of a surrogate: the forward pass is a step function."""
 
     def __init__(self, shape: str = "triangle", scale: str = "area", width: float = 1.0) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Surrogate(nn.Module):
         self._scalars, self.tally = (width, amplitude), tally
 
     def leak(self, _: torch.Tensor) -> None:
-        """None: what leaks is the neuron's own business."""
+        """None: the neuron of the other library does the leak itself."""
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """Spikes, 0 or 1, of u's shape and dtype."""

@@ -7,7 +7,7 @@ from pipeline.config import TrainConfig
 
 
 def loss(train: TrainConfig, logits_TNK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """The loss that a configuration names, of one micro-batch; a scalar."""
+    """The loss of one micro-batch, as `train` configures it; a scalar."""
     if train.loss == "tet":
         return tet(logits_TNK, labels_N, lam=train.tet_lambda, smoothing=train.label_smoothing)
     return cross_entropy(logits_TNK, labels_N, smoothing=train.label_smoothing)

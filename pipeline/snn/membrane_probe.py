@@ -1,6 +1,6 @@
-"""Looking at membrane potentials while a network runs, by a second, plain pass over a layer's current.
+"""Reads membrane potentials while a network runs, by a second, plain pass over a layer's current.
 
-The kernels never write h to memory; who wants its distribution sets a neuron's `probe` for a forward pass or two.
+The kernels never write h to memory. To get its distribution, set a neuron's `probe` during one or two forward passes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +15,13 @@ from pipeline.snn.kernels import reference
 
 
 class Probed(Protocol):
-    """A spiking layer's neurons, or the surrogate of another library's: shows u to `probe` while that is not None."""
+    """A spiking layer (`Neuron` or `Surrogate`) that calls `probe` with u = h - v_th while `probe` is not None."""
 
     probe: Callable[[torch.Tensor], None] | None
 
 
 class Layers(Protocol):
-    """The part of `snn.neurons.NeuronState` that is read here."""
+    """The part of `snn.neurons.NeuronState` that this file reads."""
 
     @property
     def neurons(self) -> Sequence[Probed]: ...
@@ -32,7 +32,7 @@ class Layers(Protocol):
 
 @contextmanager
 def probed(neurons: Sequence[Probed], see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """While the block runs, `see(layer, u)` gets u = h - v_th of every layer and step, fp32 (fp64 for fp64)."""
+    """While the block runs, `see(layer, u)` gets u = h - v_th of every layer at every step, fp32 (fp64 for fp64)."""
 
     def of(layer: int) -> Callable[[torch.Tensor], None]:
         return lambda u: see(layer, u)
@@ -56,7 +56,7 @@ def look(
     leak: torch.Tensor | None,
     v: torch.Tensor | None = None,
 ) -> None:
-    """Shows h - v_th of every step to `see`; arguments as in `reference.run`, x of one step where it is static."""
+    """Calls `see` with h - v_th of every step. Arguments as in `reference.run`; a static x holds one step."""
     if num_steps is not None and x.shape[0] == 1:
         x = x.expand(num_steps, *x.shape[1:])
     one = torch.ones((), device=x.device)
@@ -78,7 +78,7 @@ def normalised(y: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
 def by_time_step(network: nn.Module, images: torch.Tensor, layers: Layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Coverage and firing rate `(L, T)` of one forward pass of `images`, at the present widths.
 
-    The network's mode decides how its batch normalisation works; in training mode its running statistics move.
+    Batch normalisation works as the network's mode says; in training mode its running statistics change.
     """
     coverage: list[list[torch.Tensor]] = [[] for _ in layers.neurons]
     rate: list[list[torch.Tensor]] = [[] for _ in layers.neurons]

@@ -1,9 +1,9 @@
-"""What a training step of a network keeps for its backward pass, counted from shapes: no memory is touched.
+"""The memory that a training step keeps for its backward pass, from shapes: nothing is allocated.
 
-By layer, as kernels/norm.py and kernels/packing.py keep it: the convolution's output in the precision of the forward
+Per layer, as kernels/norm.py and kernels/packing.py keep it: the convolution's output in the precision of the forward
 pass (with `model.checkpoint` not even that), the convolution's input at 1 bit a spike or 4 bits a sum of spikes, and
 the potentials between chunks of time (kernels/chunked.py).
-The stem keeps the images and its one output for all T; the pooling 2 bytes an output; AND and IAND both their inputs.
+The stem keeps the images and one output for all T; the pooling keeps 2 bytes an output; AND and IAND keep both inputs.
 Where no fused kernel runs (float64, no compiler on the CPU) the reference keeps several times more.
 """
 
@@ -19,21 +19,21 @@ from pipeline.snn.sew_resnet import SEWResNet
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
-    """Of one micro-batch."""
+    """Neuron-steps and bytes of one micro-batch."""
 
     neuron_steps: int
     """T times the neurons of all layers and images."""
     kept_bytes: int
-    """From the forward pass to the backward pass."""
+    """Bytes kept from the forward pass to the backward pass."""
     working_bytes: int
-    """While the backward pass is in its largest layer: the gradients of its output and input, its input unpacked."""
+    """More bytes in the backward pass of the largest layer: its input unpacked, gradients of its output and input."""
 
 
 def of(network: SEWResNet, images: tuple[int, ...], itemsize: int) -> Footprint:
     """The footprint of a training step on one micro-batch.
 
     Args:
-        network: one on the meta device.
+        network: on the meta device.
         images: shape of the micro-batch, (N, C, H, W) or (T, N, C, H, W).
         itemsize: bytes of a number in the forward pass, 2 or 4.
     """

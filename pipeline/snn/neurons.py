@@ -1,7 +1,7 @@
 """Spiking neurons as modules, and the device vectors that hold every layer's width and counters.
 
-A module holds parameters and finds its layer's scalars; the arithmetic is in kernels/. Until `bind` is called a
-neuron uses the width of its configuration and counts nothing.
+A module holds parameters and references to its layer's scalars; the arithmetic is in kernels/. Until `bind` is called,
+a neuron uses the width of its configuration and counts nothing.
 """
 
 import math
@@ -30,7 +30,7 @@ class Neuron(nn.Module):
         rule: kind of neuron, reset and surrogate.
         width: w of the surrogate until `bind`, in units of the potential, above 0.
         tau: membrane time constant of leaky rules, in time steps, at least 1.
-        learn_tau: learn it, starting from `tau`, which is then above 1.
+        learn_tau: learn the time constant, starting from `tau`, which must then be above 1.
 
     Raises:
         ConfigError: unknown surrogate; a tau that cannot be learned.
@@ -41,7 +41,7 @@ class Neuron(nn.Module):
         surrogate.check(rule.shape, rule.scale)
         if learn_tau and not (rule.leaky and tau > 1):
             raise ConfigError(f"model.tau={tau!r} is not allowed for model.neuron plif; use a number above 1")
-        # Named as in SpikingJelly, so that its state dicts fit; (1,) and not (), which DeepSpeed cannot broadcast.
+        # The name is SpikingJelly's, so that its state dicts fit. Shape (1,): DeepSpeed cannot broadcast ().
         self.w = nn.Parameter(torch.tensor([-math.log(tau - 1)])) if learn_tau else None
         self.rule, self.width, self.tau = rule, width, tau
         self.neuron_steps = 0
@@ -50,11 +50,11 @@ class Neuron(nn.Module):
         """Neuron-steps of training since `NeuronState.zero_counts`."""
         self.tally: Tally | None = None
         self.watch: Callable[[float], None] | None = None
-        """Called with the firing rate of each forward pass; waits for the device, so for measurements only."""
+        """Called with the firing rate of each forward pass. It makes the host wait: use it for measurements only."""
         self.probe: Callable[[torch.Tensor], None] | None = None
         """Called with h - v_th (...) of every step, computed beside the layer's own pass; see membrane_probe.py."""
         self.ranks: norm.Ranks | None = None
-        """Those that normalise this layer's input as one batch while they train; see kernels/norm.py."""
+        """The ranks that normalise this layer's input as one batch in training; see kernels/norm.py."""
         self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
         self._leak: torch.Tensor | None = None
 
@@ -95,9 +95,9 @@ class Neuron(nn.Module):
     def step(
         self, x: torch.Tensor, v: torch.Tensor | None, *, num_steps: int | None = None, want_state: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `forward`, from the potential v (...) or None for v_reset; returns the last potential too, to go on from.
+        """As `forward`, from the potential v (...), or None for v_reset; it returns the last potential too.
 
-        Chunks of a sequence run one after another, each from the state that the one before returned, give the spikes
+        A sequence may be run in chunks, each from the potential that the chunk before it returned: the spikes are those
         of the whole sequence.
         """
         if self.training:
@@ -138,7 +138,7 @@ class Neuron(nn.Module):
             num_steps: T.
             static: y is the same at every step.
             shortcut: added to the spikes, (T N, C, H, W), or None.
-            again: how to make y once more for the backward pass; y is then not kept for it.
+            again: how to recompute y in the backward pass; y is then not kept.
 
         Returns:
             (T N, C, H, W) in y's dtype.
@@ -197,7 +197,7 @@ def from_config(model: ModelConfig) -> Neuron:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NeuronState:
-    """One element for each spiking layer, in forward order, on the model's device. Change them in place only."""
+    """One element for each spiking layer, in forward order, on the model's device. Change the vectors in place only."""
 
     names: tuple[str, ...]
     """Dotted names of the layers."""
@@ -218,18 +218,18 @@ class NeuronState:
     """Layers whose surrogate has scale rms, (L,) bool."""
 
     def zero_counts(self) -> None:
-        """Start the three counters again from 0."""
+        """Set the three counters to 0."""
         for counts in (self.spikes, self.covered, self.grad_sq):
             counts.zero_()
         for neuron in self.neurons:
             neuron.counted = 0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint has to hold of it, on the CPU; the widths are the controller's."""
+        """What a checkpoint has to hold, on the CPU; without the widths, which the controller saves."""
         return {name: getattr(self, name).to("cpu", copy=True) for name in ("amplitudes", "rms_targets")}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from another's `state_dict()`, which may stand among other entries."""
+        """Go on from another's `state_dict()`; `state` may have other entries too."""
         for name in ("amplitudes", "rms_targets"):
             getattr(self, name).copy_(state[name])
 
@@ -239,8 +239,8 @@ class NeuronState:
         No value is read by the host.
 
         Args:
-            grad_sq: sum of g(h - v_th)^2 with the present amplitudes, (L,) fp64; of all ranks, where there are more.
-            neuron_steps: terms in it, (L,).
+            grad_sq: sum of g(h - v_th)^2 with the present amplitudes, (L,) fp64; summed over ranks.
+            neuron_steps: number of terms in the sum, (L,).
         """
         mean_sq = grad_sq / neuron_steps
         first = self.rms_targets.isnan() & (mean_sq > 0) & mean_sq.isfinite()
@@ -258,10 +258,10 @@ def bind(model: nn.Module) -> NeuronState:
     """Give every spiking layer of `model` its element of vectors on the model's device.
 
     Call it once, after the model is on its device. Widths start from the configuration. The vectors are plain
-    tensors, outside the state dict, untouched by `model.to()`; bind again after moving the model.
+    tensors: they are not in the state dict, and `model.to()` does not move them. Bind again after moving the model.
 
     Args:
-        model: anything with neurons in it; with `spiking_layers()` their order is that one.
+        model: any module with spiking layers; their order is that of `spiking_layers()` if it has this method.
 
     Raises:
         ValueError: the model has no spiking layer.
@@ -272,7 +272,7 @@ def bind(model: nn.Module) -> NeuronState:
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (Neuron, Surrogate))]
     if not layers:
         raise ValueError(
-            f"bind: {type(model).__name__} has no spiking layer; put neurons.Neuron or foreign.Surrogate in it"
+            f"bind: {type(model).__name__} has no spiking layer; put neurons.Neuron or external_neurons.Surrogate in it"
         )
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     L = len(layers)

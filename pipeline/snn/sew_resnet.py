@@ -1,4 +1,4 @@
-"""SEW-ResNet: residual networks whose shortcuts join spikes element by element.
+"""SEW-ResNet: residual networks that join the spikes of branch and shortcut element by element.
 
 Source: Fang et al., "Deep Residual Learning in Spiking Neural Networks", NeurIPS 2021. A block is
 `out = connect(spikes of the branch, shortcut)`; the shortcut of a block that changes shape is conv1x1, BN, neuron.
@@ -85,7 +85,7 @@ class Block(nn.Module):
             shortcut = self._layer(x, kept, conv, bn, self.downsample_sn, T)
         for i in range(1, self.depth + 1):
             last = i == self.depth
-            # Only an addition is fused: the others need the branch's spikes again in the backward pass.
+            # Only `add` is fused: and, iand need the spikes of the branch in the backward pass.
             added = shortcut if last and self.connect == "add" else None
             conv, bn, neuron = (self.get_submodule(f"{part}{i}") for part in ("conv", "bn", "sn"))
             x = self._layer(x, kept, conv, bn, neuron, T, added)
@@ -107,7 +107,7 @@ def _spiking_layer(name: str, neuron: nn.Module, conv: nn.Module, norm: nn.Modul
 class SEWResNet(nn.Module):
     """The network: images `(N, C, H, W)` or event frames `(T, N, C, H, W)` to logits `(T, N, K)`.
 
-    For images the stem's convolution and BN run once and their output feeds the first neurons at every step.
+    For images, the stem's convolution and BN run once, and the first neurons get their output at every step.
     """
 
     def __init__(self, model: ModelConfig, *, num_classes: int, in_channels: int = 3) -> None:
@@ -128,7 +128,7 @@ class SEWResNet(nn.Module):
             for index in range(num_blocks):
                 block = Block(model, arch, c, channels, 2 if stage > 1 and index == 0 else 1, largest)
                 blocks.append(block)
-                # A sum grows by one a block, and starts again where the shortcut has neurons of its own.
+                # Each block adds one to the largest sum; it starts again where the shortcut has its own neurons.
                 largest = 1 if model.connect != "add" else 2 if block.downsample is not None else largest + 1
                 c = block.c_out
             self.add_module(f"layer{stage}", blocks)
@@ -144,7 +144,7 @@ class SEWResNet(nn.Module):
             for _, block in self.blocks():
                 last: nn.BatchNorm2d = block.get_submodule(f"bn{block.depth}")  # pyright: ignore[reportAssignmentType]
                 nn.init.zeros_(last.weight)
-                # Silent for add and iand; firing at every step for and: the block then is its shortcut.
+                # add, iand: the branch is silent. and: it fires at every step. So the block starts as its shortcut.
                 nn.init.constant_(last.bias, model.v_th * max(1.0, model.tau) if model.connect == "and" else 0.0)
 
     def blocks(self) -> list[tuple[str, Block]]:
@@ -201,5 +201,5 @@ def build(model: ModelConfig, *, num_classes: int, in_channels: int = 3, image_s
         raise ConfigError(
             f"data.image_size={image_size} is too small for model.arch={model.arch!r}; use {smallest} or more"
         )
-    # Activations are channels-last, weights are not: DeepSpeed broadcasts them as bytes and needs a last stride of 1.
+    # Activations are channels-last, weights are not: DeepSpeed broadcasts these as bytes and needs a last stride of 1.
     return network

@@ -6,8 +6,8 @@ Three layouts hold the same tensors under different names:
     original               layer1.0.conv1.module.0.weight   layer1.0.conv1.module.1.weight
                            layer2.0.downsample.0.module.0.weight
 
-(earlier releases of the original's containers had no `.module`; both are read). The original averages its logits over
-time inside the network, which changes no tensor.
+(earlier releases of the original have no `.module`; both are read). The original averages its logits over time inside
+the network, which changes no tensor.
 """
 
 import os
@@ -35,7 +35,7 @@ def from_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             block, part, rest = shortcut.groups()
             name = f"{block}.downsample.{part}.{rest}"
         elif name.endswith(".w") and tensor.dim() == 0:
-            tensor = tensor.reshape(1)  # a learned tau, which the others keep as a scalar
+            tensor = tensor.reshape(1)  # a learned tau: a scalar in the other layouts
         renamed[name] = tensor
     return renamed
 
@@ -56,7 +56,7 @@ def to_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Load a state dict in any of the three layouts; every tensor has to fit.
+    """Load a state dict in any of the three layouts; every tensor must fit.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape; the message names the first of each.
@@ -83,10 +83,10 @@ def save_safetensors(
     """Write the network's weights and BN statistics to a safetensors file.
 
     Args:
-        network: what `load` fills.
-        path: of the file, which is replaced.
-        metadata: goes into the file's header, beside the format.
-        original: under the names of the original SEW-ResNet code, and not under ours.
+        network: whose weights are saved.
+        path: the file; an existing one is replaced.
+        metadata: entries for the header of the file, beside the format.
+        original: use the names of the original SEW-ResNet code instead of ours.
     """
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""Surrogate gradients: what stands for the derivative of a spike in the backward pass.
+"""Surrogate gradients: they replace the derivative of a spike in the backward pass.
 
 A spike is `s = 1[u >= 0]`, `u = h - v_th`; its derivative is replaced by `g(u) = a * g_w(u)`, with w the width and a
 the amplitude of the layer, both scalars that live in device memory. By shape, with the area normalised to 1:
@@ -8,8 +8,8 @@ the amplitude of the layer, both scalars that live in device memory. By shape, w
     atan        (1/(pi w)) / (1 + (u/w)^2)         unbounded; w is the half-width at half the maximum
     sigmoid     (1/w) f(u/w) (1 - f(u/w))          unbounded; f is the logistic function
 
-and with `scale="peak"` each divided by its value at 0. `scale="rms"` has the area-normalised shape and an amplitude
-that keeps E[g^2] constant while w moves (`rms_amplitudes`). SpikingJelly's ATan(alpha) is atan with w = 2/(pi alpha),
+With `scale="peak"` each is divided by its value at 0. `scale="rms"` has the area-normalised shape and an amplitude that
+keeps E[g^2] constant while w moves (`rms_amplitudes`). SpikingJelly's ATan(alpha) is atan with w = 2/(pi alpha),
 its PiecewiseQuadratic(alpha) triangle with w = 1/alpha, its Sigmoid(alpha) sigmoid with w = 1/alpha.
 """
 
@@ -62,7 +62,7 @@ def derivative(
     ratio = u * inverse
     if shape == "atan":
         return gain / math.pi / (1 + ratio * ratio)
-    # f (1 - f) by the smaller exponential: 1 - f would cancel where u is large, and g no longer be even.
+    # f (1 - f) from the smaller exponential: 1 - f would cancel for large u, and g would not be even.
     decay = torch.exp(-ratio.abs())
     return gain * decay / ((1 + decay) * (1 + decay))
 
@@ -75,7 +75,7 @@ def covered(u: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
 def rms_amplitudes(amplitudes: torch.Tensor, mean_sq: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Amplitudes that bring E[g^2] of every layer to its target: `a * sqrt(target / E[g^2])`.
 
-    Where nothing was counted, or no neuron lay in the effective domain (E[g^2] = 0 or not finite), a stays as it is.
+    If nothing was counted or no neuron was in the effective domain (E[g^2] = 0 or not finite), a is not changed.
 
     Args:
         amplitudes: a, (L,).

@@ -29,7 +29,7 @@ def train(attached: bool, policy: str, no_sync: bool) -> tuple[Counter, Any, lis
     generator = torch.Generator().manual_seed(dist.get_rank())
     with torch.profiler.profile() as profile:
         for step in range(STEPS):
-            # Unequal batches: a rank's counts weigh by what it saw.
+            # Unequal batches: a rank with more samples counts more.
             images = torch.rand(4 + 2 * dist.get_rank(), 3, 8, 8, generator=generator)
             labels = torch.randint(10, (len(images),), generator=generator)
             if no_sync and step % 2:
@@ -55,8 +55,8 @@ def main() -> None:
         assert seen[0] == seen[1], seen
         assert len(set(pilot.neurons.widths.tolist())) == 6
         if policy == "chi":
-            assert torch.equal(sums[0], expected[0]), "the first gradient is the one without the pilot"
-        # Coverage over both ranks: what each counted, by what each saw.
+            assert torch.equal(sums[0], expected[0]), "the first gradient is the same as without the pilot"
+        # Coverage over both ranks: the sum of counts over the sum of neuron-steps.
         coverage = pilot.indicators.coverage
         assert ((coverage > 0) & (coverage < 1)).all()
     _, pilot, _ = train(True, "chi", True)

@@ -67,7 +67,7 @@ def batches(rank: int, accumulation: int, step: int) -> list[tuple[torch.Tensor,
 
 
 def plain_gradient(engine, data: list, precision: str) -> dict[str, torch.Tensor]:
-    """The gradient averaged over micro-batches and ranks, by a copy of the network that DeepSpeed does not know."""
+    """The gradient averaged over micro-batches and ranks, by a copy of the network without DeepSpeed."""
     module = SparseNet(Rule())
     if precision == "fp16":
         module.half()
@@ -89,7 +89,7 @@ def plain_gradient(engine, data: list, precision: str) -> dict[str, torch.Tensor
 
 
 WAITS = ("aten::_local_scalar_dense", "aten::lift_fresh")
-"""What makes the host wait on a GPU, and shows on a CPU: a value that is read, a tensor made from Python numbers."""
+"""Ops that make the host wait on a GPU and can be counted on a CPU: reading a value, a tensor from Python numbers."""
 
 
 class Counter:

@@ -1,7 +1,7 @@
 """Run on every rank by test_tap.py: the tap against two independent counts, over a matrix of engines.
 
-The engines and their network are chi_engines.py's. Each case prints one JSON line from rank 0. With the argument
-`short`, only few of the cases.
+The engines and their network are chi_engines.py's. Each case prints one JSON line from rank 0. The argument
+`short` runs only a few cases.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
         tap.flags[FLAGS.index("bad_samples")] = rank + 1
         step(engine, data, tap, inspect)
         reading = tap.read()
-        while reading.skipped:  # fp16 starts with a loss scale that more ranks overflow
+        while reading.skipped:  # fp16: the first loss scale overflows on more ranks
             plain = plain_gradient(engine, data, precision)
             step(engine, data, tap, inspect)
             reading = tap.read()
@@ -82,7 +82,7 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
                 "bad_samples": reading.flags[FLAGS.index("bad_samples")].item(),
             }
         )
-    with Counter() as counter:  # not in the first step, which holds the self-check
+    with Counter() as counter:  # not in the first step, which runs the self-check
         step(engine, batches(rank, accumulation, STEPS), tap)
         tap.read()
     bare, _, _ = make(stage, precision, accumulation, tapped=False)
@@ -97,7 +97,7 @@ def case(stage: int, precision: str, accumulation: int) -> dict:
 
 
 def guards(stage: int) -> dict:
-    """What `check` says of a gradient that is NaN from rank 1 alone, and of one that was counted wrongly."""
+    """The errors of `check` for a gradient that is NaN on rank 1 alone, and for one that was counted wrongly."""
     said: dict[str, object] = {"stage": stage}
     for kind in ("nan", "miscounted"):
         engine, _, tap = make(stage, "fp32", 1, tapped=True)
@@ -118,7 +118,7 @@ def guards(stage: int) -> dict:
 
 
 def clipped(stage: int, precision: str) -> dict:
-    """One step with a clip that binds, beside the plain gradient."""
+    """One step in which clipping takes effect, beside the plain gradient."""
     engine, _, tap = make(stage, precision, clip=CLIP)
     assert tap is not None
     data, before = batches(dist.get_rank(), 1, 0), parameters(engine)
@@ -141,7 +141,7 @@ def clipped(stage: int, precision: str) -> dict:
 
 
 def overflows(stage: int) -> dict:
-    """fp16: a step whose gradient overflows, on rank 1 alone where there is one, and the step after it."""
+    """fp16: a step whose gradient overflows (on rank 1 alone, if there is one), and the step after it."""
     engine, _, tap = make(stage, "fp16")
     assert tap is not None
     before, scale = parameters(engine), engine.optimizer.loss_scale
@@ -195,7 +195,7 @@ def hopeless(stage: int) -> list[dict]:
 
 
 def sew(precision: str) -> dict:
-    """Two steps of the real network, with BatchNorm: the losses, and how far the running statistics went."""
+    """Two steps of the real network, with BatchNorm: the losses and the running statistics."""
     torch.manual_seed(0)
     module = sew_resnet.build(ModelConfig(), num_classes=4, image_size=8)
     config = Config(
@@ -253,7 +253,7 @@ def mean_squares(stage: int) -> dict:
 
 
 def refused() -> list[str]:
-    """What is said of fp16 by torch_autocast, and of fp16 on a device without it."""
+    """The errors for fp16 by torch_autocast, and for fp16 on a device without it."""
     said = []
     engine, module, _ = make(1, "bf16", tapped=False)
     engine._config.torch_autocast_dtype = torch.float16
@@ -267,7 +267,7 @@ def refused() -> list[str]:
 
 
 def compute_in_fp16(claimed: bool) -> None:
-    """DeepSpeed wants fp16 instructions, which few CPUs have; torch computes without them, slowly."""
+    """DeepSpeed requires fp16 instructions, which few CPUs have; torch computes without them, slowly."""
     accelerator: Any = get_accelerator()
     accelerator.is_fp16_supported = lambda: claimed
 
@@ -280,7 +280,7 @@ def resumes(stage: int, precision: str, **optim: Any) -> dict:
     resumed, fresh, its_tap = make(stage, precision, **optim)
     with torch.no_grad():
         for parameter in fresh.parameters():
-            parameter.data.fill_(7)  # what it started from is gone
+            parameter.data.fill_(7)  # nothing of its own start may be left
     EngineState(resumed).load_state_dict(saved)
     for one, its_own in ((engine, tap), (resumed, its_tap)):
         step(one, batches(dist.get_rank(), 1, 1), its_own)
@@ -328,7 +328,7 @@ def main() -> int:
             tell("CLIP", clipped(stage, precision))
             tell("RESUME SGD", resumes(stage, precision))
             if precision == "fp32" or stage == 0:
-                # Some weights decay and some do not, so DeepSpeed holds two groups, each in partitions of its own.
+                # Some weights decay and some do not, so DeepSpeed has two groups, each with its own partitions.
                 tell("RESUME ADAMW", resumes(stage, precision, name="adamw", lr=0.01, weight_decay=0.1))
     tell("RESUME PLAIN", resumes(1, "fp32", momentum=0.0))
     if not short:

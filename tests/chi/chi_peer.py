@@ -1,4 +1,4 @@
-"""SpikingJelly 2.0.0's neurons under `chi.attach`, run by test_attach.py where its environment has been made."""
+"""SpikingJelly 2.0.0's neurons under `chi.attach`, run by test_attach.py where its environment exists."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""What the host reads a step later, and what it sends to the device only when it has changed."""
+"""`pipeline/chi/async_read.py`: reads that arrive a step later, and constants that are sent only when they change."""
 
 import torch
 
@@ -9,7 +9,7 @@ def test_what_is_sent_is_read_a_step_later_or_at_once_on_request():
     later, sent = AsyncRead(torch.zeros(2, dtype=torch.int64)), torch.zeros(2, dtype=torch.int64)
     seen = []
     for value in (1, 2, 3):
-        sent.fill_(value)  # the sender's tensor may be used again at once
+        sent.fill_(value)  # the sender may reuse its tensor at once
         seen.append((later.late(10 * value, sent), later.newest()))
     assert seen == [
         ((0, [0, 0]), (10, [1, 1])),

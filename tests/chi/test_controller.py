@@ -1,4 +1,4 @@
-"""The controller: the law it claims, its limits, its floors, and that it forgets nothing in a checkpoint."""
+"""The controller: its law, its limits, its floors, and that a checkpoint holds its whole state."""
 
 import math
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def seen(indicator, coverage=None, rate=None, spread=None) -> Evidence:
-    """Evidence of layers that are well above their floors, unless told otherwise."""
+    """Evidence of layers that are well above their floors, unless arguments say otherwise."""
 
     def vector(values):
         return torch.as_tensor(values, dtype=torch.float64)
@@ -35,7 +35,7 @@ def held(target: float = 0.4, **settings) -> ChiConfig:
 
 
 def gaussian(widths, spreads, mean=0.0):
-    """Coverage of a Gaussian potential of standard deviation `spreads`, its mean `mean` of them off the threshold."""
+    """Coverage of a Gaussian potential: standard deviation `spreads`, mean `mean` deviations off the threshold."""
     reach = widths.double() / spreads
     normal = torch.distributions.Normal(0.0, 1.0)
     return normal.cdf(reach - mean) - normal.cdf(-reach - mean)

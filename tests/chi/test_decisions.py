@@ -1,4 +1,4 @@
-"""What the journal's decisions say: replay, starving layers, layers that do not answer."""
+"""Decisions read from the journal: replay, starving layers, layers that do not respond."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def test_a_layer_that_starved_and_came_back_is_named_with_the_step():
     config = ChiConfig(interval=1, indicator="participation")
     begun = start(torch.tensor([1.0, 0.05]))
     found = findings(config, ["first", "second"], journal_of(config, begun, evidence, 60))
-    # Coverage 0.01 of the second is a width of 0.25: eight decisions of a quarter each from 0.05.
+    # The second layer reaches coverage 0.01 at width 0.25: eight decisions of a quarter each, from 0.05.
     assert found == ["second: fell below its floor, was widened, and is above it since step 8"]
 
 

@@ -28,7 +28,7 @@ def test_sums_of_any_gradient(values):
 
 
 def layouts(gradient: torch.Tensor) -> list[torch.Tensor]:
-    """The same elements as they may lie: one behind another, channels last, and with gaps."""
+    """The same elements in other memory layouts: contiguous, channels last, and with gaps."""
     if gradient.dim() != 4:
         return [gradient]
     with_gaps = torch.full((*gradient.shape[:3], 2 * gradient.shape[3]), 7.0, dtype=gradient.dtype)[..., ::2]

@@ -1,4 +1,4 @@
-"""What README.md says of the χ study is what its committed runs say; its picture is drawn from them."""
+"""README.md's claims about the χ study agree with its committed runs; its picture is drawn from them."""
 
 import re
 

@@ -19,7 +19,7 @@ CLIP = 0.01  # of chi_matrix.py
 STAGES, LAYERS = (0, 1, 2, 3), 2
 PRECISIONS = (("fp32", 1), ("fp32", 2), ("bf16", 2), ("fp16", 2))  # with accumulation; fp16 is slow here
 CASES = [(stage, *precision) for stage in STAGES for precision in PRECISIONS]
-# The plain count sums fp16 gradients in another order than DeepSpeed.
+# The plain count and DeepSpeed sum fp16 gradients in different orders.
 ROUNDING = {"fp32": 1e-6, "bf16": 1e-6, "fp16": 1e-3}
 
 
@@ -61,7 +61,7 @@ def test_the_tap_adds_no_collective_or_a_small_one_and_few_bytes(matrix, case):
     assert result["calls_without"] > 0
     in_bucket = case[0] <= 1 and case[1] != "fp16"
     assert result["calls_with"] == result["calls_without"] + (0 if in_bucket else 1)
-    # Per layer two integers of 12 bytes in a bucket, else five float64; and what is sent once.
+    # Per layer: two integers of 12 bytes in a bucket, else five float64. Then the bytes that do not depend on layers.
     assert result["extra_bytes"] == (24 * LAYERS + 52 if in_bucket else 40 * LAYERS + 56)
 
 
@@ -171,8 +171,8 @@ def test_an_overflow_is_skipped_and_leaves_no_trace_in_the_next_reading(output):
         assert rank["skipped"]
         assert rank["unchanged"]
         assert rank["scale_ratio"] == 0.5
-        assert not any(rank["defined"].values()), "nothing is said of a gradient that was thrown away"
-        assert rank["stop"] == 1, "a request to stop is heard also in a step that is skipped"
+        assert not any(rank["defined"].values()), "a discarded gradient has no indicators"
+        assert rank["stop"] == 1, "a skipped step also carries a request to stop"
         assert not rank["then_skipped"]
         assert rank["then_chi"] == rank["plain_chi"]
         assert rank["then_norm"] == pytest.approx(rank["plain_norm"], rel=1e-3)

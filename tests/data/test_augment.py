@@ -1,4 +1,4 @@
-"""Images that grow while a run goes on: by the position alone, whatever the ranks or the point of resume."""
+"""Images that grow during a run: the size depends on the position alone, not on ranks or the point of resume."""
 
 import dataclasses
 import math

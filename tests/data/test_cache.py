@@ -1,4 +1,4 @@
-"""Remote shards through the cache, from real servers that fail in the ways that servers fail."""
+"""Remote shards through the cache, from real servers with the usual faults of servers."""
 
 import hashlib
 import os
@@ -97,7 +97,7 @@ def test_faults_of_s3_are_mended_by_our_retries_alone_and_those_that_stay_are_na
             assert caught.value.exit_code == EXIT_INTERNAL
             failed = r"^s3://shards/train/train-000001\.tar could not be read in 2 attempts; the last failed with "
             assert re.search(rf"{failed}.*({cause})", str(caught.value), re.DOTALL)
-            assert proxy.requests["train-000001.tar"] == 2  # the S3 client's own attempts would multiply with ours
+            assert proxy.requests["train-000001.tar"] == 2  # the S3 client's own retries would multiply ours
             cache.close()
 
 
@@ -110,7 +110,7 @@ def test_a_fault_that_passes_costs_a_retry(origin, server, tmp_path, fault):
     for name in ("train-000002.tar", "train-000003.npy", "manifest.json"):
         server.faults[name] = [fault]
     if fault in ("truncated", "corrupted"):
-        del server.faults["manifest.json"]  # has no hash above it
+        del server.faults["manifest.json"]  # no hash protects the manifest
     assert equal(pixels(config(server.url, tmp_path)), pixels(config(str(origin), tmp_path)))
     assert server.requests["train-000002.tar"] == (1 if fault == "slow" else 2)
 
@@ -140,7 +140,7 @@ def test_a_fault_that_stays_ends_with_the_url_and_the_cause(server, tmp_path, fa
         caught.value
     )
     assert re.search(CAUSES[fault], str(caught.value))
-    # What the store cannot give now a later start may get; other bytes than the manifest's stay wrong.
+    # A later start may get what the store cannot give now; bytes that differ from the manifest stay wrong.
     assert caught.value.exit_code == (EXIT_DATA if fault in ("truncated", "corrupted") else EXIT_INTERNAL)
     assert not list(tmp_path.glob("*.part"))
 
@@ -243,7 +243,7 @@ def test_what_else_lies_in_the_cache_folder_is_left_alone(origin, server, tmp_pa
 def test_an_evaluation_between_steps_fits_in_the_smallest_cache(server, tmp_path):
     data = config(
         server.url, tmp_path, cache_bytes=least_cache(server, tmp_path), global_batch=10, micro_batch=5, prefetch=1
-    )  # 5: astride shards, and padded
+    )  # 5: batches lie across shards, and the last is padded
     training = Loader(data, seed=5, rank=0, world_size=1, device=CPU)
     for micro_batches in training.steps(0, 6):
         for _ in micro_batches:

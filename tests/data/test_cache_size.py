@@ -1,4 +1,4 @@
-"""What a cache must hold: enough for a node's ranks at once, not much more, and nobody waits for another's room."""
+"""The least cache size: enough for a node's ranks at once, not much more, and no deadlock with less."""
 
 import re
 import threading
@@ -29,7 +29,7 @@ NUM = 60
 
 @st.composite
 def settings_of_a_run(draw, most_ranks: int = 4) -> dict[str, int]:
-    """World size, ranks a node, micro-batch, share and global batch that fit together, and a window."""
+    """World size, ranks a node, micro-batch, share and global batch that fit together; and a window size."""
     ranks, nodes = draw(st.integers(1, most_ranks)), draw(st.integers(1, 4))
     micro_batch = draw(st.integers(1, 12))
     share = micro_batch * draw(st.integers(1, 4))
@@ -43,7 +43,7 @@ def settings_of_a_run(draw, most_ranks: int = 4) -> dict[str, int]:
 
 
 def at_once(sizes: list[int], run: dict[str, int], *, seed: int, node: int, steps: int) -> int:
-    """The most shards that a node's ranks want at a time, found by asking each for each of its micro-batches."""
+    """The most shards that a node's ranks need at once, found from every micro-batch of every rank."""
     order, most = Order(sizes, seed=seed, window_shards=run["window_shards"]), 0
     share, m, batch = run["share"], run["micro_batch"], run["global_batch"]
     for step in range(steps):
@@ -90,7 +90,7 @@ def test_an_evaluation_is_counted_with_what_it_reads_from_and_fetches_ahead(size
 
 @pytest.fixture(scope="module")
 def origins(tmp_path_factory) -> dict[int, Path]:
-    """Sets of small images in shards of so many; the validation split's are larger."""
+    """Sets of small images, by images per shard; the validation split has larger shards."""
     folders = {}
     for size in (1, 4, 9):
         folders[size] = tmp_path_factory.mktemp(f"shards-of-{size}")
@@ -112,7 +112,7 @@ def demanded(data: DataConfig, ranks: int) -> int:
 
 
 def together(*ranks) -> None:
-    """Calls each in a thread of its own, to their ends; raises what the first of them raised."""
+    """Runs each call in its own thread until all end; raises the first error."""
     raised: list[BaseException] = []
 
     def guarded(call) -> None:
@@ -133,7 +133,7 @@ def together(*ranks) -> None:
 @settings(max_examples=15, phases=[Phase.generate])
 @given(st.sampled_from([1, 4, 9]), settings_of_a_run(), st.integers(0, 2**30))
 def test_ranks_that_read_as_far_ahead_as_they_like_never_stall(origins, tmp_path_factory, size, run, start):
-    """More than `data.prefetch` would let them: nothing holds these readers back."""
+    """Farther than `data.prefetch` allows: these readers are not throttled."""
     ranks = run["global_batch"] // run["share"]
     fields = {name: run[name] for name in ("micro_batch", "global_batch", "window_shards")}
     folder = tmp_path_factory.mktemp("cache")
@@ -154,7 +154,7 @@ def test_ranks_that_read_as_far_ahead_as_they_like_never_stall(origins, tmp_path
 
 
 def test_three_ranks_get_on_with_room_for_one_shard(origins, tmp_path):
-    """As where another run takes the rest of what is demanded: slow, for shards come again and again, but no stall."""
+    """As if another run used the rest of the cache: slow, as shards are downloaded again and again, but no stall."""
     data = DataConfig(
         path=f"file://{origins[4]}", cache_dir=str(tmp_path), global_batch=24, micro_batch=8, window_shards=3
     )
@@ -246,7 +246,7 @@ class Polled(threading.Event):
 
 
 def test_room_is_waited_for_as_long_as_a_shard_is_on_its_way(origins, tmp_path):
-    """However slow its download is: with the next shard it can be evicted."""
+    """However slow the download is: once complete, the shard can be evicted."""
     with serve(origins[4]) as server:
         shards = Manifest.load(f"{server.url}/train").shards
         server.faults[shards[0].tar] = ["stalled"]

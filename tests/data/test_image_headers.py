@@ -1,4 +1,4 @@
-"""`pipeline/data/image_headers.py`: what is packed as a whole image trains, as the picture that Pillow shows."""
+"""`pipeline/data/image_headers.py`: an image that is packed as whole also trains, with the pixels that Pillow shows."""
 
 import ast
 import contextlib
@@ -59,7 +59,7 @@ class Decoder:
         """`(height, width, 3)` in levels of 255; None where DALI cannot decode it or has another size."""
         self._next = (encoded, height, width)
         try:
-            self._graph.run()  # what was read ahead
+            self._graph.run()  # the batch that was read ahead
             images = self._graph.run()
         except RuntimeError:
             self._build()
@@ -72,12 +72,12 @@ def decoder() -> Decoder:
     return Decoder()
 
 
-@pytest.mark.filterwarnings("ignore")  # damaged metadata are among what is shown
+@pytest.mark.filterwarnings("ignore")  # some of the images have damaged metadata
 def shown(data: bytes) -> np.ndarray:
     """The picture as Pillow shows it: upright, in RGB, 16 bits cut to 8."""
     image = Image.open(io.BytesIO(data))
     image.load()
-    with contextlib.suppress(SyntaxError, OSError, ValueError, TypeError):  # a damaged EXIF block turns nothing
+    with contextlib.suppress(SyntaxError, OSError, ValueError, TypeError):  # a damaged EXIF block rotates nothing
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(int) >> 8).astype(np.uint8))
@@ -96,7 +96,7 @@ def wrong(data: bytes, found: Inspected, decoder: Decoder) -> str:
     again = inspect(memoryview(kept))
     if again.converted is not None or (again.height, again.width) != (found.height, found.width):
         return "it would be converted again, or has another size then"
-    # Pillow shows a file without its end marker only sometimes; with it, it does.
+    # Pillow cannot always open a file without its end marker, so the marker is added.
     expected = shown(data.rstrip(b"\xff") + b"\xff\xd9" if "no end marker" in found.kinds else data)
     pixels = decoder(kept, found.height, found.width)
     if expected.shape[:2] != (found.height, found.width):
@@ -142,7 +142,7 @@ def test_a_rewritten_jpeg_keeps_its_image_data_and_what_lies_behind():
 
 
 def broken() -> dict[str, bytes]:
-    """What is refused, and a word of the reason."""
+    """Images that are refused; a name ends with words of the reason."""
     plain, png = jpeg(), saved(picture(), "PNG")
     frame = plain.index(b"\xff\xc0")
     scan = plain.index(b"\xff\xda")
@@ -192,7 +192,7 @@ def refusal(data: bytes) -> str:
 
 @st.composite
 def changed_images(draw) -> bytes:
-    """An image of the corpus with bytes changed, left out, put in or cut off; half of the time in its metadata."""
+    """An image of the corpus with bytes changed, left out, put in or cut off; in half of the cases in its metadata."""
     name = draw(st.sampled_from(sorted(image_corpus.jpegs() | image_corpus.pngs())))
     data = bytearray(WHOLE[name])
     marks = [data.find(mark) for mark in (b"Exif\0", b"eXIf", b"http")]

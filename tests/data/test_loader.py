@@ -1,4 +1,4 @@
-"""Real files through real decoding: the same pixels for a sample, whoever loads it."""
+"""Real files through real decoding: a sample has the same pixels on any rank, with any threads, after any resume."""
 
 import gc
 import os
@@ -137,7 +137,7 @@ def test_a_step_that_was_not_taken_whole_is_an_error_and_not_the_next_steps_data
         RuntimeError, match=r"step 4 was asked for while 4 of the 6 micro-batches of step 3 were not tak"
     ):
         next(steps)
-    again = {batch.position: batch for batch in next(one.steps(3, 9))}  # what it says to do
+    again = {batch.position: batch for batch in next(one.steps(3, 9))}  # what the error tells to do
     one.close()
     assert same(again, collect(drawn, 3, 4))
 
@@ -231,7 +231,6 @@ def test_memory_is_steady_over_twenty_epochs(drawn):
 ENDLESS = """
 import sys, torch
 from pipeline.config import DataConfig
-from pipeline.data.dali_pipeline import Graph
 from pipeline.data.loader import Loader
 data = DataConfig(path=sys.argv[1], image_size=24, global_batch=12, micro_batch=2, threads=2)
 for step in Loader(data, seed=0, rank=0, world_size=1, device=torch.device("cpu")).steps(0, 10**9):
@@ -249,7 +248,7 @@ def test_sigkill_leaves_no_process_and_no_shared_memory(drawn):
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"running\n"
-    assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()  # threads alone, nothing to orphan
+    assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()  # threads only: nothing to orphan
     process.kill()
     process.wait()
     assert set(os.listdir("/dev/shm")) <= before

@@ -18,7 +18,7 @@ from tests.support.data_sets import ROOT, drawn_jpeg, write_set
 
 
 def test_both_ranks_stop_at_the_step_that_passes_the_limit_with_65_and_the_list(tmp_path):
-    """The last of them is in the last micro-batch of the second step, of rank 1; nothing else makes the host wait."""
+    """The last bad sample is in the last micro-batch of step 2, on rank 1; nothing else makes the host wait."""
     _, at = Order([32] * 8, seed=0, window_shards=16).samples(0, 256)
     label, cut, wrong, last = (int(at[position]) for position in (0, 20, 40, 127))
     images = [drawn_jpeg(n, 16, 16) for n in range(256)]
@@ -31,7 +31,7 @@ def test_both_ranks_stop_at_the_step_that_passes_the_limit_with_65_and_the_list(
         "--run_dir": tmp_path / "run",
         "--data.path": tmp_path / "data",
         "--data.global_batch": 64,
-        "--data.max_bad_ratio": 0.012,  # three of an epoch's 256 pass, the fourth does not
+        "--data.max_bad_ratio": 0.012,  # three bad ones in an epoch of 256 are allowed, four are not
         "--train.epochs": 3,
         "--train.log_every": 50,
         "--train.eval_every_epochs": 0,
@@ -44,7 +44,7 @@ def test_both_ranks_stop_at_the_step_that_passes_the_limit_with_65_and_the_list(
     bad = {label: "label out of range", cut: "truncated", wrong: "undecodable", last: "truncated"}
     for number, reason in bad.items():
         name = f"train-{number // 32:06d}.tar:{number:06d}.jpg"
-        assert f"{name} ({reason})" in refusal  # also what the other rank met
+        assert f"{name} ({reason})" in refusal  # also those of the other rank
         assert f"bad sample {name}: {reason}; train-" in done.output
     assert "Traceback" not in done.output
 

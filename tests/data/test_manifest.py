@@ -1,4 +1,4 @@
-"""What is found out about both splits before the first step, and that few samples are as good as many."""
+"""Checks of both splits before the first step, and sets of very few samples."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def change(folder: Path, edit) -> None:
 
 
 def relabel(folder: Path, name: str, label: int) -> None:
-    """Of the first sample of a shard."""
+    """Changes the label of the first sample of a shard."""
     records = np.load(folder / f"{name}.npy")
     records["label"][0] = label
     np.save(folder / f"{name}.npy", records)
@@ -157,7 +157,7 @@ def quiet_ranks():
 def test_every_rank_refuses_before_torch_comes(folder, monkeypatch, capsys, quiet_ranks):
     change(folder / "val", lambda document: document["classes"].reverse())
     words = ["--recipe", "digits", "--run_dir", str(folder / "run"), "--data.path", str(folder)]
-    monkeypatch.setattr("launch.train.PATIENCE_S", 0)  # ranks but 0 give it time to speak
+    monkeypatch.setattr("launch.train.PATIENCE_S", 0)  # other ranks wait for rank 0 to report
     for name in ("WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.setenv(name, "2")
     for rank in ("0", "1"):
@@ -207,7 +207,7 @@ def test_a_remote_manifest_is_read_with_the_runs_own_retries_and_timeout(folder,
     st.sampled_from([1, 2, 9]),
 )
 def test_a_few_samples_are_as_good_as_many(tmp_path_factory, total, ranks, micro_batch, accumulation, window, side):
-    """Fewer than ranks or than a micro-batch, and of a pixel: no step lacks one, and each is evaluated once."""
+    """Fewer than ranks or a micro-batch, and of one pixel: every step is full, and each sample is evaluated once."""
     folder = tmp_path_factory.mktemp("few")
     for split in ("train", "val"):
         write_set(folder / split, [drawn_jpeg(n, side, side) for n in range(total)], per_shard=2, classes=1)

@@ -1,4 +1,4 @@
-"""The order: every sample once an epoch, the same for any number of ranks, resumed by setting a counter."""
+"""The order: every sample once an epoch, the same for any number of ranks; a resume only sets a counter."""
 
 import bisect
 import itertools
@@ -48,7 +48,7 @@ def test_global_batches_and_micro_batches_are_the_same_at_every_world_size(sizes
 @given(SHAPES, SEEDS, st.integers(0, 13), st.integers(0, 2000), st.integers(1, 64))
 def test_the_stream_resumes_at_any_position(sizes, seed, window, start, count):
     whole = order(sizes, seed, window)
-    for position in range(0, start, 50):  # whatever it was asked before
+    for position in range(0, start, 50):  # earlier requests must not matter
         whole.samples(position, 50)
     fresh = order(sizes, seed, window)
     for before, after in zip(whole.samples(start, count), fresh.samples(start, count), strict=True):
@@ -64,7 +64,7 @@ def test_shards_at_names_the_shards_of_a_position(sizes, seed, window, position)
 
 @given(SHAPES, SEEDS, st.integers(0, 13), st.integers(0, 20), st.data())
 def test_coming_names_the_window_that_the_rank_needs_next_and_no_other(sizes, seed, window, step, data):
-    """Found by going through the rank's positions one by one, in global batches smaller and larger than windows."""
+    """Expected: from a walk over the rank's positions. Global batches are smaller and larger than windows."""
     stream, share, ranks = order(sizes, seed, window), data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
     global_batch, rank = share * ranks, data.draw(st.integers(0, ranks - 1))
     first = step * global_batch + rank * share + data.draw(st.integers(0, share - 1))
@@ -79,7 +79,7 @@ def test_coming_names_the_window_that_the_rank_needs_next_and_no_other(sizes, se
 
 
 def windows(stream: Order, sizes: list[int], epochs: int) -> list[tuple[int, list[int]]]:
-    """Where each window of some epochs ends, and its shards, found by adding up what its shards hold."""
+    """The end and the shards of each window of some epochs, from the sizes of its shards."""
     found, position = [], 0
     while position < epochs * sum(sizes):
         shards = [int(shard) for shard in stream.shards_at(position)]
@@ -95,8 +95,8 @@ def windows(stream: Order, sizes: list[int], epochs: int) -> list[tuple[int, lis
 def test_read_ahead_turns_to_the_window_of_the_first_sample_behind_and_not_one_earlier_or_later(
     sizes, window, share, m, ranks
 ):
-    """All micro-batches of an epoch, among them those that end with a window, and shares that do. Also: all windows
-    that a micro-batch lies in are named, however small they are.
+    """Over all micro-batches of an epoch; some end with a window, and so do some shares. All windows that a micro-batch
+    lies in must be named, however small they are.
     """
     stream, batch = order(sizes, 3, window), share * ranks
     there = windows(stream, sizes, epochs=3 + 2 * batch // sum(sizes))
@@ -104,7 +104,7 @@ def test_read_ahead_turns_to_the_window_of_the_first_sample_behind_and_not_one_e
     for step, rank in itertools.product(range(-(-sum(sizes) // batch)), range(ranks)):
         for first in range(step * batch + rank * share, step * batch + (rank + 1) * share, m):
             here = range(bisect.bisect_right(ends, first), bisect.bisect_right(ends, first + m - 1) + 1)
-            rest = range(first + m, step * batch + (rank + 1) * share)  # of the share, then those of later steps
+            rest = range(first + m, step * batch + (rank + 1) * share)  # the share's rest, then later shares
             shares = (
                 range(at + rank * share, at + (rank + 1) * share) for at in itertools.count((step + 1) * batch, batch)
             )
@@ -170,9 +170,9 @@ def neighbours(window: int, shards: int = 256, samples: int = 100) -> float:
 def test_the_window_shuffle_compared_with_a_full_permutation():
     """docs/data.md quotes these figures."""
     assert displacement(0) == pytest.approx(1 / 3, abs=0.01)
-    assert displacement(16) == pytest.approx(1 / 3, abs=0.02)  # the permuted shards alone spread samples that far
+    assert displacement(16) == pytest.approx(1 / 3, abs=0.02)  # permuting the shards alone spreads them that far
     assert neighbours(0) == pytest.approx(1 / 256, abs=0.002)
-    assert neighbours(16) == pytest.approx(1 / 16, abs=0.01)  # what a window costs: its shards meet more often
+    assert neighbours(16) == pytest.approx(1 / 16, abs=0.01)  # the price of windows: shards meet more often
     assert neighbours(1) > 0.98
 
 

@@ -1,4 +1,4 @@
-"""Bad samples: replaced by position alone, named, counted, and refused when they are too many."""
+"""Bad samples: replaced by position alone, named, counted; too many end the run."""
 
 import io
 import logging
@@ -72,7 +72,7 @@ def test_each_kind_is_replaced_counted_and_named(bad_set, caplog):
         "train-000002.tar:000017.jpg": "label out of range",
         "train-000004.tar:000029.jpg": "unreadable",
     }
-    assert one.bad.count >= 8  # each in both epochs, and again where one was drawn to stand in
+    assert one.bad.count >= 8  # each in both epochs, and again where a stand-in was bad too
     named = [record.message for record in caplog.records]
     assert len(named) == 4
     assert "bad sample train-000001.tar:000009.jpg: undecodable; train-" in "\n".join(named)
@@ -131,7 +131,7 @@ def over(loader: Loader, count: int, step: int) -> bool:
 
 def test_over_the_limit_the_error_lists_every_bad_sample(bad_set):
     _, (one,) = run(change(bad_set, max_bad_ratio=0.1), 0, 5)
-    assert not over(one, 3, step=1)  # a tenth of the 30 samples of the first epoch
+    assert not over(one, 3, step=1)  # the limit is a tenth of the 30 samples of the first epoch
     assert over(one, 4, step=1)
     assert not over(one, 6, step=5)
     assert over(one, 7, step=5)
@@ -145,7 +145,7 @@ def test_over_the_limit_the_error_lists_every_bad_sample(bad_set):
 
 
 def decisions(data: DataConfig, stops: list[int], ranks: list[int]) -> tuple[list[tuple[int, bool]], dict]:
-    """Count and decision after every step, of a run that goes on from its state at each of `stops`."""
+    """Count and decision after every step, in a run that is stopped and resumed at each of `stops`."""
     state, made, start = {}, [], 0
     for stop, size in zip(stops, ranks, strict=True):
         loaders = [Loader(data, seed=5, rank=rank, world_size=size, device=CPU) for rank in range(size)]
@@ -155,7 +155,7 @@ def decisions(data: DataConfig, stops: list[int], ranks: list[int]) -> tuple[lis
         for step in range(start, stop):
             for stream in streams:
                 list(next(stream))
-            count = sum(one.bad.count for one in loaders)  # what the ranks' all-reduce adds up
+            count = sum(one.bad.count for one in loaders)  # as the ranks' all-reduce sums it
             made.append((count, {over(one, count, step + 1) for one in loaders} == {True}))
         state, start = loaders[0].state_dict(), stop
         for one in loaders:

@@ -1,4 +1,4 @@
-"""A shard set's files as they are opened: damaged records, manifests from anywhere, and the limit on open files."""
+"""Opening a shard set's files: damaged records, untrusted manifests, and the limit on open files."""
 
 import hashlib
 import json
@@ -109,7 +109,7 @@ def test_what_classes_are_called_changes_no_identity(folder):
     text = (folder / MANIFEST_NAME).read_text()
     plain = Manifest.load(folder)
     assert plain.shown == plain.classes
-    assert plain.identity == hashlib.sha256(text.encode()).hexdigest(), "of a manifest that knows no such field, too"
+    assert plain.identity == hashlib.sha256(text.encode()).hexdigest(), "also for a manifest without this field"
     named = replace(plain, display_names=("ant", "bee", "cat", "dog"))
     read = Manifest.from_json(named.to_json(), "here")
     assert (read, read.shown, read.identity) == (named, named.display_names, plain.identity)
@@ -121,7 +121,7 @@ def test_what_classes_are_called_changes_no_identity(folder):
 
 @pytest.fixture
 def file_limit():
-    """Sets this process's limit on open files, and sets it back."""
+    """Sets this process's limit on open files, and restores it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield lambda limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -138,5 +138,5 @@ def test_shards_stay_open_as_far_as_the_process_may_open_files(tmp_path, file_li
         assert len(os.listdir("/proc/self/fd")) - before == stay_open
     shards.expect([3, 4])
     shards.locate(np.array([3]))
-    assert len(os.listdir("/proc/self/fd")) - before <= 2  # what is not expected any more is closed
+    assert len(os.listdir("/proc/self/fd")) - before <= 2  # shards that are no longer expected are closed
     shards.close()

@@ -1,4 +1,4 @@
-"""One forward and backward pass of a network in fp64, from weights and images that follow from names alone."""
+"""One forward and backward pass of a network in fp64; weights and images depend only on names."""
 
 import hashlib
 import zlib
@@ -47,7 +47,7 @@ def run(network: nn.Module, neurons: list[nn.Module], static: bool) -> dict:
 
 
 def digest(result: dict) -> dict:
-    """A small summary that changes if a spike does: a hash of each layer's spikes, and of each gradient its norm and
+    """A small summary that changes if one spike changes: a hash of each layer's spikes; of each gradient its norm and
     its product with fixed random numbers."""
     layers = []
     for s in result["spikes"]:

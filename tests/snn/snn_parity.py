@@ -4,7 +4,7 @@
 
 Runs in an environment that has torch and spikingjelly==2.0.0 (`python -m benchmarks.train_step` makes one in
 build/peer), with the repository on PYTHONPATH. Fails where the two differ by more than tests/snn/test_parity.py allows;
---freeze writes the peer's results, which that test holds this project to where the peer is not installed.
+--freeze writes the peer's results, with which that test compares this project where the peer is not installed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WIDTH = {"atan": 1 / torch.pi, "triangle": 1.0}
 
 
 def peer(arch: str, shape: str):
-    """The peer's network and its neuron modules in forward order, ours: branch before shortcut."""
+    """The peer's network and its neuron modules, in our forward order: branch before shortcut."""
     names = ("torchvision", "torchvision.models", "torchvision.models.utils")
     for name in names:
         sys.modules.setdefault(name, types.ModuleType(name))
@@ -60,7 +60,7 @@ def ours(arch: str, shape: str):
 
 
 def our_spikes(neurons: list[Neuron]) -> dict[int, torch.Tensor]:
-    """A dictionary that fills with each layer's own spikes, before the shortcut is added, by the neuron's place."""
+    """A dictionary that a forward pass fills with each layer's own spikes, before the shortcut, by neuron index."""
     found: dict[int, torch.Tensor] = {}
     for index, neuron in enumerate(neurons):
         plain = neuron.after_norm
@@ -90,7 +90,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def compare_fp32(arch: str, shape: str) -> tuple[int, int]:
-    """Neuron by neuron in fp32 on the peer's currents: spikes that differ, and those of them beyond 4 ulp of v_th."""
+    """In fp32, neuron by neuron, on the peer's currents: spikes that differ, and those of them over 4 ulp off v_th."""
     network, neurons = peer(arch, shape)
     case.fill(network)
     calls = []

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/snn/snn_triton_cases.py
 
-In a process of its own: Triton reads the variable when it is imported, and others import it without.
+It needs its own process: Triton reads the variable at import, and other tests import it without.
 """
 
 import pytest
@@ -59,8 +59,8 @@ def test_neurons_give_the_reference_bits(rule, T):
     assert torch.equal(v, v_out)
     assert (tally.spikes, tally.covered) == (tally_.spikes, tally_.covered)
     assert tally.spikes > 0
-    # The same operations; autograd adds the two terms of grad h in another order, 1 ulp a step, and sigmoid and atan
-    # divide in another order.
+    # The same operations, but autograd adds the two terms of grad h in another order (1 ulp a step), and sigmoid and
+    # atan divide in another order.
     torch.testing.assert_close(dx_, dx, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(dv_, dv, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(tally_.grad_sq, tally.grad_sq, rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""What a layer must survive: memory that nobody cleared, NaN in one sample, no samples, shapes that do not fit."""
+"""Edge cases of a layer: uninitialised memory, NaN in one sample, no samples, shapes that do not fit."""
 
 import re
 
@@ -95,7 +95,7 @@ def test_a_bad_sample_leaves_the_others_alone(rule, value, dtype):
     for before, after in (spikes, grads):
         assert torch.equal(before[others], after[others])
     assert torch.isin(spikes[1][~others], torch.tensor([0, 1], dtype=dtype)).all()
-    # Of one neuron's four steps at most four counts change; what g saw of a NaN is NaN, and steers nothing.
+    # At most the four steps of one neuron change the counts; g of a NaN is NaN, which the controller ignores.
     assert counts[1][0] == int(spikes[1].sum())
     assert abs(counts[1][1] - counts[0][1]) <= 4
     assert state is not None
@@ -135,7 +135,7 @@ def test_a_network_evaluates_an_empty_batch(arch, frames):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shapes_that_do_not_fit_are_refused_by_name(dtype):
-    # Kernels take addresses: what is too short would be read past its end.
+    # Kernels take addresses: a tensor that is too short would be read past its end.
     neuron, bn = neurons.Neuron(Rule()), nn.BatchNorm2d(4).eval().to(dtype)
     y = torch.zeros(6, 4, 2, 2, dtype=dtype)
     with pytest.raises(ValueError, match=re.escape("y of shape (6, 4, 2, 2) does not hold num_steps=4 steps")):

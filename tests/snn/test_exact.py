@@ -18,13 +18,13 @@ T, N, C, SIDE = 4, 8, 12, 15
 def near_threshold(y: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """y (T N, C, H, W) with every third element of the first step moved to where BN in training makes it v_th = 1.
 
-    Up to 8 ulp to either side of it.
+    Up to 8 ulp above or below it.
     """
     first = torch.zeros(y.shape, dtype=torch.bool)
     first[:N].view(-1)[::3] = True
     y, ulps = y.double(), torch.randint(-8, 9, y.shape, generator=torch.Generator().manual_seed(0))
     for _ in range(60):
-        # Moving them moves the statistics: a contraction, done when it no longer does.
+        # Moving elements changes the statistics: repeat until they no longer change (it is a contraction).
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
         shift, scale, mean = (c[:, None, None] for c in (beta, gamma / (var + 1e-5).sqrt(), mean))
         y = torch.where(first, (1 + ulps * EPS - shift) / scale + mean, y)
@@ -85,12 +85,12 @@ def test_a_fused_layer_errs_only_where_fp32_cannot_tell(rule, added):
     near = distances.abs() <= 4 * EPS
     assert near[:N].sum() > N * C * SIDE * SIDE / 8
     assert torch.equal(spikes[~near] == 1, distances[~near] >= 0)
-    # Of the first step the definition in fp32 has the same potentials to 4 ulp; later ones follow their own spikes.
+    # In the first step the fp32 definition has the same potentials to 4 ulp; later steps depend on earlier spikes.
     assert not ((spikes != plain) & ~near)[:N].any()
 
     (forced * weight).sum().backward()
     # Given the spikes, h errs by some ulp and g by that over w^2, relative to the largest gradient: 4 ulp a step.
-    # The sums over a channel, of T N H W = 7200 terms each with such an error, are small against the terms.
+    # Errors of the sums over a channel, of T N H W = 7200 such terms, are small compared with the terms.
     for got, tensor in zip((y_.grad, bn.weight.grad, bn.bias.grad), wide, strict=True):
         assert got is not None
         assert tensor.grad is not None

@@ -1,4 +1,4 @@
-"""What training keeps between the passes, and that `model.checkpoint` changes that and no number."""
+"""Memory that training keeps between the passes; `model.checkpoint` reduces it and changes no number."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def require_compiler() -> None:
 
 
 def train_once(checkpoint: bool, arch: str, images: torch.Tensor, dtype: torch.dtype, **fields):
-    """One step's logits, gradients, buffers and counters, and the bytes kept for its backward pass a neuron-step."""
+    """One step's logits, gradients, buffers and counters, and the bytes per neuron-step kept for its backward pass."""
     torch.manual_seed(0)
     model = ModelConfig(arch=arch, checkpoint=checkpoint, **fields)
     net = sew_resnet.build(model, num_classes=5, image_size=32)
@@ -59,7 +59,7 @@ def test_the_fused_op_keeps_two_bytes_a_neuron_step_and_checkpointed_blocks_a_th
     [
         # Packed inputs are 1/8 or 1/2 byte; without the option a neuron-step keeps 4 bytes more in fp32, 2 in bf16.
         ("sew_cifar20", False, torch.float32, {"T": 16}, 0.4),
-        # Beside them the potentials of 4 bytes between two chunks of 16 steps, 1/5 of a byte.
+        # In addition: potentials of 4 bytes between chunks of 16 steps, 1/5 of a byte a neuron-step.
         ("sew_cifar20", False, torch.float32, {"T": 40}, 0.6),
         # The frames themselves, of 3 channels in fp32 and bf16, are 0.16 of a byte.
         ("sew_cifar20", True, torch.bfloat16, {"neuron": "plif", "reset": "soft"}, 0.5),

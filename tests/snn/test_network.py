@@ -185,7 +185,7 @@ def test_energy_counts_every_connection_of_every_spike():
             module.register_forward_pre_hook(lambda m, i, name=name: seen.__setitem__(name, (m, i[0])))
     measured = energy.measure(net, images)
     by_name = {layer.name: layer for layer in measured.layers}
-    # Connections by brute force: a convolution of ones with ones adds 1 for each pair of an input and an output.
+    # Connections by brute force: a convolution of ones with ones adds 1 for each input-output pair.
     for name, (conv, x) in seen.items():
         ones = nn.functional.conv2d(
             x if name != "conv1" else torch.ones_like(x), torch.ones_like(conv.weight), None, conv.stride, conv.padding

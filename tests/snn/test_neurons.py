@@ -119,7 +119,7 @@ def test_the_compiled_twin_gives_the_reference_bits(rule):
     assert torch.equal(v, v_out)
     assert (tally.spikes, tally.covered) == (tally_.spikes, tally_.covered)
     assert 0 < tally.covered < x.numel()
-    # Same operations on the same bits; autograd adds the two terms of grad h in another order: 1 ulp a step.
+    # The same operations on the same bits, but autograd adds the two terms of grad h in another order: 1 ulp a step.
     torch.testing.assert_close(dx_, dx, rtol=4 * 2**-23, atol=4 * 2**-23)
     torch.testing.assert_close(dv_, dv, rtol=4 * 2**-23, atol=4 * 2**-23)
     # One sum over all elements in another order: sqrt(n) eps of the terms' size, n = 1260.

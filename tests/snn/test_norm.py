@@ -1,4 +1,4 @@
-"""BN, neurons and shortcut in one op, and what it keeps, against the plain definition."""
+"""BN, neurons and shortcut in one op, and the packing of what it keeps, against the plain definition."""
 
 import os
 import subprocess
@@ -58,12 +58,12 @@ def test_the_fused_op_agrees_with_its_definition(rule, size, added, train, stati
     weight = torch.randn(shape, generator=generator)
     out, grads, stats, tally = one_side(norm.run, y, shortcut, rule, T, static, train, weight)
     out_, grads_, stats_, tally_ = one_side(norm.run_reference, y, shortcut, rule, T, static, train, weight)
-    # The normalised current differs by its rounding; none of these seeds puts a potential that near to v_th.
+    # The normalised current differs by rounding; with these seeds no potential is that near to v_th.
     assert torch.equal(out, out_)
     assert (tally.spikes, tally.covered) == (tally_.spikes, tally_.covered)
     torch.testing.assert_close(tally.grad_sq, tally_.grad_sq, rtol=1e-5, atol=0)
-    # Sums of up to 1300 fp32 terms, of which a static current adds T more, and y has a mean of 2.5 deviations: 1e-6
-    # times some tens of the largest, since terms of that size cancel in the smallest.
+    # Sums of up to 1300 fp32 terms (T times as many for a static current), and y has a mean of 2.5 deviations: the
+    # tolerance is 1e-6 times some tens of the largest value, as terms of that size cancel in the smallest.
     for got, wanted in zip(grads, grads_, strict=True):
         torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-5 * max(1, wanted.abs().max().item()))
     for got, wanted in zip(stats, stats_, strict=True):

@@ -13,7 +13,7 @@ FROZEN = json.loads((Path(__file__).with_name("sew_reference.json")).read_text()
 @pytest.mark.parametrize("name", FROZEN)
 def test_spikes_logits_and_gradients_are_the_peers(name):
     got, wanted = snn_network_case.digest(snn_parity.run_ours(*name.split())), FROZEN[name]
-    # A spike is a step: the same in fp64, or the hash of its layer is another.
+    # If one spike differs in fp64, the hash of its layer differs.
     assert got["spikes"] == wanted["spikes"]
     assert got["logits"] == pytest.approx(wanted["logits"], rel=1e-9, abs=1e-9)
     assert got["gradients"].keys() == wanted["gradients"].keys()

@@ -1,4 +1,4 @@
-"""Drawn layers of every kind: the form that `select` chooses against the definition, and chunks against the whole."""
+"""Drawn layers of every kind: the form that `dispatch` chooses against the definition; chunks against the whole."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from pipeline.snn.kernels import compiled, dispatch, reference
 from pipeline.snn.kernels.reference import Rule
 from tests.support.snn_twins import new_tally, require_compiler
 
-# Every structure with two shapes, and the other shapes once or twice: a kind of neuron costs a compiler 2 s.
+# Every structure with two shapes, and the other shapes once or twice: each kind of neuron takes 2 s to compile.
 RULES = [
     Rule(leaky=leaky, hard=hard, detach=detach, shape="triangle" if detach else "rectangle")
     for leaky in (False, True)
@@ -163,8 +163,8 @@ def check_against_the_definition(case: Case) -> None:
     else:
         assert state is None
     assert (tally.spikes, tally.covered) == (tally_.spikes, tally_.covered)
-    # Positive numbers of up to one size, at most 64 blocks of T of them in fp32 before a double takes over: half an ulp
-    # each, and some ulp in g itself.
+    # Positive terms of similar size, at most 64 blocks of T of them in fp32 before doubles: half an ulp each, and some
+    # ulp in g itself.
     torch.testing.assert_close(tally.grad_sq, tally_.grad_sq, rtol=(64 * case.T + 8) * 2**-24, atol=0)
 
     # The same operations, but autograd adds the terms of grad h in another order and divides in the surrogates: some
@@ -172,7 +172,7 @@ def check_against_the_definition(case: Case) -> None:
     largest = dx_.abs().amax(0) + 1.5 * case.amplitude * max(1.0, 1 / case.width)
     ulps = 4 * case.T * torch.finfo(wide).eps
     wanted = dx_.sum(0, keepdim=True) if case.static else dx_
-    # A static current's gradient is a sum of T; off the twins each of the T is rounded to x's dtype, and their sum.
+    # A static current's gradient is a sum of T terms; the reference rounds each term, and the sum, to x's dtype.
     rounding = torch.finfo(case.dtype).eps if case.dtype != wide else 0.0
     tolerance = (ulps + rounding) * largest * (case.T if case.static else 1)
     assert bool(((dx.to(wide) - wanted).abs() <= tolerance).all()), (dx.to(wide) - wanted).abs().max()

@@ -1,4 +1,4 @@
-"""Every surrogate against its formula, written here a second time, and against what each scale promises."""
+"""Every surrogate against its formula, written here a second time, and against the definition of each scale."""
 
 import math
 
@@ -25,7 +25,7 @@ AREA = {
 }
 """Integral of each of them."""
 AT_WIDTH = {"triangle": 0.0, "rectangle": 0.0, "atan": 0.5, "sigmoid": 1 / math.cosh(0.5) ** 2}
-"""Value of each of them at |u| = w: bounded shapes are 0 there, the support is open."""
+"""Value of each of them at |u| = w: bounded shapes are 0 there, as the support is open."""
 
 every_surrogate = pytest.mark.parametrize(
     ("shape", "scale"), [(shape, scale) for shape in surrogate.SHAPES for scale in surrogate.SCALES]

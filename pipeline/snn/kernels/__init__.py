@@ -1,1 +1,1 @@
-"""One op, T steps of a spiking layer, in several forms that agree: `dispatch.py` chooses, `reference.py` defines."""
+"""T steps of a spiking layer as one op: `reference.py` defines it, `dispatch.py` chooses a faster form of it."""

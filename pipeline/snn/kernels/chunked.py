@@ -1,8 +1,8 @@
-"""Any number of time steps by twins that hold the potentials of a few: the sequence in chunks, one after another.
+"""Long sequences in chunks of `CHUNK` time steps, because the twins hold the potentials of a few steps only.
 
-A chunk starts from the potentials that the one before it left. Those are all that is kept between the passes beside
-what a short sequence keeps, 4 bytes a neuron for every `CHUNK` steps. The backward pass takes the chunks from the last
-to the first, handing the gradient of the potential down, and computes the potentials within each again.
+A chunk starts from the last potentials of the chunk before it. Between the passes only these potentials are kept in
+addition to what a short sequence keeps: 4 bytes a neuron for every `CHUNK` steps. The backward pass runs from the last
+chunk to the first, passes on the gradient of the potential, and recomputes the potentials within each chunk.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from pipeline.snn.kernels.dispatch import Call
 
 CHUNK = 16
-"""Steps that a twin takes at once: their potentials lie in a GPU's registers, or in the first-level cache."""
+"""Most steps of one call of a twin: their potentials fit in a GPU's registers, or in the first-level cache."""
 
 
 def in_chunks(call: "Call") -> "Call | Chunks":
-    """The call itself where it is short, else one that runs it in chunks."""
+    """The call itself if it is short, else one that runs it in chunks."""
     return call if call.num_steps <= CHUNK else Chunks(call)
 
 
@@ -28,9 +28,9 @@ class Chunks:
     """A call of more than `CHUNK` steps, with the interface of `compiled.Call`."""
 
     whole: "Call"
-    """The call for all steps: what they share."""
+    """The call for all steps, whose settings every chunk shares."""
     states: list[torch.Tensor] = field(default_factory=list)
-    """Potentials before every chunk but the first, (M,) fp32; the forward pass leaves them for the backward pass."""
+    """Potentials before every chunk but the first, (M,) fp32; kept from the forward pass for the backward pass."""
 
     @property
     def num_steps(self) -> int:
@@ -41,7 +41,7 @@ class Chunks:
         return self.whole.static
 
     def _parts(self) -> "Iterator[tuple[Call, slice]]":
-        """The calls of the chunks, in order of time, and the steps of each."""
+        """The call and the steps of each chunk, in order of time."""
         for start in range(0, self.num_steps, CHUNK):
             steps = slice(start, min(start + CHUNK, self.num_steps))
             yield replace(self.whole, num_steps=steps.stop - start), steps

@@ -1,8 +1,8 @@
 """The CPU twin: cpu.cpp, compiled by the machine's C++ compiler at first use, forward and backward.
 
-It saves x and not h: h is computed again in the backward pass, in the first-level cache. So one bf16 neuron-step moves
-4 bytes forward (x, s) and 6 backward (x, grad s, grad x), and retains nothing but x. The backward pass is derived by
-hand from the definition in reference.py. With g = g(h - v_th) and `grad v[T]` from the state where it was asked for,
+It keeps x and not h: the backward pass recomputes h, in the first-level cache. So one bf16 neuron-step moves 4 bytes
+forward (x, s) and 6 backward (x, grad s, grad x), and keeps only x. The backward pass is derived by hand from the
+definition in reference.py. With g = g(h - v_th), and `grad v[T]` the gradient of the returned state (0 without one),
 for t = T .. 1:
 
     dv/dh   = 1 - s [+ (v_reset - h) g]  hard;  1 [- v_th g]  soft;  [...] where the reset is not detached
@@ -11,8 +11,8 @@ for t = T .. 1:
     grad v[t-1] = grad h[t]               IF;   grad h[t] (1 - leak)   leaky
     grad leak   = sum_t grad h[t] (x[t] - (v[t-1] - v_reset))
 
-Why C++ and not torch.compile: the same passes through Inductor took 15 s of each start from a warm cache (60 s from a
-cold one) and 225 MB of resident memory in every rank for the compiler itself; this takes 2 s once on a machine.
+Why C++ and not torch.compile: Inductor took 15 s at each start with a warm cache (60 s with a cold one) and 225 MB of
+resident memory in every rank; this compiler run takes 2 s, once on a machine.
 """
 
 import ctypes
@@ -38,6 +38,7 @@ _SOURCE = Path(__file__).with_name("cpu.cpp")
 # -ffp-contract=off keeps the bits of the reference; the other two only drop errno and signalling exceptions.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fopenmp")
 _long, _pointer = ctypes.c_long, ctypes.c_void_p
+_told: list[str] = []  # why compiling failed, once it did
 _SIGNATURES = {
     "spike_forward": (*[_pointer] * 8, *[_long] * 4, _pointer, _long),
     "spike_backward": (*[_pointer] * 14, *[_long] * 4, _pointer, _long),
@@ -51,7 +52,7 @@ _SIGNATURES = {
 
 @functools.cache
 def _machine() -> str:
-    """What -march=native depends on: a home directory may be shared by different machines."""
+    """What -march=native depends on. It is in the cache key, as different machines may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
@@ -59,12 +60,9 @@ def _machine() -> str:
         return platform.machine() + platform.processor()
 
 
-_told: list[str] = []
-
-
 @functools.cache
 def _library(options: tuple[str, ...]) -> ctypes.CDLL | None:
-    """The kernels for these macros, compiled unless they are in the cache; None, said once, where that fails."""
+    """The kernels for these macros, compiled unless they are in the cache; None, with one warning, if that fails."""
     compiler = os.environ.get("CXX") or "g++"
     key = hashlib.sha256("\n".join((_SOURCE.read_text(), compiler, *_FLAGS, *options, _machine())).encode())
     path = caches.folder() / f"cpu-{key.hexdigest()[:20]}.so"
@@ -75,7 +73,7 @@ def _library(options: tuple[str, ...]) -> ctypes.CDLL | None:
                 built = Path(folder) / path.name
                 command = [compiler, *_FLAGS, "-shared", "-fPIC", *options, str(_SOURCE), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
-                # Atomic: another rank may be doing the same.
+                # Atomic: another rank may write the same file.
                 built.replace(path)
         library = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -99,18 +97,18 @@ def _unavailable(error: OSError | subprocess.CalledProcessError) -> None:
 
 
 def why_not() -> str:
-    """Why compiling did not work; empty where it did, or was not tried yet."""
+    """Why compiling failed; empty if it worked or was not tried yet."""
     return _told[0] if _told else ""
 
 
 def library(x: torch.Tensor, rule: Rule | None = None) -> ctypes.CDLL | None:
-    """The kernels for this tensor and rule; None where the reference has to run.
+    """The kernels for this tensor and rule; None where the reference must run.
 
-    The choice depends on the device and dtype, and on whether the machine can compile: the same for every run and
-    every rank of a machine. The first call for a dtype and rule compiles, for 2 s.
+    The choice depends on device, dtype and whether the machine can compile: it is the same for every run and rank of a
+    machine. The first call for a dtype and rule compiles, for 2 s.
     """
     if torch.compiler.is_compiling():
-        # torch.export and torch.compile trace the reference: they cannot look into a foreign function.
+        # torch.export and torch.compile trace the reference: they cannot trace a ctypes function.
         return None
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or _told:
         return None
@@ -137,7 +135,7 @@ class Call:
     rule: Rule
     num_steps: int
     num_channels: int
-    """C; anything from 1 where no channels are scaled."""
+    """C; any number from 1 where no channels are scaled."""
     static: bool
     """x holds one row, the same at every step."""
     width: torch.Tensor
@@ -146,7 +144,7 @@ class Call:
     tally: Tally | None
 
     def _tail(self, x: torch.Tensor) -> tuple:
-        # On the CPU reading a scalar costs nothing: there is no queue to wait for.
+        # Reading a scalar on the CPU is free: there is no queue to wait for.
         leak = 0.0 if self.leak is None else self.leak.item()
         rule = self.rule
         neuron = _Neuron(rule.v_th, rule.v_reset, leak, self.width.item(), self.amplitude.item())
@@ -171,8 +169,8 @@ class Call:
     def backward(self, grad_s, grad_last, x, scale, shift, mean, v, grad_x: torch.Tensor | None = None):
         """Gradients for x (into `grad_x` where given), the first potential and leak, and two sums by channel.
 
-        Counts coverage and g^2. The sums, of grad and of grad (y - mean), are what batch normalisation needs; None
-        without a scale.
+        Counts coverage and g^2. Batch normalisation needs the two sums, of grad and of grad (y - mean); they are
+        None without a scale.
         """
         kernels = library(x, self.rule)
         assert kernels is not None
@@ -207,7 +205,7 @@ class Call:
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """Address of a tensor's first element, for a kernel; the tensor has to be dense and outlive the call."""
+    """Address of a tensor's first element, for a kernel; the tensor must be dense and outlive the call."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -223,7 +221,7 @@ class Layer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_s, grad_state):
-        # Unpacked for the version check: changing a width between forward and backward is refused.
+        # Unpacking checks versions: torch raises an error if a width changed between forward and backward.
         x, v, *_ = ctx.saved_tensors
         grad_state = None if grad_state is None else grad_state.contiguous()
         grad_x, grad_v, grad_leak, _ = ctx.call.backward(grad_s.contiguous(), grad_state, x, None, None, None, v)

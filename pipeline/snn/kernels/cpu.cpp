@@ -1,11 +1,11 @@
 // T steps of a layer of spiking neurons on the CPU, with batch normalisation, the shortcut's addition and the counts in
 // the same pass. The equations and their derivation are in reference.py, compiled.py and norm.py.
 //
-// Compiled once for each kind of neuron by compiled.py, which sets BF16, LEAKY, HARD, DETACH, SHAPE and PEAK. Operations
-// are the reference's, in its order, and -ffp-contract=off keeps them apart, so spikes and potentials are the same bits.
-// A tensor is `steps` rows of M elements, element m belonging to channel m % C. Work is divided by blocks of BLOCK
-// elements: their potentials over all steps stay in the first-level cache. Floating-point sums are kept one lane for
-// each element of a block, which the compiler turns into vector operations, and folded into doubles in thread order.
+// compiled.py compiles it once for each kind of neuron, and sets BF16, LEAKY, HARD, DETACH, SHAPE and PEAK. It does the
+// reference's operations in the same order, and -ffp-contract=off does not fuse them: spikes and potentials are the same
+// bits. A tensor is `steps` rows of M elements; element m belongs to channel m % C. Work is divided into blocks of BLOCK
+// elements, whose potentials over all steps stay in the first-level cache. Floating-point sums have one lane for each
+// element of a block, which the compiler vectorises; the lanes are folded into doubles in thread order.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -106,7 +106,7 @@ extern "C" void spike_forward(const real* x, const float* scale, const float* sh
 }
 
 // Sums of one thread: a lane for each element of a block, two for each channel (offset like the tables).
-// Few terms in fp32, then on in doubles: a rectangle's g^2 is one constant, whose rounding always goes the same way.
+// A few terms in fp32, then doubles: g^2 of a rectangle is a constant, so its rounding errors would all add up.
 struct Sums {
     float square[BLOCK] = {0}, leak[BLOCK] = {0};
     int32_t covered[BLOCK] = {0};
@@ -178,7 +178,7 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
                     for (long i = 0; i < n; i++) total[i] += gx[i];
                 else
                     for (long i = 0; i < n; i++) to[i] = store(gx[i]);
-                if (scale) {  // the sums over time and position that batch normalisation's gradient needs
+                if (scale) {  // sums over time and position, for the gradient of batch normalisation
                     float *sum_g = &sum.gradient[m % C], *sum_p = &sum.product[m % C];
                     const float* centre = &means[m % C];
                     const real* y = x + (is_static ? 0 : t * M) + m;
@@ -206,7 +206,7 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
     }
 }
 
-// Mean and biased variance of each channel over `rows` rows, around the first row so that nothing cancels.
+// Mean and biased variance of each channel over `rows` rows, relative to the first row, so that nothing cancels.
 extern "C" void channel_statistics(const real* y, float* mean, float* variance, long rows, long C, long threads) {
     std::vector<std::vector<double>> firsts(threads, std::vector<double>(C)), seconds(threads, std::vector<double>(C));
     std::vector<float> pivot(C);
@@ -216,7 +216,7 @@ extern "C" void channel_statistics(const real* y, float* mean, float* variance, 
         std::vector<float> first(C), second(C);
         long end = rows * (thread + 1) / threads;
         for (long r = rows * thread / threads; r < end;) {
-            long stop = r + 256 < end ? r + 256 : end;  // few terms in fp32, then on in doubles
+            long stop = r + 256 < end ? r + 256 : end;  // a few terms in fp32, then doubles
             std::memset(first.data(), 0, C * 4), std::memset(second.data(), 0, C * 4);
             float *a = first.data(), *b = second.data(), *k = pivot.data();
             for (; r < stop; r++) {
@@ -254,7 +254,7 @@ extern "C" void channel_affine(const real* y, real* grad, const float* a, const 
     }
 }
 
-// Byte j holds elements j, j + n, j + 2n, ... (n bytes in all): planes, so that both directions are vector operations.
+// Byte j holds elements j, j + n, j + 2n, ... (n bytes in all): planes, so that packing and unpacking vectorise.
 extern "C" void pack(const real* x, uint8_t* out, long n, long bits, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long j0 = 0; j0 < n; j0 += BLOCK) {
@@ -276,8 +276,8 @@ extern "C" void unpack(const uint8_t* packed, real* out, long n, long bits, long
     }
 }
 
-// Non-zero elements, sum |g| and sum g^2 in doubles. Parts of a fixed size, folded in order: the same bits for any number
-// of threads, since every rank has to see the same sums.
+// Non-zero elements, sum |g| and sum g^2 in doubles. Parts have a fixed size and are folded in order: the same bits for
+// any number of threads, as every rank must see the same sums.
 extern "C" void gradient_sums(const real* g, double* out, long n, long threads) {
     const long part = 1 << 15, parts = (n + part - 1) / part;
     std::vector<double> sums(3 * parts);

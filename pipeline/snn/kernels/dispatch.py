@@ -25,7 +25,7 @@ _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def _triton():
-    """The GPU kernels; None, said once, where Triton is not installed."""
+    """The GPU kernels; None, with one warning, if Triton is not installed."""
     try:
         from pipeline.snn.kernels import fused_triton
     except ImportError as error:
@@ -42,8 +42,8 @@ def gpu_kernels(x: torch.Tensor):
 def choose(x: torch.Tensor, rule: Rule) -> type[Call] | None:
     """The twin's `Call` class for a tensor, or None for the reference.
 
-    A function of device, dtype and what the machine has, so that all ranks of a machine choose the same.
-    `torch.export` and `torch.compile` trace the reference: they cannot look into foreign kernels.
+    It depends only on device, dtype and what the machine has, so all ranks of a machine choose the same.
+    `torch.export` and `torch.compile` trace the reference: they cannot trace the kernels.
     """
     if not x.numel() or torch.compiler.is_compiling() or rule.shape not in IN_KERNELS:
         return None
@@ -69,7 +69,7 @@ def run(
 
     Args:
         x: input current, (T, ...) in any dense memory format; or (1, ...) with `num_steps` = T for a current that is
-            the same at every step, which is then neither copied nor kept T times.
+            the same at every step; it is then neither copied nor kept T times.
         rule, width, amplitude, leak, v, tally: as in `reference.run`.
         num_steps: T, where x holds a single step.
         want_state: return the potential after the last step too.

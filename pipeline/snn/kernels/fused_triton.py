@@ -1,12 +1,12 @@
 """The GPU twin in Triton: BN's application, T steps of neurons and the shortcut in one pass, and its backward pass.
 
 A tensor is (T, R, C): R positions of C channels, channels-last. A program holds a tile of positions and channels, with
-the potentials of all T steps in fp32 registers; the backward pass computes them again from the convolution's output.
-Width, amplitude and leak are read from device memory, so that they change without a recompile or a host
-synchronisation and the launches can be captured in a CUDA graph. Equations: reference.py, compiled.py, norm.py.
+the potentials of all T steps in fp32 registers; the backward pass recomputes them from the convolution's output.
+Width, amplitude and leak are read from device memory: they can change without a recompile or a host synchronisation,
+and the launches can be captured in a CUDA graph. Equations: reference.py, compiled.py, norm.py.
 
-Counts are integer atomics and floating-point sums go through one partial sum for each program: both are the same on
-every run. Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1, set before this is imported).
+Counts are integer atomics, and floating-point sums have one partial sum for each program: both are the same in every
+run. Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1, set before this is imported).
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -241,7 +241,7 @@ class Call:
     rule: Rule
     num_steps: int
     num_channels: int
-    """C; anything from 1 where no channels are scaled."""
+    """C; any number from 1 where no channels are scaled."""
     static: bool
     width: torch.Tensor
     amplitude: torch.Tensor
@@ -249,7 +249,7 @@ class Call:
     tally: Tally | None
 
     def _tiles(self, x: torch.Tensor, scaled: bool) -> tuple[int, int, int, int]:
-        """R, C and the tile's two sides; where no channels are scaled all of x is one row of them."""
+        """R, C and the tile's two sides; where no channels are scaled, x is one row of all its elements."""
         M = x.numel() // (1 if self.static else self.num_steps)
         C = self.num_channels if scaled else M
         block_c = min(triton.next_power_of_2(C), 64 if scaled else _TILE)

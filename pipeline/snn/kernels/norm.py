@@ -4,13 +4,13 @@
     x = y scale + shift            scale = gamma / sqrt(var + eps), shift = beta - mean scale
     out = spikes(x) [+ shortcut]
 
-The current x stays in fp32 between the two even where y is bf16. The reference below is the definition. The twins
-keep y alone, which BN would have kept anyway, and compute x and h again in the backward pass. Where y can be
-made again (packing.py) they keep not even that: the statistics are kept, by channel, so that neither they nor the
-counts of spikes are taken twice.
+Between BN and neurons the current x is fp32 even where y is bf16. `run_reference` is the definition. The twins keep y
+alone, as BN would, and recompute x and h in the backward pass. Where y can be recomputed (packing.py) they do not keep
+it either. They keep the statistics of each channel, so that neither these nor the spikes are counted
+twice.
 
-With `Ranks` the mean and variance are those of all ranks' y together: one sum over ranks, of two numbers a channel, in
-the forward pass, and one in the backward pass, since a gradient then flows to every rank's y.
+With `Ranks` the mean and variance are over the y of all ranks. This costs one sum over ranks, of two numbers a channel,
+in the forward pass, and one in the backward pass, as a gradient then flows to every rank's y.
 """
 
 from collections.abc import Callable
@@ -29,21 +29,21 @@ from pipeline.snn.kernels.reference import Rule, Tally
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """The processes that normalise their batches, all of one size, as if these were one batch."""
+    """The ranks that normalise their batches as one batch; all these batches have the same size."""
 
     count: int
     sum: Callable[[torch.Tensor], torch.Tensor]
-    """A tensor's sum over them, on each of them; it may use its argument's memory. All of them call it in turn."""
+    """A collective: the sum of a tensor over these ranks, returned on each. It may overwrite its argument."""
 
     def joint(self, mean: torch.Tensor, var: torch.Tensor, sum_: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and biased variance of all batches, (C,) in doubles, from those of this one; `sum_` is over ranks."""
+        """Mean and biased variance of all batches, (C,) in doubles, from those of this batch; `sum_` is over ranks."""
         mean, var = mean.double(), var.double()
         mean, square = sum_(torch.stack((mean, var + mean * mean))) / self.count
         return mean, (square - mean * mean).clamp_min(0)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks, of values forward and of their gradients backward."""
+    """Sums values over ranks in the forward pass, and gradients over ranks in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, ranks: Ranks):
@@ -77,9 +77,9 @@ def run_reference(
         bn: its batch normalisation; in training mode its running statistics are updated.
         rule, width, amplitude, leak, tally: as in `reference.run`.
         num_steps: T.
-        static: y is one step's, the same at every step.
+        static: y holds one step and is the same at every step.
         shortcut: added to the spikes, (T N, C, H, W).
-        ranks: those whose y is normalised as one with this one, in training mode.
+        ranks: in training mode, the ranks whose y is normalised together with this one.
 
     Returns:
         (T N, C, H, W) in y's dtype.
@@ -94,7 +94,7 @@ def run_reference(
 
 
 def _normalised(y: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
-    """`bn(y)` in y's dtype, also where DeepSpeed has made the parameters fp16 beside fp32 statistics."""
+    """`bn(y)` in y's dtype, also where DeepSpeed has made the parameters fp16 while the statistics are fp32."""
     if bn.weight is None or bn.weight.dtype == y.dtype:
         return bn(y)
     assert bn.momentum is not None
@@ -117,8 +117,8 @@ def _jointly_normalised(y: torch.Tensor, bn: nn.BatchNorm2d, ranks: Ranks) -> to
 class _Fused(torch.autograd.Function):
     """The twins, over rows (T N, H, W, C) of channels-last tensors.
 
-    BN's gradient, with gx the gradient for x and n = T N H W: `scale (gx - mean(gx) - (y - mean) rstd^2 mean(gx (y -
-    mean)))`, the means over n; both sums come out of the neurons' backward pass, and one more pass applies them.
+    With gx the gradient for x, BN's gradient is `scale (gx - mean(gx) - (y - mean) rstd^2 mean(gx (y - mean)))`, with
+    means over n = T N H W. The neurons' backward pass gives both sums, and one more pass applies them.
     """
 
     @staticmethod
@@ -149,10 +149,10 @@ class _Fused(torch.autograd.Function):
         grads = grad_out.permute(0, 2, 3, 1)
         grad, _, grad_leak, sums = ctx.call.backward(grads, None, rows, scale, shift, mean, None)
         grad_beta, grad_product = sums[0], sums[1]
-        grad_gamma, grad_shift = grad_product * rstd, grad_beta  # of this rank's loss alone, as any parameter's
+        grad_gamma, grad_shift = grad_product * rstd, grad_beta  # of this rank's loss alone, as for any parameter
         a, b, d = scale, torch.zeros_like(scale), torch.zeros_like(scale)
         if ctx.train:
-            # In doubles by channel: the terms nearly cancel in d where a mean is large.
+            # In doubles: where a mean is large, the terms of d nearly cancel.
             count = n * h * w
             if ctx.ranks is not None:
                 grad_beta, grad_product = ctx.ranks.sum(torch.stack((grad_beta, grad_product)).double())
@@ -173,7 +173,7 @@ def _rows(y: torch.Tensor, call: Call | Chunks) -> torch.Tensor:
 def _statistics(
     y: torch.Tensor, bn: nn.BatchNorm2d, call: Call | Chunks | type[Call], ranks: Ranks | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance to normalise with, (C,) fp32; in training the running ones are updated."""
+    """Mean and biased variance to normalise with, (C,) fp32; in training mode the running statistics are updated."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
     if not bn.training:
@@ -217,13 +217,13 @@ def run(
     again: Again | None = None,
     ranks: Ranks | None = None,
 ) -> torch.Tensor:
-    """As `run_reference`, in the fastest form that works here; the choice depends on the shape alone.
+    """As `run_reference`, in the fastest form that works here.
 
-    With `again` the twins keep its source for the backward pass instead of y. The reference keeps y all the same: its
-    gradient is autograd's.
+    With `again`, the twins keep its source for the backward pass instead of y. The reference keeps y: its gradient is
+    autograd's.
 
     Raises:
-        ValueError: y or the shortcut does not have the rows that `num_steps` asks for; training on a single value.
+        ValueError: the rows of y or the shortcut do not fit `num_steps`; training on a single value.
     """
     if not static and y.shape[0] % num_steps:
         raise ValueError(f"y of shape {tuple(y.shape)} does not hold num_steps={num_steps} steps; use (T N, C, H, W)")
@@ -253,6 +253,6 @@ def run(
 
 
 def _plain(bn: nn.BatchNorm2d) -> bool:
-    """Affine in fp32 or fp16, with running statistics and a fixed momentum: what the twins cover."""
+    """Whether the twins cover this BN: affine in fp32 or fp16, with running statistics and a fixed momentum."""
     fixed = bn.affine and bn.track_running_stats and bn.momentum is not None
     return type(bn) is nn.BatchNorm2d and fixed and bn.weight.dtype in (torch.float32, torch.float16)

@@ -1,7 +1,9 @@
-"""What a convolution keeps of its input for the backward pass: 1 bit a spike, 4 bits a sum of spikes. Lossless.
+"""Packs the input that a convolution keeps for its backward pass: 1 bit a spike, 4 bits a sum of spikes. Lossless.
+
+It also recomputes a convolution's output (`Again`) and pools spikes in little memory.
 
 Byte j of the packed form of n elements at b bits holds elements j, j + n b/8, j + 2 n b/8, ...: planes, not
-neighbours, so that packing and unpacking are the same vector operation on whole planes.
+neighbours, so packing and unpacking are vector operations on whole planes.
 """
 
 from collections.abc import Callable
@@ -12,17 +14,20 @@ from torch.nn import functional
 
 from pipeline.snn.kernels import compiled, dispatch
 
+_POOL_IMAGES = 4
+"""Images that `max_pool2d` pools at a time."""
+
 
 def bits_for(largest: int) -> int:
-    """Bits that hold the integers 0 to `largest`: 1, 4, 8, or 0 where 8 do not suffice."""
+    """Bits that hold the integers 0 to `largest`: 1, 4 or 8; 0 if they need more."""
     return 1 if largest <= 1 else 4 if largest <= 15 else 8 if largest <= 255 else 0
 
 
 def pack(x: torch.Tensor, bits: int) -> torch.Tensor | None:
-    """Integers 0 to 2^bits - 1 in any dtype, dense in memory, as a flat uint8 tensor; None where they do not divide.
+    """Packs integers 0 to 2^bits - 1 of any dtype into a flat uint8 tensor; None if they do not fill whole bytes.
 
-    The order is that of x's elements in memory. Values outside the range are not detected: the network's structure
-    bounds them.
+    x must be dense; the order is that of its elements in memory. Values outside the range are not detected: the
+    structure of the network bounds them.
     """
     per_byte = 8 // bits if bits else 0
     if not per_byte or not x.numel() or x.numel() % per_byte or not _dense(x):
@@ -65,7 +70,7 @@ def _dense(x: torch.Tensor) -> bool:
 
 
 class Packed:
-    """A tensor of small integers in packed form, with what it takes to have it back."""
+    """A tensor of small integers in packed form, with what `unpack` needs to restore it."""
 
     __slots__ = ("bits", "data", "meta")
 
@@ -80,7 +85,7 @@ class Packed:
 
 
 def conv2d(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d) -> torch.Tensor:
-    """`conv(x)` that keeps x for the backward pass in packed form, where there is one."""
+    """`conv(x)`; for the backward pass it keeps `packed` instead of x, unless that is None."""
     if packed is None or packed.data is None or not torch.is_grad_enabled():
         return conv(x)
     address = x.data_ptr()
@@ -96,19 +101,19 @@ def conv2d(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d) -> tor
 
 
 class Again(NamedTuple):
-    """A tensor that is not kept, and how to have it back."""
+    """How to recompute a tensor that is not kept."""
 
     source: torch.Tensor
-    """What is kept in its place."""
+    """What is kept instead of the tensor."""
     make: Callable[[torch.Tensor], torch.Tensor]
-    """From the source to the tensor, the same bits, without a graph. It holds no tensor of its own, so that nothing
+    """Computes the tensor from the source: the same bits, without a graph. It holds no tensor itself, so that nothing
     outlives the saved source."""
 
 
 def convolve_again(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d) -> Again:
-    """The output of `conv2d(x, packed, conv)` from what that keeps for its own gradient anyway.
+    """Recomputes the output of `conv2d(x, packed, conv)` from what that call keeps anyway for its own gradient.
 
-    Made after the weights have changed it would be another tensor: then it raises RuntimeError.
+    After a change of the weights the output would differ: `make` then raises RuntimeError.
     """
     source, bits, meta = x.detach(), 0, None
     if packed is not None and packed.data is not None:
@@ -126,14 +131,14 @@ def convolve_again(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d
         inputs = source if meta is None else unpack(source, bits, meta)
         bias = None if conv.bias is None else conv.bias.to(dtype)
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            # Not conv(...): its hooks saw this input in the forward pass.
+            # Not conv(...): its hooks must not run a second time.
             return conv._conv_forward(inputs.to(dtype), conv.weight.to(dtype), bias)
 
     return Again(source, make)
 
 
 class _SpikePool(torch.autograd.Function):
-    """Max-pooling that keeps each maximum's place in 16 bits, and works image by image to hold no more than that."""
+    """Max-pooling that keeps the place of each maximum in 16 bits. Few images at a time: torch's places take 64."""
 
     @staticmethod
     def forward(ctx, x, kernel: int, stride: int, padding: int):
@@ -154,7 +159,7 @@ class _SpikePool(torch.autograd.Function):
         total = grad.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
         parts = zip(total.split(_POOL_IMAGES), grad.split(_POOL_IMAGES), ctx.saved_tensors, strict=True)
         for out, part, place in parts:
-            # Of the input only the shape and layout are read.
+            # Only shape and layout of the input are read.
             like = torch.empty_like(out)
             out.copy_(
                 torch.ops.aten.max_pool2d_with_indices_backward(
@@ -164,12 +169,8 @@ class _SpikePool(torch.autograd.Function):
         return total, None, None, None
 
 
-_POOL_IMAGES = 4
-"""Images pooled at a time."""
-
-
 def max_pool2d(x: torch.Tensor, pool: torch.nn.Module) -> torch.Tensor:
-    """`pool(x)`, keeping 2 bytes an output where a plain pooling keeps the spikes and 8 bytes an output."""
+    """`pool(x)`. It keeps 2 bytes an output; a plain pooling keeps the spikes and 8 bytes an output."""
     if not isinstance(pool, torch.nn.MaxPool2d) or not torch.is_grad_enabled() or not x.numel():
         return pool(x)
     return _SpikePool.apply(x, pool.kernel_size, pool.stride, pool.padding)

@@ -1,4 +1,4 @@
-"""The definition of a spiking layer. Every faster form is tested against this one.
+"""The definition of a spiking layer. Every faster form is tested against it.
 
 For t = 1 .. T, from v[0] = v_reset or a given state:
 
@@ -9,7 +9,7 @@ For t = 1 .. T, from v[0] = v_reset or a given state:
     v[t] = h[t] - v_th s[t]                                  soft reset
 
 In the backward pass ds/dh is the surrogate `g(h - v_th)`; with a detached reset, s is a constant in v[t].
-The potential is kept in fp32 whatever the dtype of x (fp64 for fp64), spikes have the dtype of x.
+The potential is fp32 for any dtype of x (fp64 for fp64); spikes have the dtype of x.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from pipeline.snn import surrogate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What a neuron does: everything that is fixed while it trains."""
+    """The kind of a neuron: everything that training does not change."""
 
     leaky: bool = False
-    """LIF and PLIF; IF otherwise."""
+    """True for LIF and PLIF, False for IF."""
     hard: bool = True
-    """A spike sets the potential to v_reset; otherwise it subtracts v_th."""
+    """True: a spike sets the potential to v_reset. False: it subtracts v_th."""
     detach: bool = True
     """No gradient flows through s in the reset."""
     v_th: float = 1.0
@@ -56,7 +56,7 @@ class Tally:
 
 
 class _Spike(torch.autograd.Function):
-    """`1[u >= 0]` forward, the surrogate backward."""
+    """`1[u >= 0]` in the forward pass, the surrogate in the backward pass."""
 
     @staticmethod
     def forward(ctx, u, width, amplitude, rule: Rule, tally: Tally | None):
@@ -77,7 +77,7 @@ class _Spike(torch.autograd.Function):
 
 
 def spike(u: torch.Tensor, width: torch.Tensor, amplitude: torch.Tensor, rule: Rule, tally: Tally | None):
-    """`1[u >= 0]`, (...) in u's dtype, with the surrogate for its derivative; backward counts coverage and Σg²."""
+    """`1[u >= 0]`, (...) in u's dtype, with the surrogate as derivative; the backward pass counts coverage and Σg²."""
     return _Spike.apply(u, width, amplitude, rule, tally)
 
 
@@ -105,8 +105,8 @@ def run(
         width: w of the surrogate, 0-d.
         amplitude: a of the surrogate, 0-d.
         leak: 1/tau, 0-d; for leaky rules only. PLIF's gradient flows to it.
-        v: potential before the first step, (...); v_reset where absent.
-        tally: the layer's counters; nothing is counted without.
+        v: potential before the first step, (...); None: v_reset.
+        tally: the layer's counters; None: nothing is counted.
         see: called with h - v_th (...) of every step.
 
     Returns:
