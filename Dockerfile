@@ -3,7 +3,7 @@
 #   docker build -t chispike:0.1.0 --build-arg COMMIT=$(git describe --always --dirty --abbrev=40) .
 #   docker build -t chispike:0.1.0-cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #
-# COMMIT is what runs say of their code, where there is no git; without it, its hash.
+# COMMIT is the code version that runs record, since the image has no git; without it they record a hash of the code.
 # Layers from what changes least to what changes most: system, torch, the other packages, the program.
 FROM python:3.11.11-slim-bookworm
 

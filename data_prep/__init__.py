@@ -1,4 +1,4 @@
-"""Images → shards. Its command ends here, in one line, where it cannot run: on another system, another Python."""
+"""Images → shards. On a system or a Python that is not supported the command ends here, with one line."""
 
 import sys
 

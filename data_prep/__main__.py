@@ -22,7 +22,7 @@ from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, Conf
 from pipeline.run_dir import caches
 
 EXIT_PIPE = 128 + signal.SIGPIPE
-"""What the shell reports of a command that ended because nobody reads its output any more."""
+"""The exit code that shells report for a command whose output nobody reads any more."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -83,7 +83,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers", type=_integer(1, 1024), default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
     )
-    command.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="of the shuffle (default 0)")
+    command.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of the shuffle (default 0)")
     command.add_argument(
         "--resize",
         type=_integer(1, 65536),
@@ -111,7 +111,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-decode", action="store_true", help="check headers and ends of files only, at the speed of a copy"
     )
-    command.add_argument("--scratch", metavar="FOLDER", help="local folder for what is on its way to a URL")
+    command.add_argument("--scratch", metavar="FOLDER", help="local folder for files before their upload to a URL")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,8 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     parquet.add_argument(
         "source", metavar="PATH", nargs="+", help="files such as train-00000-of-00294.parquet, or folders of them"
     )
-    parquet.add_argument("--image-column", metavar="NAME", help="column of the images, where it cannot be told")
-    parquet.add_argument("--label-column", metavar="NAME", help="column of the labels, where it cannot be told")
+    parquet.add_argument("--image-column", metavar="NAME", help="column of the images, where it is not found")
+    parquet.add_argument("--label-column", metavar="NAME", help="column of the labels, where it is not found")
     for command in (digits, imagenet, imagefolder, parquet):
         _add_common(command)
     _add_checks(commands)
@@ -151,7 +151,7 @@ def _add_checks(commands) -> None:
     info.add_argument("directory", metavar="DIR", help="folder or URL of a data set, or of one split")
     info.add_argument("--sheet", metavar="FILE", help=f"where to write the contact sheet (default DIR/{SHEET_NAME})")
     info.add_argument(
-        "--seed", type=_integer(0, 2**63 - 1), default=0, help="draws the samples of the sheet (default 0)"
+        "--seed", type=_integer(0, 2**63 - 1), default=0, help="seed that draws the samples of the sheet (default 0)"
     )
 
 
@@ -166,7 +166,7 @@ def _source(arguments: argparse.Namespace) -> Source:
 
 
 def _require_apart(arguments: argparse.Namespace) -> None:
-    """`ConfigError` where DIR lies in a folder that is packed: the next run would find its shards among the images."""
+    """`ConfigError` where DIR lies in the source: the next run would find its shards among the images."""
     if is_url(arguments.directory):
         return
     directory = Path(arguments.directory).resolve()
@@ -205,17 +205,17 @@ def _sheet_path(store: Store) -> Path:
 
 
 class _ReaderGoneError(StopRequestedError):
-    """What read our output has ended, as `head` does; not an `OSError`, which would be taken for the store's."""
+    """The reader of our output has ended, as `head` does. No `OSError`: that would be taken for one of the store."""
 
 
 def _printable(text: str) -> str:
-    """`text` in one line, with the control characters escaped that a name in a source may hold."""
+    """`text` in one line: control characters, which names in a source may hold, are escaped."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _say(line: str) -> None:
     try:
-        print(_printable(line), flush=True)  # without the flush a closed pipe would show after the end only
+        print(_printable(line), flush=True)  # without the flush a closed pipe shows only at the end
     except BrokenPipeError:
         raise _ReaderGoneError("SIGPIPE") from None
 
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {_printable(str(error))}\n")
         return error.exit_code
     except _ReaderGoneError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it is flushed again at exit
         return EXIT_PIPE
     except StopRequestedError as stop:
         sys.stderr.write(f"stopped by {stop}; finished shards are kept: run the same command again to continue\n")

@@ -1,4 +1,4 @@
-"""What is to be packed: the samples of each split, in one canonical order, and how their bytes are read.
+"""What is packed: the samples of each split, in one canonical order, and how their bytes are read.
 
 The index of a split is a few flat arrays, so that a million samples take some 60 MB and forked workers share them.
 """
@@ -13,12 +13,14 @@ from pipeline.errors import DataError
 
 
 class Reader(Protocol):
-    """One place that samples lie in: an archive, a folder. Used by forked workers; opens what it needs lazily."""
+    """One place that holds samples: an archive, a folder. Used by forked workers; opens what it needs lazily."""
 
     def read_into(self, view: memoryview, offset: int, name: str) -> None:
         """Fills `view` with the bytes of the sample at `offset`.
 
-        Raises `OSError` where that fails, and `RefusedError` where the source itself says that the sample is damaged.
+        Raises:
+            OSError: they cannot be read.
+            RefusedError: the source itself says that the sample is damaged.
         """
         ...
 
@@ -65,12 +67,12 @@ class Split:
     places: np.ndarray
     """int32, indices into `readers`."""
     offsets: np.ndarray
-    """int64, what the reader finds the sample by."""
+    """int64, by which the reader finds the sample."""
     lengths: np.ndarray
     """int64, in bytes."""
     readers: tuple[Reader, ...]
     shown: tuple[str, ...] = ()
-    """What the classes are called, in label order, where that is not their names: the words of a WNID."""
+    """Display names of the classes, in label order, where they are not the names: the words of a WNID."""
     refusals: tuple[Refusal, ...] = ()
     """Files refused while indexing: links, devices, duplicates, names that are not UTF-8."""
 
@@ -107,11 +109,11 @@ class SplitBuilder:
         self.refusals.append(Refusal(name=name, reason=reason))
 
     def name_of(self, number: int) -> bytes:
-        """Name of the sample that was added as `number`-th."""
+        """Name of the sample with this number; they count from 0, in the order of `add`."""
         return self._names[number]
 
     def class_of(self, number: int) -> str:
-        """Its class."""
+        """Class of the sample with this number."""
         return self._classes[number]
 
     def copy(self, number: int, other: "SplitBuilder") -> None:
@@ -135,8 +137,8 @@ class SplitBuilder:
 
         Args:
             classes: in label order.
-            display: the names that the set gives them instead, by class.
-            shown: what to show for them, by class; the set's name where it has none.
+            display: the names that the split gives them instead, by class.
+            shown: display names, by class; a class without one has its name in the split.
         """
         if not self._names:
             raise DataError(f"the split {self.name} holds no image; check the source's layout in docs/data_prep.md")

@@ -1,8 +1,8 @@
 """One image: is it whole, what kind is it, how large is it upright, and does DALI need it converted.
 
-JPEG and PNG are stored as they came; a JPEG that only lacks its end marker, or half of it, gets one, and one whose
-orientation readers disagree about gets an EXIF block that says it plainly. What DALI's decoders do not take alike on
-CPU and GPU (CMYK, 16 bits, other formats) is converted to an 8-bit PNG, which loses nothing that they would have kept.
+JPEG and PNG files are stored unchanged, with two exceptions. A JPEG that lacks only its end marker, or half of it, gets
+one. A JPEG whose orientation decoders read differently gets one plain EXIF block. What DALI's decoders do not treat
+alike on CPU and GPU (CMYK, 16 bits, other formats) is converted to an 8-bit PNG; it keeps all that they would keep.
 """
 
 import io
@@ -24,12 +24,12 @@ MAX_IMAGE_BYTES = 64 << 20
 MAX_PIXELS = 89_478_485
 """Most pixels of an image: Pillow's own limit against decompression bombs, 268 MB as RGB."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pillow's names of the formats that are opened. It knows more, of which some start other programs (PostScript)."""
+"""Pillow's names of the formats that are opened. Pillow knows more; some of those start other programs (PostScript)."""
 _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 # Zeros in place of the end marker let the decoder finish its look-ahead, and starve it where image data are missing.
 _LOOK_AHEAD = bytes(16)
 _OTHER_LOOK_AHEAD = b"\xfe" * 16  # differs from the first bit on: a single missing bit shows
-_NEEDED = 8  # bytes at the end of the image data without which an image must differ
+_NEEDED = 8  # without so many bytes at the end of the image data, the pixels must differ
 _END_OF_JPEG = b"\xff\xd9"
 _DAMAGED_METADATA = (OSError, ValueError, SyntaxError, KeyError, TypeError, IndexError, EOFError, struct.error)
 """What Pillow raises where it cannot read an EXIF block."""
@@ -49,11 +49,11 @@ class Inspected:
     """In pixels, after EXIF rotation."""
     width: int
     kinds: tuple[str, ...]
-    """What is counted in the summary: the format, and what is out of the ordinary."""
+    """What is counted in the summary: the format, and all that is unusual."""
     converted: bytes | None
     """The bytes to store in place of the file's, or None to store the file."""
     warnings: tuple[str, ...] = ()
-    """What the image library had to say, each kind once, with N for every number."""
+    """Warnings of the image library, each kind once, with N for every number."""
 
 
 def inspect(data: memoryview, *, decode: bool = True, resize: int = 0, quality: int = 90) -> Inspected:
@@ -99,9 +99,9 @@ def _inspect(data: memoryview, decode: bool, resize: int, quality: int) -> Inspe
     if resize and min(height, width) > resize:
         return _resized(data, header, kinds, resize, quality)
     must_convert = (jpeg and header.components == 4) or header.depth > 8 or header.unusual or header.rgb
-    # DALI would turn a PNG by its EXIF block, or would not, by its version and the place of the block.
+    # Whether DALI turns a PNG by its EXIF block depends on DALI's version and on the place of the block.
     must_convert |= not jpeg and (orientation > 1 or header.doubtful or header.truncated)
-    # A file without its end marker is suspect enough to look at all of it.
+    # A file without its end marker is decoded whole in any case.
     image = _decoded(data, header) if decode or must_convert or header.truncated else None
     if must_convert and image is not None:
         return _as_png(image, (*kinds, "converted to png"))
@@ -112,10 +112,10 @@ def _inspect(data: memoryview, decode: bool, resize: int, quality: int) -> Inspe
 
 
 def _mended(data: memoryview, header: Header, orientation: int) -> tuple[bytes | None, tuple[str, ...]]:
-    """The JPEG as DALI needs it, None where it is so already, and what was changed."""
+    """The JPEG as DALI needs it (None: the file as it is), and what was changed."""
     stored, changes = None, ()
     if header.truncated:
-        stored = bytes(data[: header.scan_end]) + _END_OF_JPEG  # Pillow reads it without, DALI does not
+        stored = bytes(data[: header.scan_end]) + _END_OF_JPEG  # Pillow reads a JPEG without it, DALI does not
         changes = ("end marker added",)
     if header.doubtful or orientation != header.orientation:
         stored = _with_plain_exif(data if stored is None else memoryview(stored), orientation)
@@ -128,7 +128,7 @@ def _with_plain_exif(data: memoryview, orientation: int) -> bytes:
     body = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, ExifTags.Base.Orientation, 3, 1, orientation, 0, 0)
     exif = struct.pack(">HH", 0xFFE1, len(body) + 2) + body
     segments = list(jpeg_segments(data))
-    first = [data[start:end] for marker, start, end in segments if marker == 0xE0]  # JFIF wants to be first
+    first = [data[start:end] for marker, start, end in segments if marker == 0xE0]  # the JFIF segment must be first
     others = [data[start:end] for marker, start, end in segments if marker not in (0xE0, 0xE1)]
     return b"".join((data[:2], *first, exif, *others, data[segments[-1][2] :]))
 
@@ -142,7 +142,7 @@ class _ToWarning(logging.Handler):
 
 @contextmanager
 def _warnings_heard() -> Iterator[list[warnings.WarningMessage]]:
-    """Keeps what Pillow says from being printed line by line, without the file's name; it lies in the list then."""
+    """Collects Pillow's warnings in the list. Otherwise each would be printed, without the file's name."""
     log, handler = logging.getLogger("PIL"), _ToWarning(logging.WARNING)
     propagate, log.propagate = log.propagate, False
     log.addHandler(handler)
@@ -177,10 +177,10 @@ def _kinds(header: Header, orientation: int) -> tuple[str, ...]:
 
 
 def _require_all_data(data: memoryview, header: Header) -> None:
-    """Refuses a JPEG without end marker that lost image data, too: what follows its last byte shows in the pixels.
+    """Refuses a JPEG without end marker that also lost image data: what follows its last byte changes the pixels.
 
-    The last bytes must count as well: where they do not, they are no image data but what a broken download left, such
-    as the zeros of a file that was given its full size at once.
+    The last bytes must change the pixels too. Where they do not, they are no image data but left by a broken download,
+    such as the zeros of a file that was created at its full size.
     """
     if not header.scan_end:
         raise RefusedError("truncated: no end marker, so that of its several scans some may be missing")
@@ -191,21 +191,21 @@ def _require_all_data(data: memoryview, header: Header) -> None:
     shorter = replace(header, scan_end=header.scan_end - num_needed)
     try:
         unneeded = pixels == _decoded(data, shorter, look_ahead=_OTHER_LOOK_AHEAD).tobytes()
-    except RefusedError:  # starved, as it should be
+    except RefusedError:  # the decoder lacks data, as it should
         return
     if unneeded:
         raise RefusedError("truncated: no end marker, and something else than image data at the end")
 
 
 def _opened(data: memoryview | bytes) -> Image.Image:
-    """The image with its header read, or the reason why not."""
+    """The image with its header read; `RefusedError` where that fails."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         if data[:3] == JPEG_MAGIC or data[:8] == PNG_MAGIC:
             raise RefusedError("cannot be decoded: a header that no decoder here reads") from None
         raise RefusedError("not an image: no known format") from None
-    except Exception as error:  # a parser fed with broken bytes raises whatever it meets
+    except Exception as error:  # broken bytes make a parser raise any exception
         raise RefusedError(f"cannot be decoded: {_one_line(error)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise RefusedError(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
@@ -218,14 +218,14 @@ def _decoded(
     draft: tuple[int, int] | None = None,
     look_ahead: bytes = _LOOK_AHEAD,
 ) -> Image.Image:
-    """Every pixel of the image, or the reason why not."""
+    """The image with every pixel decoded; `RefusedError` where that fails."""
     cut = header is not None and header.scan_end
     image = _opened(b"".join((data[: header.scan_end], look_ahead)) if header is not None and cut else data)
     try:
         if draft:
             image.draft(None, draft)
         image.load()
-    except Exception as error:  # a decoder fed with broken bytes raises whatever it meets
+    except Exception as error:  # broken bytes make a decoder raise any exception
         raise RefusedError(f"cannot be decoded: {_one_line(error)}") from None
     return image
 
@@ -255,7 +255,7 @@ def _orientation(image: Image.Image) -> int:
     """The orientation that Pillow follows, 1 to 8."""
     try:
         stated = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _DAMAGED_METADATA:  # an unreadable block turns nothing
+    except _DAMAGED_METADATA:  # with an unreadable block nothing is turned
         return 1
     return next((value for value in range(2, 9) if stated == value), 1)
 
@@ -270,14 +270,14 @@ def _upright(image: Image.Image) -> Image.Image:
 def _as_png(image: Image.Image, kinds: tuple[str, ...]) -> Inspected:
     image = _upright(_eight_bit(image))
     stream = io.BytesIO()
-    # A fresh image: metadata (EXIF, ICC profile, transparency) would be written along.
+    # A fresh image: else its metadata (EXIF, ICC profile, transparency) would be written too.
     Image.fromarray(np.asarray(image)).save(stream, "PNG")
     return Inspected("png", image.height, image.width, kinds, stream.getvalue())
 
 
 def _resized(data: memoryview, header: Header | None, kinds: tuple[str, ...], side: int, quality: int) -> Inspected:
     if header is not None and header.scan_end and header.components != 4:
-        # The JPEG decoder itself shrinks by powers of two, for far less time; twice the target keeps the quality.
+        # The JPEG decoder itself can shrink by powers of two, much faster; twice the target keeps the quality.
         scale = 2 * side / min(header.height, header.width)
         image = _decoded(data, header, (round(header.width * scale), round(header.height * scale)))
     else:
@@ -289,7 +289,7 @@ def _resized(data: memoryview, header: Header | None, kinds: tuple[str, ...], si
         raise RefusedError(f"{size[0]}x{size[1]} pixels once resized; a side of a JPEG has at most {_MAX_JPEG_SIDE}")
     image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
-    image.info = {}  # a comment would be written along, and a long one stops the encoder
+    image.info = {}  # a comment would be written too, and a long one stops the encoder
     image.save(stream, "JPEG", quality=quality, exif=b"", icc_profile=None)
     return Inspected("jpg", image.height, image.width, (*kinds, "resized"), stream.getvalue())
 

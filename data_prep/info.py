@@ -1,4 +1,4 @@
-"""A look at a data set: a table of what it holds, and a contact sheet of random samples with their class names."""
+"""Shows a data set: a table of what it holds, and a contact sheet of random samples with their class names."""
 
 import io
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _SMOOTH_FROM = 32  # smaller images are enlarged pixel by pixel, so that their p
 
 
 def info(store: Store, sheet: Path | None, seed: int, say: Callable[[str], None] = print) -> None:
-    """Tells what the data set in `store` holds and draws a contact sheet of it into the PNG file `sheet`.
+    """Says what the data set in `store` holds and draws a contact sheet of it into the PNG file `sheet`.
 
     Args:
         seed: draws the samples of the sheet; half the rows from each split, or all from the only one.

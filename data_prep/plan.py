@@ -68,9 +68,9 @@ def make_plan(split: Split, options: Options, *, size_ratio: float = 1.0) -> Pla
 
     Args:
         split: the index.
-        options: seed, limit and shard size among them. Training samples are shuffled; the others stay sorted, since
-            nothing draws from a window of them. A limit takes a fair draw of either.
-        size_ratio: bytes that an image is expected to have in the output per byte in the source, for resized images.
+        options: seed, limit and shard size count here. Training samples are shuffled. The others stay sorted, since
+            the loader does not shuffle them. A limit takes a random draw of both.
+        size_ratio: expected bytes of an image in the output per byte in the source, for resized images.
     """
     order = shuffled(len(split), options.seed)
     if options.limit:

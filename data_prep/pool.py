@@ -26,7 +26,7 @@ class StopRequestedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a worker tells: progress, or (with `done`) the result of a task."""
+    """A worker's message: progress, or (with `done`) the result of a task."""
 
     task: Any
     done: bool
@@ -42,9 +42,9 @@ class _ParentGoneError(Exception):
 
 
 def _die_with_parent() -> None:
-    """Has the system kill this process when its parent ends, whatever either is doing then.
+    """Has the system kill this process when its parent ends, whatever the two are doing then.
 
-    A worker that waits in a decoder looks at nothing. Where the system has no such call, `_serve` looks now and then.
+    A worker inside a decoder cannot look for its parent. Where the system has no such call, `_serve` looks regularly.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -52,7 +52,7 @@ def _die_with_parent() -> None:
 
 def _serve(connection: Connection, work: Work, parent: int, others: Sequence[Connection]) -> None:
     """The worker's loop: a task in, its events and its result out."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides what Ctrl-C means, and a signal to the group
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C comes to the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     for other in others:
@@ -64,7 +64,7 @@ def _serve(connection: Connection, work: Work, parent: int, others: Sequence[Con
         connection.send(("progress", value))
 
     try:
-        if os.getppid() != parent:  # it ended before it could be bound to us
+        if os.getppid() != parent:  # it ended before the call above
             return
         while True:
             while not connection.poll(_PARENT_CHECK_S):
@@ -94,7 +94,8 @@ def run_tasks(
         tick_s: `on_event` is called at least this often, with an empty event if nothing came.
 
     Raises:
-        whatever `work` raised, `OSError` and `ValueError` and their kind; `DataError` where a worker died.
+        OSError, ValueError: `work` raised it.
+        DataError: a worker died.
     """
     context = multiprocessing.get_context("fork")
     pending = list(tasks)[::-1]

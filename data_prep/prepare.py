@@ -67,7 +67,7 @@ class _Job:
 
     @property
     def refusals(self) -> list[Refusal]:
-        """Refused samples in the source's order of the plan, those refused while indexing first."""
+        """Refused samples: first those refused while indexing, then the others in the order of the plan."""
         ordered = [self.records[name] for name in sorted(self.records)]
         return [*self.split.refusals, *(refusal for record in ordered for refusal in record.refusals)]
 
@@ -75,15 +75,15 @@ class _Job:
 def prepare(
     source: Source, store: Store, options: Options, *, num_workers: int, allowed_bad: AllowedBad, say: Say = print
 ) -> bool:
-    """Makes the data set `source` in `store`, going on where an earlier run of the same command ended.
+    """Packs `source` into `store`; goes on where an earlier run of the same command ended.
 
     Args:
         source: what to pack.
         store: where to; see `make_store`.
         options: what decides the bytes of the output.
         num_workers: processes that write shards, at least 1.
-        allowed_bad: refused samples beyond which the data set is not finished.
-        say: told the summary, line by line.
+        allowed_bad: samples that may be refused; with more, the data set is not finished.
+        say: called with each line of the summary.
 
     Returns:
         False where everything was complete already and nothing was written.
@@ -142,7 +142,7 @@ def _make(
 
 
 def _described(split: Split) -> str:
-    """A line on what was understood: a split that was taken for a class shows here, before anything is packed."""
+    """A line on what was found in a split. A split that was taken for a class shows here, before packing."""
     shown = split.shown or split.classes
     first = ", ".join(shown[:5]) + (", …" if len(shown) > 5 else "")
     present = np.count_nonzero(np.bincount(split.labels, minlength=len(shown)))
@@ -155,7 +155,7 @@ def _plan(split: Split, options: Options) -> Plan:
 
 
 def _size_ratio(split: Split, options: Options) -> float:
-    """Output bytes for a source byte, measured on a few samples that the seed draws: the same in every run."""
+    """Output bytes per source byte, measured on a few samples that the seed draws: the same in every run."""
     before = after = 0
     for source in shuffled(len(split), options.seed)[:_PROBES]:
         length = int(split.lengths[source])
@@ -202,7 +202,7 @@ def _write_all(jobs: list[_Job], store: Store, options: Options, num_workers: in
                     uploads.add(uploader.submit(store.publish, _files(job.split.name, event.value)))
             elif event.value:
                 progress.add(*event.value)
-            # Shards wait on the local disk for their upload: more than a few, and the network sets the pace.
+            # Shards wait on the local disk for their upload. With more than a few, packing waits for the network.
             while len(uploads) > _UPLOADS:
                 _settle(uploads)
             progress.show()
@@ -231,7 +231,7 @@ def _files(split: str, record: Record) -> list[str]:
 
 
 def _finish(jobs: list[_Job], store: Store, state: State, allowed_bad: AllowedBad, say: Say) -> None:
-    """Quarantine lists, manifests, and the word that all is complete; or the reason why it is not."""
+    """Writes quarantine lists, manifests and the complete state; `DataError` where too many samples were refused."""
     too_many = []
     for job in jobs:
         name, refusals = job.split.name, job.refusals
@@ -274,7 +274,7 @@ def _refuse_all(too_many: list[tuple[str, list[Refusal], int]], store: Store, al
             sys.stderr.write(ascii(f"refused {name}: {refusal.name}: {refusal.reason}")[1:-1] + "\n")
         parts.append(f"{len(refusals)} of {num_in} samples of {name}")
     raise DataError(
-        f"refused {' and '.join(parts)}, more than --allow-bad={allowed_bad} lets pass; they are listed in "
+        f"refused {' and '.join(parts)}, more than --allow-bad={allowed_bad} allows; they are listed in "
         f"{store.where}/{too_many[0][0]}/{QUARANTINE_NAME}: mend the source, or run again with a larger --allow-bad "
         "(finished shards stay)"
     )
@@ -289,7 +289,7 @@ def _summarise(counts: dict, name: str, say: Say) -> None:
 
 
 def _tell_warnings(job: _Job, say: Say) -> None:
-    """What the image library had to say of kept images, a line a kind."""
+    """Says what the image library warned of in kept images, one line for each kind."""
     told: dict[str, tuple[int, str]] = {}
     for name in sorted(job.records):
         for text, (count, first) in job.records[name].warnings.items():

@@ -32,9 +32,9 @@ class Progress:
     """Counts images and bytes and writes a line to stderr: rewritten in place on a terminal, every 10 s in a log.
 
     Args:
-        num_images: how many there are to do; what an earlier run did is not counted.
-        verb: what is done to them, in the past: packed.
-        clock: seconds that only grow.
+        num_images: how many there are to do, without those that an earlier run did.
+        verb: what is done to them, as a participle: packed.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Progress:
         self.show()
 
     def line(self) -> str:
-        """The present state in words."""
+        """The current state in words."""
         if not self._total:
             return f"no image was left to be {self._verb}"
         seconds = max(self.elapsed_s, 1e-9)

@@ -36,13 +36,13 @@ ReportProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """A finished shard: what the manifest needs of it, and what happened on the way."""
+    """A finished shard: its entry in the manifest, and what was refused, counted and warned of."""
 
     shard: Shard
     refusals: tuple[Refusal, ...]
     kinds: dict[str, int]
     warnings: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """What the image library had to say: of how many images, and the name of the first."""
+    """Warnings of the image library: of how many images, and the name of the first."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -100,7 +100,7 @@ class _TarStream:
         return self._flushed + self._used
 
     def reserve(self, length: int) -> memoryview:
-        """Room for the next sample's image; what is put there counts once `commit` is called."""
+        """Room for the next sample's image; `commit` then appends what was put there."""
         need = IMAGE_AT + padded(length)
         if self._used + need > len(self._buffer):
             self.flush()
@@ -124,7 +124,7 @@ class _TarStream:
         self._digest.update(block)
         while block:
             block = block[os.write(self._file, block) :]
-        # Starts writing back what is dirty, so that finish() does not wait for all of it at once.
+        # Starts writing to the disk now, so that finish() does not wait for all of it at once.
         os.posix_fadvise(self._file, self._flushed, self._used, os.POSIX_FADV_DONTNEED)
         self._flushed += self._used
         self._used = 0
@@ -177,7 +177,7 @@ def _write_samples(
             start = stream.position
             split.readers[split.places[source]].read_into(room, int(split.offsets[source]), name)
             found = inspect(room, decode=options.decode, resize=options.resize, quality=options.quality)
-            # What is kept has its end where it should be; of other formats we cannot know.
+            # A file that is kept has its end where it should be; of a converted one this is not known.
             if found.converted is not None and (swallowed := members_inside(room)):
                 raise RefusedError(swallowed)
         except RefusedError as error:
@@ -219,10 +219,10 @@ def _reason(error: RefusedError, room: memoryview) -> str:
 def write_shard(
     split: Split, plan: Plan, number: int, options: Options, folder: Path, report: ReportProgress
 ) -> Record:
-    """Writes shard `number` of `plan` into `folder` and returns its record, which lies in `folder/.done` then.
+    """Writes shard `number` of `plan` into `folder`, and its record into `folder/.done`; returns the record.
 
     Args:
-        report: called now and then with the images and bytes passed since the last call.
+        report: called regularly with the images and bytes done since the last call.
 
     Raises:
         DataError: a source cannot be read, or the disk is full. Nothing is left under a final name.

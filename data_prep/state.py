@@ -1,4 +1,4 @@
-"""What a data set folder says about the run that made it: the same command goes on, or sees that all is done."""
+"""What a data set folder says about the run that made it. By it the same command goes on, or sees that all is done."""
 
 import hashlib
 import json
@@ -90,7 +90,7 @@ def finished_shards(store: Store, split: str) -> dict[str, Record]:
 
 
 def forget(store: Store, split: str, *, records: bool) -> None:
-    """Takes back that the split is complete, and with `records` that any of its shards is."""
+    """Removes the split's manifest, and with `records` the records of its finished shards."""
     store.remove(f"{split}/{MANIFEST_NAME}")
     if records:
         for name in store.sizes(f"{split}/{RECORDS}"):

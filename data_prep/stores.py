@@ -22,7 +22,7 @@ _LOCK_PATIENCE_S = 5.0  # workers of a run that was killed notice within a secon
 
 
 class Store(Protocol):
-    """Files by name, `train/manifest.json` for one, below one folder or URL."""
+    """Files by name, such as `train/manifest.json`, below one folder or URL."""
 
     where: str
     """The folder or URL, for messages."""
@@ -40,7 +40,7 @@ class Store(Protocol):
         ...
 
     def publish(self, names: list[str]) -> None:
-        """Moves files from `work` to their place, in order, where that is another."""
+        """Moves files from `work` to the URL, in order; does nothing for a local folder."""
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -52,7 +52,7 @@ class Store(Protocol):
         ...
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
-        """Some of the file's bytes; `DataError` where they are not there."""
+        """Bytes `offset` to `offset + length` of the file; `DataError` where there is no file."""
         ...
 
     def fetch(self, name: str, folder: Path) -> Path:
@@ -108,7 +108,7 @@ class LocalStore:
 
 
 class RemoteStore:
-    """A URL that fsspec can write; `scratch` holds what is on its way."""
+    """A URL that fsspec can write; `scratch` holds files before their upload."""
 
     upload = True
 
@@ -127,8 +127,8 @@ class RemoteStore:
 
     @property
     def _files(self) -> Any:
-        """fsspec's client; fsspec keeps one a process, since a client that came along in a fork refuses to work."""
-        import fsspec  # not at the top: a folder needs none of it
+        """fsspec's client. fsspec keeps one for each process: a client refuses to work in a forked one."""
+        import fsspec  # not at the top: a local folder does not need it
 
         return fsspec.filesystem(self._protocol)
 
@@ -203,7 +203,7 @@ def make_store(destination: str, scratch: str | None = None) -> Store:
     """The store for a folder or URL.
 
     Args:
-        scratch: local folder for what is on its way to a URL; the system's temporary folder by default.
+        scratch: local folder for files before their upload to a URL; the system's temporary folder by default.
     """
     if not destination:
         raise ConfigError("DIR is empty; give a folder or a URL")

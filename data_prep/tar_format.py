@@ -1,7 +1,7 @@
-"""The bytes of a shard's tar and of its DALI index, without the price of `tarfile` on every image.
+"""The bytes of a shard's tar and of its DALI index, without the cost of `tarfile` for every image.
 
 Byte for byte what `webdataset.TarWriter(mtime=0)` writes for `{"__key__": key, "cls": label, "jpg": image}`: a test
-holds the two together. `webdataset` itself is not imported here because it takes torch with it, seconds a worker.
+compares the two. `webdataset` itself is not imported here: it imports torch, which takes each worker seconds.
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 BLOCK = 512
 RECORD = 10240
 INDEX_VERSION = "v1.2"
-# A sample is four parts: header and label in a block each, the image's header, the image padded to a block.
+# A sample has four parts: the label's header and the label, a block each; the image's header; the image, padded.
 IMAGE_AT = 3 * BLOCK
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 _MAX_STEM = 60

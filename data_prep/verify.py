@@ -1,4 +1,4 @@
-"""Is a data set what its manifests say: files, checksums, index, sample table, labels and, if asked, every pixel."""
+"""Checks a data set against its manifests: files, checksums, index, sample table, labels and, if asked, every pixel."""
 
 import hashlib
 import io
@@ -29,11 +29,11 @@ _REPORT_EVERY = 64
 @dataclass(frozen=True, slots=True)
 class _Checked:
     faults: list[str]
-    keys: np.ndarray  # a hash of each sample's key, to find one that stands in two shards
+    keys: np.ndarray  # a hash of each sample's key, to find a key that two samples have
 
 
 def find_splits(store: Store) -> dict[str, Manifest]:
-    """Folder and manifest of each split in the store, which may itself be one; `ConfigError` where there is none."""
+    """Folder and manifest of each split in the store, or of the store itself; `ConfigError` where there is none."""
     found = {}
     for folder in ("", *_SPLITS):
         name = f"{folder}/{MANIFEST_NAME}".lstrip("/")
@@ -50,7 +50,7 @@ def find_splits(store: Store) -> dict[str, Manifest]:
 
 
 def verify(store: Store, *, decode: bool, num_workers: int, say: Callable[[str], None] = print) -> int:
-    """Checks the data set in `store` and tells every fault in a line; returns how many there are.
+    """Checks the data set in `store` and says every fault in a line; returns how many there are.
 
     Args:
         decode: decode every image in full, too.
@@ -84,7 +84,7 @@ def verify(store: Store, *, decode: bool, num_workers: int, say: Callable[[str],
     for split, hashes in keys.items():
         together = np.concatenate([np.zeros(0, np.int64), *hashes])
         if len(np.unique(together)) != len(together):
-            faults.append(f"{split or store.where}: a key stands in two samples")
+            faults.append(f"{split or store.where}: two samples have the same key")
     for fault in sorted(faults):
         say(ascii(fault)[1:-1].replace("\\\\", "\\"))
     if not faults:
@@ -112,7 +112,7 @@ def _state_faults(store: Store, splits: dict[str, Manifest]) -> list[str]:
 def _check_shard(
     store: Store, split: str, manifest: Manifest, number: int, decode: bool, scratch: Path, report: Callable
 ) -> _Checked:
-    """All faults of one shard, the first few of a kind that repeats."""
+    """The faults of one shard: the first _FAULTS_A_SHARD, and how many more."""
     shard = manifest.shards[number]
     faults: list[str] = []
     no_keys = np.zeros(0, np.int64)

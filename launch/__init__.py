@@ -1,4 +1,4 @@
-"""What people start. Its commands end here, in one line, where they cannot run: on another system, another Python."""
+"""The commands that users start. On a system or a Python that is not supported they end here, with one line."""
 
 import sys
 

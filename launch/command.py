@@ -1,4 +1,4 @@
-"""What the commands share: one line for a mistake, and its exit code."""
+"""What the commands share: their parser, the launcher's variables, and one line and an exit code for each error."""
 
 import argparse
 import os
@@ -10,14 +10,6 @@ from pathlib import Path
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
 from pipeline.run_dir import caches
 
-
-class Parser(argparse.ArgumentParser):
-    """Raises what argparse would print with all options above it and exit code 2."""
-
-    def error(self, message: str):
-        raise ConfigError(f"{message}; see --help")
-
-
 RANKS = {
     "WORLD_SIZE": (1, 2**20),
     "RANK": (0, 2**20),
@@ -26,14 +18,21 @@ RANKS = {
     "LOCAL_WORLD_SIZE": (1, 2**20),
     "MASTER_PORT": (1, 65535),
 }
-"""What launchers tell a rank in its environment, with the least and the most that it can be."""
+"""The variables that launchers set for a rank: the smallest and the largest value of each."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `ConfigError` where argparse would print the whole usage and exit with code 2."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see --help")
 
 
 def rank_variables(environ: Mapping[str, str]) -> tuple[int, int]:
-    """This process's rank and the number of ranks, by the launcher's variables; 0 of 1 without a launcher.
+    """This process's rank and the number of ranks, from the launcher's variables; (0, 1) without a launcher.
 
     Raises:
-        ConfigError: one of RANKS is no number that it can be.
+        ConfigError: a variable of RANKS is no number or out of its range, or RANK is not below WORLD_SIZE.
     """
     for name, (least, most) in RANKS.items():
         got = environ.get(name, str(least))
@@ -57,13 +56,13 @@ def run_parser(name: str, description: str) -> Parser:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, finished or not: runs/digits")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="the checkpoint after this step [the newest]")
     parser.add_argument(
-        "--weights", choices=("last", "ema"), help="those of the step, or their moving average [what the run evaluates]"
+        "--weights", choices=("last", "ema"), help="of that step, or their moving average [what the run evaluates]"
     )
     return parser
 
 
 def run(command: Callable[[list[str]], None]) -> int:
-    """The exit code of `command`, which was given the command line."""
+    """Runs `command` with the words of the command line; returns the exit code."""
     os.environ.update(caches.stand_ins(os.environ))
     try:
         command(sys.argv[1:])

@@ -1,7 +1,7 @@
 """The GPUs of this machine, and how many ranks a node has for them.
 
-All GPUs that the recipe's batch divides over, of those that CUDA_VISIBLE_DEVICES leaves, or two CPU ranks where there
-is no GPU. DeepSpeed's launcher takes the variable away and numbers GPUs itself, so they are named to it.
+One rank for each GPU that CUDA_VISIBLE_DEVICES leaves, as far as the recipe's batch divides over them; without a GPU
+two CPU ranks. DeepSpeed's launcher removes the variable and numbers the GPUs itself, so it is given their indices.
 """
 
 import subprocess
@@ -22,9 +22,9 @@ class TorchError(RuntimeError):
 
 
 def num_ranks(data: DataConfig, num_gpus: int, nodes: int = 1) -> int:
-    """The most of a node's GPUs, or of two CPU ranks without any, that the global batch divides over on all nodes.
+    """Ranks on each node: as many of its GPUs (or of two CPU ranks) as the global batch divides over on all nodes.
 
-    All of them where there is no such number: who starts the ranks says what does not fit.
+    All of them where no number fits: the check of the batch, when the ranks start, then names the error.
     """
     most = num_gpus or CPU_RANKS
     micro_batches = data.global_batch // data.micro_batch
@@ -32,14 +32,14 @@ def num_ranks(data: DataConfig, num_gpus: int, nodes: int = 1) -> int:
 
 
 def count_gpus() -> int:
-    """GPUs that torch sees here: in a process of its own, since importing it takes seconds and much memory.
+    """The number of GPUs that torch sees. A process of its own imports torch: that takes seconds and much memory.
 
     Raises:
-        TorchError: it cannot be imported.
+        TorchError: torch cannot be imported.
     """
     code = "import torch; print(torch.cuda.device_count())"
     command = [sys.executable, "-c", code]
-    # In a session of its own, where Ctrl-C does not look like an import that fails.
+    # In a session of its own: there no Ctrl-C ends the import, which would look like an error of torch.
     done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode != 0:
         *_, reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -48,10 +48,10 @@ def count_gpus() -> int:
 
 
 def named_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, by index, none for "" and "-1"; None where it is not set.
+    """Indices of the GPUs that CUDA_VISIBLE_DEVICES leaves: () for "" and "-1"; None where it is not set.
 
     Raises:
-        ConfigError: it does not hold indices.
+        ConfigError: the variable holds something else than different indices.
     """
     if MASK not in environ:
         return None

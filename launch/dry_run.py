@@ -1,4 +1,4 @@
-"""`--dry-run`: what a command would train, and on how much, without starting ranks or making the run's folder."""
+"""`--dry-run`: what a command would train, and the memory it takes, without ranks and without the run's folder."""
 
 import json
 import os
@@ -15,18 +15,18 @@ from pipeline.errors import EXIT_DONE, ConfigError, DataError
 from pipeline.snn import memory_estimate, sew_resnet
 
 CLASSES = 1000
-"""What the network is built for where the data are not here to tell."""
+"""Classes of the network where there are no data here to give their number."""
 
 
 def show(config: Config, ranks: int) -> int:
-    """Prints the report for `ranks` ranks, or for those that this machine would start where it is 0."""
+    """Prints the report for `ranks` ranks; with 0 for as many as this machine would start."""
     ranks = ranks or int(os.environ.get("WORLD_SIZE", 0)) or num_ranks(config.data, torch.cuda.device_count())
     print("\n".join(report(config, ranks)), flush=True)
     return EXIT_DONE
 
 
 def report(config: Config, ranks: int) -> list[str]:
-    """The lines.
+    """The lines of the report.
 
     Raises:
         ConfigError: the batch does not divide over the ranks, or the network cannot be built.
@@ -68,10 +68,10 @@ def report(config: Config, ranks: int) -> list[str]:
 def memory(config: Config, network: sew_resnet.SEWResNet, num_parameters: int, ranks: int) -> dict[str, int]:
     """Bytes on each of `ranks` ranks, by what they hold.
 
-    Parameters and gradients are fp32, with precision fp16 or fp64 of that kind. ZeRO ≥ 1 and fp16 hold fp32 masters
-    apart from them, ZeRO ≥ 1 the update's gradient in fp32 too; what a stage shares is divided by the ranks. The bucket
-    is the flat copy of all gradients that is reduced. Under bf16 autocast the weights' bf16 copies live as long as the
-    activations.
+    Parameters and gradients are fp32; with precision fp16 or fp64 they have that type. ZeRO ≥ 1 and fp16 add fp32
+    master weights, and ZeRO ≥ 1 the update's gradient in fp32. What a stage shards is divided by the ranks. The bucket
+    is the flat copy of all gradients, for the all-reduce. Under bf16 autocast the weights' bf16 copies live as long as
+    the activations.
     """
     stage, precision = config.train.zero_stage, config.train.precision
     number = {"fp16": 2, "fp64": 8}.get(precision, 4)

@@ -1,4 +1,4 @@
-"""How long an epoch takes, by what a run of the same kind measured; never by a guess."""
+"""How long an epoch takes, from the rate that a run with the same settings measured; never a guess."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ SAME = ("data.image_size", "data.image_size_start", "data.micro_batch", "train.p
 
 
 def line(config: Config, num_samples: int) -> str:
-    """Time of an epoch and of the whole run at the newest measured rate, with where it comes from; or why not."""
+    """Time of an epoch and of the whole run at the newest measured rate, and its source; or why it is not known."""
     found = newest(config)
     if found is None:
         return f"not known: no run of {config.recipe} beside {config.run_dir} has measured a rate with these settings"
@@ -29,17 +29,17 @@ def line(config: Config, num_samples: int) -> str:
 
 
 def newest(config: Config) -> tuple[Stored, float] | None:
-    """The run that logged last, in this run's folder or beside it, and its median rate in images a second."""
+    """The newest run with these settings, in this run's folder or beside it, and its median rate in images/s."""
     here = Path(config.run_dir)
     wanted = settings(config)
     journals = [here / "metrics.jsonl", *here.parent.glob("*/metrics.jsonl")]
     for journal in sorted({j for j in journals if j.is_file()}, key=lambda j: j.stat().st_mtime, reverse=True):
         try:
             run = read(journal.parent)
-        except ConfigError:  # another version's, or half made
+        except ConfigError:  # of another version, or incomplete
             continue
         rates = [record["train_images_per_second"] for record in read_journal(journal) if "train_loss" in record]
-        # The first record holds the start.
+        # The first record includes the start-up.
         if run.config.recipe == config.recipe and settings(run.config) == wanted and len(rates) > 1:
             return run, statistics.median(rates[1:])
     return None

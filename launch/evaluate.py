@@ -1,7 +1,7 @@
-"""A checkpoint on a split, exactly, in one plain process:  python -m launch.evaluate runs/digits --json digits.json
+"""Evaluates a checkpoint on a split, in one process:  python -m launch.evaluate runs/digits --json digits.json
 
-Prints accuracy, loss, the confusion matrix, firing rates and the 45 nm energy estimate. What a run's own settings give
-on one of its own splits is kept in RUN/evaluations/ too, where `launch.export` finds it.
+Prints accuracy, loss, the confusion matrix, firing rates and the 45 nm energy estimate. Every sample counts once. A
+result with the run's own settings and data is also kept in RUN/evaluations/, where `launch.export` finds it.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pipeline.engine.evaluate import Detail
     from pipeline.engine.load_network import Trained
 
-MEASURED = 512  # samples whose operations are counted, of a larger split: it takes several times a forward pass
-PAIRS = 12  # of classes that were confused
+MEASURED = 512  # samples of a larger split whose operations are counted: counting costs several forward passes
+PAIRS = 12  # most pairs of confused classes
 PAUSE_S = 10.0  # between two lines of progress
 
 
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     if checkpoint.num_classes != len(manifest.classes):
         raise ConfigError(
             f"{join(config.data.path, options.split)} has {len(manifest.classes)} classes, but the network of "
-            f"{options.run} tells {checkpoint.num_classes} apart; use data of the same classes"
+            f"{options.run} has {checkpoint.num_classes}; use data of the same classes"
         )
     result = evaluated(checkpoint, config, manifest, options)
     if options.json:
@@ -66,10 +66,10 @@ def main(arguments: list[str]) -> None:
 
 
 def override(config: Config, options) -> Config:
-    """The run's configuration with what the command line changes in it."""
+    """The run's configuration with the changes of the command line."""
     data, model, train = config.data, config.model, config.train
     if options.image_size is not None:
-        # A larger shorter side before the central crop grows in proportion.
+        # The shorter side before the central crop scales with the image size.
         resize = round(data.eval_resize * options.image_size / data.image_size)
         changed = {"image_size": options.image_size, "eval_resize": resize}
         data = dataclasses.replace(data, **changed, image_size_start=0, image_size_ramp=())
@@ -97,7 +97,7 @@ def find_split(data: DataConfig, split: str) -> Manifest:
 
 
 def check_classes(manifest: Manifest, trained_on: list[str] | None, path: str) -> None:
-    """Refuses data whose labels mean something else than in training; an older run does not say its classes."""
+    """Refuses data whose labels mean something else than in training. Older runs have no record of their classes."""
     if trained_on is None or list(manifest.classes) == trained_on:
         return
     what = differing(manifest.classes, tuple(trained_on), "the run was trained on")
@@ -158,7 +158,7 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
 
 
 def shown_names(manifest: Manifest) -> list[str]:
-    """What to call each class: its display name, where the manifest has one; with its own name where two are alike."""
+    """The name to show for each class: its display name if there is one; two equal ones get the class name added."""
     shown = manifest.shown
     alike = Counter(shown)
     return [f"{name} ({own})" if alike[name] > 1 else name for name, own in zip(shown, manifest.classes, strict=True)]
@@ -169,7 +169,7 @@ def numbers(detail: "Detail", classes: Sequence[str], shown: Sequence[str], netw
 
     Args:
         classes: names by label, as the run knows them.
-        shown: what to call them.
+        shown: the names to show for them.
     """
     confusion = detail.confusion
     counts, hits = confusion.sum(1).tolist(), confusion.diagonal().tolist()
@@ -207,7 +207,7 @@ def numbers(detail: "Detail", classes: Sequence[str], shown: Sequence[str], netw
 
 
 def confused(confusion: "Tensor", classes: Sequence[str]) -> list[dict]:
-    """The pairs of a class and a wrong answer that came most often, at most PAIRS of them.
+    """The most frequent pairs of a class and a wrong answer, at most PAIRS of them.
 
     Args:
         confusion: `(K, K)`, samples by class (rows) and answer.
@@ -215,7 +215,7 @@ def confused(confusion: "Tensor", classes: Sequence[str]) -> list[dict]:
     """
     totals, wrong = confusion.sum(1).tolist(), confusion.clone().fill_diagonal_(0).flatten()
     times = {at: int(wrong[at]) for at in wrong.nonzero().flatten().tolist()}
-    # Of pairs that came equally often the one of the smaller class is the worse; then the order of the classes counts.
+    # Among equally frequent pairs the one of the smaller class comes first; then the order of the classes decides.
     worst = sorted(times, key=lambda at: (-times[at], totals[at // len(classes)]))[:PAIRS]
     return [
         {
@@ -237,9 +237,9 @@ def write(path: Path, document: dict) -> None:
 
 
 def keep(result: dict, run: Path) -> None:
-    """Writes RUN/evaluations/step-STEP-SPLIT.json, and RUN/report.html again, which shows it.
+    """Writes RUN/evaluations/step-STEP-SPLIT.json, and renews RUN/report.html, which shows it.
 
-    Says so where the folder cannot be written.
+    Prints a line where the folder cannot be written.
     """
     from pipeline.report import report  # matplotlib is imported here
 

@@ -1,6 +1,6 @@
 """An evaluation's figures as text for a terminal."""
 
-SHOWN = 20  # classes, at most, in the confusion matrix; of more, the least recognised are listed
+SHOWN = 20  # most classes for a confusion matrix; with more classes, the least recognised are listed
 NAME_WIDTH = 24
 
 
@@ -11,7 +11,7 @@ def table(result: dict) -> str:
 
 
 def grid(rows: list[list[str]]) -> str:
-    """Rows of words in columns: the first to the left, the others to the right."""
+    """Rows in aligned columns: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *rest in rows:
@@ -52,7 +52,7 @@ def _figures(result: dict) -> str:
 
 
 def shown(kind: dict) -> str:
-    """What a class of an evaluation is called; the earliest evaluations had its name only."""
+    """The name to show for a class of an evaluation; those of older versions have the class name only."""
     return kind.get("display_name", kind["name"])
 
 
@@ -61,7 +61,7 @@ def _name(name: str) -> str:
 
 
 def classes_of(result: dict) -> str:
-    """The confusion matrix; of many classes those least recognised, and the pairs most often confused."""
+    """The confusion matrix; with many classes, the least recognised ones and the most often confused pairs."""
     classes = result["classes"]
     if len(classes) > SHOWN:
         seen = [kind for kind in classes if kind["num_samples"]]
@@ -79,7 +79,7 @@ def classes_of(result: dict) -> str:
 
 
 def _confused(pairs: list[dict]) -> str:
-    """What a confusion matrix would show, where there are too many classes for one."""
+    """The most often confused pairs, where there are too many classes for a confusion matrix."""
     if not pairs:
         return ""
     rows = [

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
 
     checkpoint = load_network.load(options.run, stored.config, step=options.checkpoint, weights=options.weights)
     about = facts(stored, checkpoint.step, checkpoint.num_classes, checkpoint.weights)
-    # What the run says of its evaluated weights is not said of the others.
+    # The run's evaluation holds for the kind of weights that it evaluated, not for the other kind.
     told = checkpoint.weights == stored.config.evaluated_weights
     evaluation = run_folder.read_evaluation(options.run, checkpoint.step, "val") if told else None
     if told and evaluation is None:
@@ -74,7 +74,7 @@ def check_place(out: Path, card: Path, force: bool) -> None:
 
 
 def facts(stored: Stored, step: int, num_classes: int, weights: str) -> dict:
-    """What goes into the file's header: words as they are, all else as JSON."""
+    """The metadata of the file's header, before `main` turns all but text into JSON."""
     config, about = stored.config, stored.about
     return {
         "recipe": config.recipe,
@@ -94,8 +94,8 @@ def facts(stored: Stored, step: int, num_classes: int, weights: str) -> dict:
 
 
 def metrics(stored: Stored, step: int, *, evaluated: bool) -> dict:
-    """What the run's own files say of the weights after `step`: its last training record, and its evaluation there,
-    where these are the weights that it evaluated."""
+    """What the run's files say of the weights after `step`: its last training record, and its evaluation there where
+    it evaluated these weights (`evaluated`)."""
     found: dict = {}
     for record in read_journal(stored.folder / "metrics.jsonl"):
         if record["step"] <= step and "train_loss" in record:

@@ -1,8 +1,8 @@
 """Trains on this machine, as `make train` does:  python -m launch.local --recipe digits [launch/train.py's options]
 
-It is `deepspeed launch/train.py` with what a person at a terminal wants besides: as many ranks as there are GPUs, a
-mistake told before anything starts, our lines without the launcher's, and one Ctrl-C that stops with a checkpoint. It
-ends with a rank's exit code. Several nodes, restarts and Kubernetes are launch/supervise.py's.
+It runs `deepspeed launch/train.py` for a user at a terminal: one rank for each GPU, errors before anything starts, no
+lines of the launcher, and one Ctrl-C saves a checkpoint and stops. The exit code is that of a rank. For several nodes,
+restarts and Kubernetes there is launch/supervise.py.
 """
 
 import math
@@ -30,7 +30,7 @@ from pipeline.errors import (
 from pipeline.run_dir import caches
 
 SAID = (EXIT_USAGE, EXIT_DATA, EXIT_INTERNAL, EXIT_STOPPED)
-"""Exit codes of ranks that have told why."""
+"""Exit codes of ranks that have printed the reason themselves."""
 
 
 def main(arguments: list[str]) -> int:
@@ -68,10 +68,10 @@ def main(arguments: list[str]) -> int:
 
 
 def verdict(config: Config, ended: int, signals: Signals) -> int:
-    """This command's exit code, after a line where the ranks have said none.
+    """This command's exit code. Prints the reason where the ranks have not.
 
     Args:
-        ended: the launcher's exit code, which is 0 too where a part of it was killed.
+        ended: the launcher's exit code. It is 0 even where one of the launcher's own processes was killed.
     """
     if (Path(config.run_dir) / "summary.json").exists():
         return EXIT_DONE

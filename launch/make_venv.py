@@ -1,8 +1,8 @@
 """Makes a virtual environment with pip in it:  python3 launch/make_venv.py .venv
 
-Nothing but the standard library, and nothing that an older Python could not read. Debian and Ubuntu ship Python without
-`ensurepip` (it is in python3-venv); there pip's own wheel is taken from the package index, checked against its hash,
-and installs itself.
+It needs the standard library alone, and its syntax is one that an older Python reads too. Debian and Ubuntu ship Python
+without `ensurepip` (it is in python3-venv); there pip's wheel is downloaded from the package index, checked against its
+hash, and installs itself.
 """
 
 import hashlib

@@ -8,7 +8,7 @@ from pipeline.data.dali_pipeline import MEAN, STD
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir.run_folder import Stored
 
-LISTED = 40  # classes, at most, in the card; the file's header has all
+LISTED = 40  # most classes in the card; the file's header has all
 NEURONS = {"if": "IF", "lif": "LIF", "plif": "PLIF"}
 
 
@@ -91,7 +91,7 @@ def _images(stored: Stored) -> str:
 
 
 def classes_of(about: dict, evaluation: dict | None) -> str:
-    """The classes by label, with what is shown for each where that is another word."""
+    """The classes by label, each with its display name where that is another."""
     names = about["classes"] or (evaluation and [kind["name"] for kind in evaluation["classes"]])
     if not names:
         return f"{about['num_classes']}; their names are in the manifest of the data."

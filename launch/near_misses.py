@@ -1,6 +1,4 @@
-"""Answers an option that does not exist with the one that was meant: by the names that other trainers use, else by
-likeness.
-"""
+"""For an unknown option, the one that was probably meant: by the names of other trainers, else by spelling."""
 
 import difflib
 import re
@@ -93,10 +91,10 @@ _ALIASES = """
     recipe: preset train_config experiment_config task
     dry-run: dry dryrun estimate summary
 """
-"""Fields, and the names that stand for them: those of timm, torchvision, Hugging Face, torchtitan, Lightning,
+"""Options, and the names that others use for them: those of timm, torchvision, Hugging Face, torchtitan, Lightning,
 SpikingJelly, snnTorch and the original SEW-ResNet code, without dashes and in lower case."""
 _COMMON = {"name", "path", "scale", "target"}
-"""Parts of many other names, which say nothing of what is meant."""
+"""Parts of many names, which do not show what was meant."""
 _ELSEWHERE = {
     "the launcher takes it, in front of launch/train.py: deepspeed --num_gpus 4 launch/train.py …": (
         "gpu gpus num_gpus n_gpu ngpu devices device device_ids cuda gpu_ids nproc_per_node nproc world_size nnodes "
@@ -117,7 +115,7 @@ def _alias_table() -> dict[str, tuple[str, ...]]:
 
 
 ALIASES: dict[str, tuple[str, ...]] = _alias_table()
-"""The options that were meant, by a name in use elsewhere."""
+"""The options that are probably meant, by a name that other trainers use."""
 
 
 def nearest(option: str, known: Iterable[str]) -> tuple[str, ...]:
@@ -148,7 +146,7 @@ def nearest(option: str, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def answer(option: str, known: Iterable[str]) -> str:
-    """What to do instead of `option`, which does not exist; empty where nothing is like it."""
+    """What to use instead of `option`, which does not exist; empty where nothing is like it."""
     leaf = _normal(option).rpartition(".")[2]
     for said, words in _ELSEWHERE.items():
         if leaf in words.split():

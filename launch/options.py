@@ -54,7 +54,7 @@ _METAVARS = {bool: "true|false", tuple[float, ...]: "number,…"}
 
 
 def preparation(name: str) -> list[str]:
-    """The lines of the command that makes the shards of a recipe, as its docstring has them; none where it has none."""
+    """The lines of the command that makes a recipe's shards, from its docstring; empty where that has no command."""
     lines = (inspect.getdoc(RECIPES[name]) or "").splitlines()
     first = next((at for at, line in enumerate(lines) if line.startswith("python -m data_prep ")), len(lines))
     last = next((at for at in range(first, len(lines)) if not lines[at].endswith("\\")), first)
@@ -62,7 +62,7 @@ def preparation(name: str) -> list[str]:
 
 
 def _description() -> str:
-    """The recipes with what they train and how their data are made, and the networks."""
+    """The help text: each recipe, what it trains and the command that makes its data; and the networks."""
     lines = [
         "Trains a recipe on the ranks that the deepspeed launcher starts.",
         "",
@@ -98,7 +98,7 @@ def _parser(default: Config) -> Parser:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with the run in this folder as it was started, wherever the folder has been moved to",
+        help="go on with the run in this folder, with its own configuration; the folder may have been moved",
     )
     parser.add_argument(
         "--dry-run",
@@ -131,7 +131,7 @@ def _add(group, name: str, kind, default: object, doc: str) -> None:
 class Command(NamedTuple):
     config: Config
     dry_run: int | None
-    """Only describe the run, on so many ranks; 0 takes those that this machine would start. None trains."""
+    """Ranks to describe the run for, without training; 0: as many as this machine would start. None: train."""
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -170,12 +170,12 @@ def command(arguments: Sequence[str]) -> Command:
 
 
 def option_names() -> list[str]:
-    """Of all options, without dashes in front."""
+    """Names of all options, without the leading dashes."""
     return [*SOURCES, "dry-run", *sorted(config_json.names() - {"recipe"})]
 
 
 def _unknown(words: Sequence[str]) -> str:
-    """Names the options that are not known, each with the one that was meant."""
+    """The message for unknown options: each with the option that was probably meant."""
     options = [word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)]
     if not options:
         is_recipe = words[0] in RECIPES
@@ -233,11 +233,12 @@ def _of_run(name: str, given: dict[str, object]) -> tuple[dict, str]:
 
 
 SOURCES = {"recipe": _of_recipe, "config": _of_file, "resume": _of_run}
-"""What a configuration starts from: by option, what reads it with the overrides at hand: it, and where it stands."""
+"""What a configuration starts from: by option, the function that reads it, given the option's value and the overrides.
+It returns the configuration as a dict, and the file to name in errors."""
 
 
 def _configured(document: dict, where: str, given: dict[str, object]) -> Config:
-    """The configuration in `document` with the overrides `given`; an error that these have no part in says `where`."""
+    """The configuration in `document` with the overrides `given`. Errors in other fields begin with `where`."""
     for option, value in given.items():
         section, _, field = option.rpartition(".")
         if section:

@@ -1,9 +1,9 @@
-"""The ports of a rank's run: where it shows its metrics, and where the ranks meet.
+"""The two ports of a run: of its metrics, and of the rendezvous of its ranks.
 
-What the user names is taken, or refused where it cannot be had. Where nothing is named several runs share a machine:
-for metrics a free port stands in for the usual one, and the ranks of one node meet on a free one that rank 0 chooses.
-The launcher gives the others MASTER_PORT and nothing else, so rank 0 tells them through a socket of the kernel's own
-name space, which is named after their launcher and needs no file.
+A port that the user names is used, or refused where it cannot be opened. Otherwise several runs can share a machine:
+for metrics a free port replaces the usual one where that is taken, and the ranks of a single node meet on a free port
+that rank 0 chooses. The launcher gives the other ranks MASTER_PORT and nothing else, so rank 0 sends them its choice
+through an abstract Unix socket, which is named after their launcher and needs no file.
 """
 
 import os
@@ -25,11 +25,11 @@ TRIES = 100
 
 
 def prepare(rank: int, config: Config, arguments: Sequence[str]) -> None:
-    """Looks at both ports on rank 0, and puts the one where the ranks meet into every rank's MASTER_PORT.
+    """Checks both ports on rank 0, and sets every rank's MASTER_PORT to the port of the rendezvous.
 
     Raises:
-        ConfigError: a port that the user named cannot be opened; a certificate that cannot be read.
-        LostRankError: rank 0 was not heard of within train.timeout_s.
+        ConfigError: a port that the user named cannot be opened, or a certificate cannot be read.
+        LostRankError: rank 0 sent no port within train.timeout_s.
     """
     chosen = chosen_by_rank_0()
     if rank != 0:
@@ -55,7 +55,7 @@ def check_metrics(config: Config, arguments: Sequence[str]) -> None:
 
 
 def check_named() -> None:
-    """Of the port that the launcher was given, or where ranks of several nodes meet."""
+    """Refuses the port of the rendezvous if it cannot be opened: the launcher's option, or that of several nodes."""
     port = os.environ.get("MASTER_PORT")
     if port is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens on it
         return
@@ -70,13 +70,13 @@ def check_named() -> None:
 
 
 def chosen_by_rank_0() -> bool:
-    """Whether the ranks may meet on any port: all are of one node, and MASTER_PORT is what launchers take unasked."""
+    """Whether rank 0 may choose the port: all ranks are on one node, and MASTER_PORT is the launchers' default."""
     one_node = os.environ.get("LOCAL_SIZE") == os.environ.get("WORLD_SIZE")
     return one_node and os.environ.get("MASTER_PORT") == str(MASTER_PORT)
 
 
 def tell_others(others: int) -> None:
-    """Tells so many ranks of this node where to meet, in a thread, as they come."""
+    """Sends MASTER_PORT to `others` ranks of this node as they connect, from a thread."""
     if not others:
         return
     server = socket.socket(socket.AF_UNIX)
@@ -95,7 +95,7 @@ def _tell(server: socket.socket, others: int) -> None:
     with server:
         for _ in range(others):
             connection, _ = server.accept()
-            with connection, suppress(OSError):  # a rank that is gone need not know
+            with connection, suppress(OSError):  # that rank has ended
                 connection.sendall(os.environ["MASTER_PORT"].encode())
 
 
@@ -107,20 +107,20 @@ def _heard(seconds: float) -> str:
             if port := connection.recv(16).decode():
                 return port
         if time.monotonic() > end:
-            raise LostRankError("rank 0 has not begun within train.timeout_s; look for its own last words above")
+            raise LostRankError("rank 0 has not begun within train.timeout_s; look for its own error above")
         time.sleep(LOOK_S)
 
 
 def meeting() -> str:
-    """The socket's name: of this launcher process and no other, in any container of the machine."""
+    """The socket's name. No other launcher process has it, in any container of the machine."""
     parent = os.getppid()
     began = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     return f"\0chispike {os.readlink('/proc/self/ns/pid')} {parent} {began}"
 
 
 def free_port() -> int:
-    """One that nobody listens on, below those that the system gives to connections: so it is still free some seconds
-    later, when the ranks have imported torch and open it.
+    """A free port below those that the system gives to outgoing connections: it is still free some seconds later, when
+    the ranks have imported torch and open it.
     """
     with suppress(OSError, ValueError):
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])

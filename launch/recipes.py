@@ -58,7 +58,7 @@ def cifar10() -> Config:
 
 
 def imagenet_sew34_baseline() -> Config:
-    """SEW-ResNet34 on ImageNet as it was published, with a fixed surrogate: what the next two are compared with.
+    """SEW-ResNet34 on ImageNet as published, with a fixed surrogate: the baseline for the next two.
 
     python -m data_prep imagenet --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \\
         --devkit ILSVRC2012_devkit_t12.tar.gz data/imagenet
@@ -117,20 +117,20 @@ def imagenet_sew34_tet_chi() -> Config:
 
 
 def imagenet_sew34_fast() -> Config:
-    """imagenet_sew34_chi in 100 epochs that cost as 56 at full size, by means that others use to train faster.
+    """imagenet_sew34_chi in 100 epochs that cost as much as 56 at full size, by known means of faster training.
 
     deepspeed --num_gpus 8 launch/train.py --recipe imagenet_sew34_fast
 
     Data and hardware as in imagenet_sew34_baseline. Not run here: each of these is a choice, not a gain measured by us.
-    Progressive resolution: 128 pixels at first, 224 from epoch 80 on, in between growing in steps of 32 from epoch 30.
-    Small images cost by their area and teach early features as well; the last epochs see what the evaluation sees.
+    Progressive resolution: 128 pixels until epoch 30, then growing in steps of 32, 224 from epoch 80 on. The cost of an
+    image goes by its area, and small images teach early features as well; the last epochs see the evaluation's size.
     FFCV's ResNet recipes and Composer grow their images likewise.
     Warm-up over 5 epochs: the first gradients of a deep spiking network are its least reliable, and a shorter run has
-    fewer steps to mend what they broke. The cosine moves by step, since epochs are few.
-    Label smoothing of 0.1, as in timm's and FFCV's recipes: it holds logits down. SEW-ResNet34 underfits ImageNet, so
+    fewer steps to recover from them. The cosine moves by step, since epochs are few.
+    Label smoothing of 0.1, as in timm's and FFCV's recipes: it keeps logits small. SEW-ResNet34 underfits ImageNet, so
     it may cost accuracy here; --train.label_smoothing 0 leaves it out.
     Moving average of the weights over some 10,000 steps, two epochs: while the rate is high it evaluates better than
-    the last weights, at the end of a cosine about alike.
+    the last weights; at the end of a cosine both are about equal.
     """
     chi = imagenet_sew34_chi()
     return replace(
@@ -169,7 +169,7 @@ def tiny_imagenet() -> Config:
     python -m data_prep imagefolder tiny-imagenet-200.zip data/tiny_imagenet
     deepspeed --num_gpus 4 launch/train.py --recipe tiny_imagenet
 
-    The archive as it is distributed, or its folder: val is labelled by its val_annotations.txt, the unlabelled test is
+    The archive as it is distributed, or its folder: val gets its labels from val_annotations.txt, test has none and is
     passed over. For 4 GPUs x 64 images, or 1 or 2 with accumulation. A starting point of ours. Not run here: neither
     time nor accuracy is known.
     """

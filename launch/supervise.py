@@ -1,9 +1,9 @@
-"""Starts this node's ranks and looks after them, as PID 1 too:  python -m launch.supervise -- --recipe digits
+"""Starts and supervises this node's ranks; may be PID 1:  python -m launch.supervise -- --recipe digits
 
-One for each node. It finds its place (cluster/placement.py), meets the other nodes (cluster/rendezvous.py), runs
-DeepSpeed's launcher and passes a request to stop on to the ranks (cluster/processes.py). It starts them again when a
-rank or another node has died, serves /metrics, /healthz and /readyz, and ends with a rank's exit code. Only rank 0's
-summary.json in the run's folder is success.
+One supervisor for each node. It finds the node's place (cluster/placement.py), meets the other nodes
+(cluster/rendezvous.py), runs DeepSpeed's launcher and passes stop requests on to the ranks (cluster/processes.py). It
+restarts the ranks when a rank or another node has died, serves /metrics, /healthz and /readyz, and ends with a rank's
+exit code. A run has succeeded only if rank 0 wrote summary.json into the run's folder.
 """
 
 import os
@@ -33,15 +33,15 @@ from pipeline.ranks.stop_requests import SUPERVISED
 from pipeline.run_dir import caches, run_folder, run_lock
 
 FAREWELL_S = 60.0
-"""For the ranks of other nodes to end and their supervisors to ask: a closed connection ends them in seconds. Longer
-than gather.LINGER_S."""
+"""How long a node that ends waits for the other supervisors, to tell them why: their ranks end within seconds, since a
+connection closed. Longer than rendezvous.LINGER_S."""
 LEASE_S = 330.0
-"""A network's file system may hold the lock of a machine that has died so long (CephFS 300 s, NFS 90 s). Shorter than
-the usual --resolve-timeout, in which the other nodes wait for node 0."""
+"""How long a network file system may keep the lock of a dead machine (CephFS 300 s, NFS 90 s). Shorter than the default
+of --resolve-timeout, during which the other nodes wait for node 0."""
 
 
 def main(arguments: list[str]) -> int:
-    signals = Signals()  # first of all: PID 1 would not hear a SIGTERM
+    signals = Signals()  # first of all: until then PID 1 ignores SIGTERM
     os.environ.update(caches.stand_ins(os.environ))
     try:
         options_, train = command_line(arguments)
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, TorchError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except OSError as error:  # a disk that is full, a folder that cannot be read
+    except OSError as error:  # a full disk, a folder that cannot be read
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_INTERNAL
     finally:
@@ -63,12 +63,12 @@ def main(arguments: list[str]) -> int:
 
 
 def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
-    """Our own options, and behind `--` those of launch/train.py."""
+    """The supervisor's own options, and the options of launch/train.py after `--`."""
     parser = Parser(
         prog="python -m launch.supervise",
         usage="python -m launch.supervise [options] -- (--recipe NAME | --config FILE | --resume RUN) "
         "[--section.field VALUE …]",
-        description="Starts this node's ranks and looks after them. Behind -- stand launch/train.py's options.",
+        description="Starts and supervises this node's ranks. launch/train.py's options follow after --.",
         allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job [what the environment says, else 1]")
@@ -77,15 +77,15 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--master-port", dest="port", type=int, help=f"a free port of node 0 [{MASTER_PORT}]")
     parser.add_argument("--slots", type=int, metavar="S", help="ranks on each node [its GPUs, or 2 without one]")
     parser.add_argument(
-        "--max-restarts", type=int, default=3, metavar="R", help="of the ranks, without a new checkpoint [3]"
+        "--max-restarts", type=int, default=3, metavar="R", help="restarts of the ranks without a new checkpoint [3]"
     )
     parser.add_argument(
-        "--resolve-timeout", type=float, default=600, metavar="SECONDS", help="to wait for the other nodes [600]"
+        "--resolve-timeout", type=float, default=600, metavar="SECONDS", help="time to wait for the other nodes [600]"
     )
     parser.add_argument(
-        "--grace", type=float, default=120, metavar="SECONDS", help="for ranks to save when asked to stop [120]"
+        "--grace", type=float, default=120, metavar="SECONDS", help="time for ranks to save when asked to stop [120]"
     )
-    parser.add_argument("--metrics-host", default="0.0.0.0", metavar="ADDRESS", help="to serve on [0.0.0.0]")
+    parser.add_argument("--metrics-host", default="0.0.0.0", metavar="ADDRESS", help="where to serve metrics [0.0.0.0]")
     parser.add_argument(
         "--metrics-port", type=int, metavar="PORT", help=f"0 for any [{USUAL_PORT}, or any where it is taken]"
     )
@@ -106,7 +106,7 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
 
 
 def newest_checkpoint(folder: Path) -> str:
-    """The name of a run's newest checkpoint, which sorts by its step; empty where there is none."""
+    """The name of a run's newest checkpoint; empty where there is none. Names sort by step."""
     try:
         return (folder / "checkpoints" / "latest").read_text().strip()
     except OSError:
@@ -114,7 +114,7 @@ def newest_checkpoint(folder: Path) -> str:
 
 
 def dry_run(place: Placement, train: list[str]) -> int:
-    """Shows what would be started; the exit code of launch/train.py's own dry run."""
+    """Shows what would be started; returns the exit code of launch/train.py's own dry run."""
     print(
         f"place       node {place.rank} of {place.nodes}, {place.slots} ranks each, master {place.master}:{place.port}"
     )
@@ -125,7 +125,7 @@ def dry_run(place: Placement, train: list[str]) -> int:
 
 
 def verdict(ended: int, *, asked: bool, tries_left: bool) -> int | None:
-    """What follows when the ranks have ended and left no result: this node's exit code; None: they start again.
+    """This node's exit code when its ranks have ended without a result; None: start them again.
 
     Args:
         ended: the launcher's exit code.
@@ -147,10 +147,10 @@ class Supervisor:
         self._folder = Path(config.run_dir)
         self._signals = signals
         self._restarts, self._saved = 0, ""
-        """Of the ranks since a checkpoint came that is newer than `_saved`, the newest at the last restart."""
+        """Restarts of the ranks since the last new checkpoint, and the newest checkpoint at the last restart."""
 
     def run(self) -> int:
-        """Until the run has finished, was stopped, or cannot go on; the exit code."""
+        """Returns when the run has finished, was stopped, or cannot go on; the exit code."""
         with tempfile.TemporaryDirectory(prefix="chispike-") as folder:
             scratch, host, port = Path(folder), self._given.metrics_host, self._given.metrics_port
             try:
@@ -165,7 +165,7 @@ class Supervisor:
                 code = self._run(scratch, metrics)
             except MissingNodesError as error:
                 self._say(str(error))
-            finally:  # a refusal is said at once, and who was asked to stop has little time
+            finally:  # no wait for a scrape after an error, nor after a request to stop, which leaves little time
                 metrics.close(seen=code is not None and not self._signals.seen)
             return EXIT_INTERNAL if code is None else code
 
@@ -202,9 +202,9 @@ class Supervisor:
         return EXIT_DONE
 
     def _meet(self, hello: Hello) -> None:
-        """Waits for the other nodes, and before that on node 0 for the run's folder. What gather raises."""
+        """Waits for the other nodes; node 0 first waits for the lock of the run's folder. Raises as `gather` does."""
         if hello.problem and (self._folder / "summary.json").exists():
-            raise refusal(hello.problem, hello.code)  # those without a problem have seen it and do not come
+            raise refusal(hello.problem, hello.code)  # the other nodes have seen it and do not come
         if self._place.rank == 0 and not hello.problem:
             hello = hello.but(self._taken())
         gather(self._place, hello, self._folder, self._given.resolve_timeout, self._signals, self._say)
@@ -221,12 +221,12 @@ class Supervisor:
             self._say(f"the ranks ended ({why(ended)}) and were started again {times}: given up")
 
     def _tell(self, farewell: Hello) -> None:
-        """Once more to the meeting, since the other nodes would wait there for this one: so they end as it does."""
-        with suppress(ConfigError, DataError, MissingNodesError):  # what they were told, or they were not there
+        """Meets the other nodes once more to tell them why this node ends. They end too, instead of waiting for it."""
+        with suppress(ConfigError, DataError, MissingNodesError):  # the error that was told, or no node came
             gather(self._place, farewell, self._folder, FAREWELL_S, self._signals, self._say)
 
     def _taken(self) -> ConfigError | None:
-        """Waits until rank 0 can have the run's folder to itself; why it cannot, where another run keeps it."""
+        """Waits until rank 0 can lock the run's folder; the error where another run keeps the lock, else None."""
         end, told = time.monotonic() + LEASE_S, False
         while not self._signals.seen:
             try:
@@ -242,7 +242,7 @@ class Supervisor:
         return None
 
     def _finished(self, seconds: float) -> bool:
-        """Whether rank 0 has left its marker in the run's folder, looked for `seconds` long."""
+        """Whether rank 0 has written summary.json into the run's folder; looks for it up to `seconds`."""
         end = time.monotonic() + seconds
         while run_folder.admit(self._config, self._place.nodes * self._place.slots) is None:
             if time.monotonic() > end:

@@ -1,7 +1,7 @@
 """What the `deepspeed` launcher runs on each rank:  deepspeed launch/train.py --recipe digits
 
-Everything that a user can have asked wrongly is checked here, before torch is imported: a mistake costs a second and
-one line, not a traceback from each rank.
+All that a user may have set wrongly is checked here, before torch is imported: a mistake costs a second and one line,
+not a traceback from each rank.
 """
 
 import errno
@@ -39,7 +39,7 @@ PATIENCE_S = 10
 QUIET = ("pipeline.engine", "pipeline.snn", "pipeline.run_dir.checkpoint_files")
 """Loggers of which rank 0 alone says what is no error."""
 LAUNCHED = frozenset(("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
-"""One of these is set by whatever launcher starts ranks."""
+"""Every launcher that starts ranks sets at least one of these."""
 Expected = CheckpointError | ConfigError | DataError | DivergedError | LostRankError | NonFiniteError
 EXPECTED = typing.get_args(Expected)
 
@@ -51,11 +51,11 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         return refuse(error, 0)
     alone_without_launcher(os.environ)
-    # What is found is in our first line, on every rank.
+    # DeepSpeed logs on every rank which device it found. The first line of our own says it once.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    if rank != 0:  # what these say is of the machine (no compiler, no bf16) or the run (a damaged checkpoint), once
+    if rank != 0:  # these warn of the machine (no compiler, no bf16) or the run (a damaged checkpoint): once is enough
         for name in QUIET:
             logging.getLogger(name).setLevel(logging.ERROR)
     if rank == 0 and (told := caches.line(homeless)):
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
             return EXIT_DONE
         watch = Watch()
         if rank == 0:
-            lock = run_lock.hold(config.run_dir)  # noqa: F841 until this process ends
+            lock = run_lock.hold(config.run_dir)  # noqa: F841 held until this process ends
         ports.prepare(rank, config, arguments)
         rank_log.begin(Path(config.run_dir), rank)
         from pipeline.train import train  # torch is imported here, after everything cheap was checked
@@ -103,7 +103,7 @@ def alone_without_launcher(environ: MutableMapping[str, str]) -> None:
 
 
 def preflight(config: Config, world_size: int) -> dict | None:
-    """Checks config, data and folder for so many ranks; the summary of a run that has finished, else None."""
+    """Checks configuration, data and run folder for `world_size` ranks; the summary of a finished run, else None."""
     deepspeed_settings(config, world_size, num_parameters=0)
     train = check_splits(config.data)
     config.num_steps(train.num_samples)
@@ -126,9 +126,12 @@ def say_finished(config: Config, summary: dict) -> None:
 
 
 def refuse(error: Expected, rank: int) -> int:
-    """Rank 0 speaks; another rank of its node gives it time, since the launcher ends all when the first one leaves."""
+    """Prints the error; returns its exit code.
+
+    The launcher ends all ranks when the first one exits, so the other ranks of node 0 let rank 0 print first.
+    """
     if rank != 0 and rank == int(os.environ.get("LOCAL_RANK", rank)):
-        # The launcher's SIGTERM ends this wait when rank 0 has spoken; else the mistake is this rank's alone.
+        # The launcher's SIGTERM ends this process once rank 0 has exited; without it the error is this rank's alone.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.sigtimedwait([signal.SIGUSR2], PATIENCE_S)
     print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
@@ -137,5 +140,5 @@ def refuse(error: Expected, rank: int) -> int:
 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run can be saved, Ctrl-C just ends it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a step to save, Ctrl-C just ends the rank
     raise SystemExit(main(sys.argv[1:]))

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
-# Threads that wait must not spin: on two cores they would take them from the ranks that others wait for.
+# Waiting threads must not spin: on two cores they would slow the ranks that they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# No test is timed: hypothesis would fail an example that takes 0.2 s, as on a busy machine any may.
+# No test is timed: hypothesis would fail an example that takes 0.2 s, which happens on a busy machine.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

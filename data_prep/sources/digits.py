@@ -11,7 +11,7 @@ from data_prep.plan import shuffled
 from data_prep.sources.readers import MemoryReader
 
 SHARD_BYTES = 512 << 10
-"""Shards as small as to make several: their order matters as much as with a large data set."""
+"""Small enough for several shards, so that their order matters as it does with a large data set."""
 _VAL_RATIO = 0.2
 _CLASSES = tuple("0123456789")
 

@@ -1,4 +1,4 @@
-"""The members of a folder or an archive of any format, what reads them, and what tells whether they changed."""
+"""The members of a folder or an archive of any format, their reader, and a fingerprint that shows changes."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ from data_prep.sources.tars import Member, member, walk_tar
 from data_prep.sources.zips import walk_zip
 from pipeline.errors import ConfigError
 
-# Beside images, and no images by their names. What is not listed is taken for an image and refused if it is none.
+# Files that lie beside images, known by their names. All others are taken for images, and refused if they are none.
 _TEXTS = "txt csv tsv json jsonl xml yaml yml toml cfg conf ini db log md rst tex html htm css js url lnk names lst idx"
 _OFFICE = "pdf doc docx xls xlsx ppt pptx odt ods rtf bak tmp part crdownload lock md5 sha1 sha256 torrent"
 _CODE = "py pyc ipynb m r sh bat exe dll c cc cpp h java"
@@ -26,31 +26,29 @@ _ARCHIVES = "zip tar gz tgz bz2 xz 7z rar zst"
 _OTHER_KINDS = frozenset(f"{_TEXTS} {_OFFICE} {_CODE} {_TABLES} {_FILMS} {_ARCHIVES}".split())
 _OTHER_NAMES = frozenset(("readme", "license", "licence", "copying", "makefile", "authors", "changelog", "icon\r"))
 ARCHIVE_KINDS = frozenset(f".{kind}" for kind in _ARCHIVES.split())
-"""Extensions of what may hold a collection itself."""
-# Of the system, the file server or the version control: thumbnails lie in them, which must not become samples.
+"""Extensions of archives, which may hold a collection themselves."""
+HIDDEN = "hidden"
+# Folders of the system or a file server: they may hold thumbnails, which must not become samples.
 _SYSTEM_FOLDERS = frozenset((b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found"))
 
 
 def existing(path: str, option: str) -> Path:
     """`path`, or a `ConfigError` that names the option it came from."""
     found = Path(path)
-    if not path or not found.exists():  # the empty path, of an unset variable, would be the current folder
+    if not path or not found.exists():  # an empty path, from an unset variable, would be the current folder
         raise ConfigError(f"{option}: {path or repr(path)} does not exist; check the path")
     return found
 
 
-HIDDEN = "hidden"
-
-
 class PassedOver:
-    """Tells by its name what a member is where that is no image, and counts these, so that none is lost in silence."""
+    """Finds by name the members that are no images, and counts them, so that none is left out in silence."""
 
     def __init__(self) -> None:
         self._kinds: Counter[str] = Counter()
         self._num_hidden = 0
 
     def kind(self, item: Member) -> str:
-        """Empty for what may be an image, or a folder of them; else HIDDEN, an extension, or a name without one."""
+        """Empty for what may be an image or a folder of images; else HIDDEN, an extension, or a name without one."""
         if is_hidden(item.name):
             self._num_hidden += not item.folder
             return HIDDEN
@@ -60,7 +58,7 @@ class PassedOver:
         return kind
 
     def tell(self, say: Callable[[str], None]) -> None:
-        """Says what was passed over, a line for the hidden and one for the others."""
+        """Says what was passed over: one line for hidden files, one for the others."""
         if self._num_hidden:
             say(f"{self._num_hidden:,} hidden files (a dot before the name, or a folder of the system) are passed over")
         if self._kinds:
@@ -85,9 +83,10 @@ def _other_kind(name: bytes) -> str:
 
 
 def walk_folder(root: Path) -> Iterator[Member]:
-    """Files and folders below `root`, symbolic links followed, sorted; the offset of a file is its time of change.
+    """Files and folders below `root`, sorted; the offset of a file is its time of change.
 
-    An unpacked collection is the user's own and often linked together. A link to a folder that it lies in is refused.
+    Symbolic links are followed: an unpacked collection is the user's own, and often made of links. A link to a folder
+    that it lies in is refused.
     """
 
     def below(folder: str, prefix: bytes, above: tuple[tuple[int, int], ...]) -> Iterator[Member]:
@@ -132,7 +131,7 @@ def path_fingerprint(path: Path) -> list:
 def open_collection(path: Path, work: Path, say: Callable[[str], None]) -> tuple[Iterator[Member], Reader]:
     """The members of a folder, tar, compressed tar or zip, and what reads them.
 
-    A compressed tar has no places to read from: it is unpacked once, as one tar, into the folder `work`.
+    A compressed tar cannot be read from the middle: it is unpacked once, as one tar, into the folder `work`.
     """
     if path.is_dir():
         return walk_folder(path), FolderReader(path)

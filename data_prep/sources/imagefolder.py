@@ -1,4 +1,4 @@
-"""Class folders, loose or in a tar, tar.gz or zip, with folders for the splits above them or without."""
+"""Class folders, loose or in a tar, tar.gz or zip, with or without folders of splits above them."""
 
 import sys
 import unicodedata
@@ -56,7 +56,7 @@ class ImageFolder:
 
 
 class _Found:
-    """The members of a source, sorted out; what is passed over is counted and said."""
+    """The members of a source, by kind; what is passed over is counted and said."""
 
     def __init__(self, members: Iterable[Member], lists: Lists, say: Callable[[str], None]) -> None:
         self.images: list[Member] = []
@@ -66,9 +66,9 @@ class _Found:
         self.folders: set[str] = set()
         """Folders that the source names, the empty ones among them."""
         self.beside: set[str] = set()
-        """Folders that files of other kinds lie in."""
+        """Folders that hold files of other kinds."""
         self.archive = ""
-        """An archive in the source: perhaps what was to be given."""
+        """An archive in the source: perhaps the user meant to give that."""
         passed_over = PassedOver()
         for item in members:
             name = item.name.decode("utf-8", "backslashreplace")
@@ -99,7 +99,7 @@ class _Found:
         reasons = [one for one in self.refused if not folder or one.name.startswith(f"{folder}/")]
         if reasons:
             num = f"{len(reasons):,} files are" if len(reasons) > 1 else "1 file is"
-            return f": {num} refused, {reasons[0].name} for this: {reasons[0].reason}"
+            return f": {num} refused, first {reasons[0].name}: {reasons[0].reason}"
         return f"; it holds the archive {self.archive}: unpack or give that" if self.archive and not self.images else ""
 
 
@@ -132,7 +132,7 @@ def _fill(builders: dict[str, SplitBuilder], found: _Found, layout: Layout) -> l
 
 
 def _one_spelling(tree: Tree, layout: Layout) -> dict[str, str]:
-    """Class names that are equal but for their Unicode form, as after an unpacking on macOS, to the one to use."""
+    """For class names that differ only in their Unicode form, as after unpacking on macOS, the one name to use."""
     names = {name for folders in layout.folders.values() for folder in folders for name in tree.below(folder)}
     forms = Counter(unicodedata.normalize("NFC", name) for name in names)
     twins = {name: form for name in names if forms[form := unicodedata.normalize("NFC", name)] > 1}
@@ -144,7 +144,7 @@ def _one_spelling(tree: Tree, layout: Layout) -> dict[str, str]:
 def _label(
     builders: dict[str, SplitBuilder], outside: list[Member], layout: Layout, lists: Lists, where: str
 ) -> list[Member]:
-    """Gives a split whose images lie in no class folder the classes of its list; returns the images still outside."""
+    """Labels the images of a split without class folders by its list; returns the images that are still outside."""
     for split, tops in layout.unlabelled.items():
         here, others = [], []
         for item in outside:
@@ -182,7 +182,7 @@ def _add_listed(builder: SplitBuilder, images: list[Member], listed_in: str, lab
 def _classes(
     builders: dict[str, SplitBuilder], found: _Found, layout: Layout, where: str, say: Callable[[str], None]
 ) -> tuple[str, ...]:
-    """The names of the classes in label order; `DataError` where a class is empty, or one of val is none of train."""
+    """The names of the classes in label order; `DataError` where a class is empty, or val has one that train lacks."""
     _refuse_empty_splits(found, layout, where)
     for split, builder in builders.items():
         for top in layout.folders.get(split, []):
@@ -206,7 +206,7 @@ def _classes(
 
 
 def _refuse_empty(found: _Found, top: str, what: str, of: str) -> None:
-    """`DataError` for a class folder in `top` without an image; one with files of other kinds only is no class."""
+    """`DataError` for a class folder in `top` without an image. A folder with other kinds of files only is no class."""
     for name in found.tree.below(top):
         if not found.tree.has_images(join(top, name)):
             raise DataError(f"{what} {name} {of} holds no image that can be read{found.why(join(top, name))}")
@@ -218,7 +218,7 @@ def _refuse_empty(found: _Found, top: str, what: str, of: str) -> None:
 
 
 def _refuse_empty_splits(found: _Found, layout: Layout, where: str) -> None:
-    """`DataError` for a folder of a split's name without a file: what it was to hold would be missed later only."""
+    """`DataError` for an empty folder with a split's name: its images would otherwise be missed only much later."""
     if layout.root is not None:
         for folder in sorted(found.folders):
             above, _, name = folder.rpartition("/")

@@ -1,7 +1,7 @@
 """ImageNet as ILSVRC2012 is distributed: a tar of one tar for each synset, a flat tar, and the development kit.
 
-Labels are 0-based in the order of sorted WNIDs. The development kit numbers classes otherwise (ILSVRC2012_ID, inner
-nodes of the hierarchy behind the 1,000 leaves); its ground truth is mapped through its own table.
+Labels are 0-based in the order of sorted WNIDs. The development kit numbers classes differently (ILSVRC2012_ID: the
+1,000 leaves of the hierarchy, then its inner nodes); its ground truth is mapped through its own table.
 """
 
 import io
@@ -24,6 +24,7 @@ _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 _META = "data/meta.mat"
 _TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 _MAX_DEVKIT_BYTES = 64 << 20
+_OFFICIAL = "give the official archives of one release, downloaded whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ class ImageNet:
         found = train.class_names()
         if devkit and (odd := found - set(devkit.words)):
             raise DataError(
-                f"{self._train} has the synset {min(odd)}, which {self._devkit} has not among its {len(devkit.words)} "
-                f"classes; {_OFFICIAL}"
+                f"{self._train} has the synset {min(odd)}, which is none of the {len(devkit.words)} classes of "
+                f"{self._devkit}; {_OFFICIAL}"
             )
         if devkit and (missing := set(devkit.words) - found):
             num = f"{len(missing)} of the {len(devkit.words)} classes"
@@ -154,9 +155,6 @@ class ImageNet:
                 f"{len(devkit.truth)} lines; {_OFFICIAL}"
             )
         return builder
-
-
-_OFFICIAL = "give the official archives of one release, downloaded whole"
 
 
 def read_devkit(path: Path) -> Devkit:

@@ -1,7 +1,7 @@
 """What the folders of a collection mean: splits, classes, images without a class. Decided by the folders alone.
 
-The words of their names say what folders may be, how they lie tells which they are. What looks like splits and cannot
-be told is refused: a split that is taken for a class trains a network on what it is measured by.
+The words of a folder's name say what it may be; its place among the others says what it is. What looks like splits but
+stays ambiguous is refused: with a split taken for a class, a network would be trained on its own validation data.
 """
 
 from collections import Counter
@@ -32,16 +32,16 @@ def is_in(path: str, folder: str) -> bool:
 
 
 class Tree:
-    """The folders of a collection that hold images, at any depth; refused files count, they were to be images."""
+    """The folders of a collection that hold images, at any depth. Refused files count: they were meant as images."""
 
     def __init__(self) -> None:
         self.images: Counter[str] = Counter()
-        """Images that lie in a folder itself, by its path."""
+        """Number of images that lie in a folder itself, by its path."""
         self._below: dict[str, set[str]] = {}
         self._filled: set[str] = set()
 
     def add(self, folder: str, *, image: bool) -> None:
-        """Notes a file of `folder`: an image, or with False a refused one."""
+        """Notes a file of `folder`: an image, or with `image` False a refused file."""
         self.images[folder] += image
         above = folder
         while image and above not in self._filled:
@@ -64,7 +64,7 @@ class Tree:
         return sorted(self._below.get(folder, ()))
 
     def is_deep(self, folder: str) -> bool:
-        """Whether there are folders with something in them in `folder`."""
+        """Whether `folder` holds folders that are not empty."""
         return folder in self._below
 
     def num_images(self, folder: str) -> int:
@@ -72,7 +72,7 @@ class Tree:
         return sum(num for path, num in self.images.items() if is_in(path, folder))
 
     def holders(self) -> list[str]:
-        """Folders that have others with something in them, sorted."""
+        """Folders that hold folders which are not empty, sorted."""
         return sorted(self._below)
 
 
@@ -81,9 +81,9 @@ class Layout:
     """Where the class folders of each split lie."""
 
     folders: dict[str, list[str]]
-    """Split: the folders that its class folders lie in."""
+    """By split, the folders that its class folders lie in."""
     unlabelled: dict[str, list[str]] = field(default_factory=dict)
-    """Split: folders whose images lie in no class folder; a list of labels may know their classes."""
+    """By split, folders whose images lie in no class folder; a list of labels may know their classes."""
     root: str | None = None
     """The folder that the splits lie in; None where there are only classes."""
     notes: list[str] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Layout:
 
 
 def find_layout(tree: Tree, where: str) -> Layout:
-    """Splits and class folders of the collection `where`; `DataError` where they cannot be told."""
+    """Splits and class folders of the collection `where`; `DataError` where they are ambiguous."""
     root = _root(tree)
     tops = tree.below(root)
     if not tops:
@@ -134,7 +134,7 @@ def find_layout(tree: Tree, where: str) -> Layout:
 
 
 def _has_classes(tree: Tree, folder: str) -> bool:
-    """Whether folders like classes lie in `folder`; seg_pred/seg_pred/IMAGE has one more around its images only."""
+    """Whether `folder` holds class folders. A mere wrapper of images is none: seg_pred/seg_pred/IMAGE."""
     name = folder.rsplit("/", 1)[-1]
     while tree.below(folder) in ([name], ["images"]):
         folder = join(folder, tree.below(folder)[0])
@@ -142,7 +142,7 @@ def _has_classes(tree: Tree, folder: str) -> bool:
 
 
 def _root(tree: Tree) -> str:
-    """The folder below all that only wrap: each the only one of its folder, with folders in it, and no split itself."""
+    """The folder below all wrappers. A wrapper is the only folder in its folder, holds folders, and is no split."""
     root = ""
     while len(tops := tree.below(root)) == 1:
         inner = join(root, tops[0])
@@ -160,7 +160,7 @@ def _with_splits(tree: Tree, root: str, understood: dict[str, str], where: str) 
     layout, named = Layout({}, root=root), {}
     for split in SPLITS:
         tops = [top for top, of in understood.items() if of == split]
-        if len({part_base(top) for top in tops}) > 1:  # fruits-360: Test, and photos without classes beside it
+        if len({part_base(top) for top in tops}) > 1:  # fruits-360: beside Test lie photos without classes
             tops = [top for top in tops if tree.is_deep(join(root, top))] or tops
         if len({part_base(top) for top in tops}) > 1:
             raise DataError(f"{where}: {_some(tops)} all look like the split {split}; keep one, or give one alone")
@@ -181,7 +181,7 @@ def _with_splits(tree: Tree, root: str, understood: dict[str, str], where: str) 
             layout.unlabelled[split] = layout.folders.pop(split)
             del named[split]
     if "val" not in layout.folders.keys() | layout.unlabelled.keys() and "test" in layout.folders:
-        # What is there to evaluate on takes the name that training looks for.
+        # Without val, test becomes val: training evaluates on the split of that name.
         layout.folders["val"], named["val"] = layout.folders.pop("test"), named.pop("test")
     if any(text != split for split, text in named.items()):
         layout.notes.append("splits: " + "; ".join(f"{split} from {text}" for split, text in named.items()))
@@ -194,7 +194,7 @@ def _classes(tree: Tree, folders: list[str]) -> set[str]:
 
 
 def _unwrapped(tree: Tree, folder: str, split: str, where: str) -> str:
-    """The folder of class folders of a split: seg_train/seg_train/CLASS has one more around it."""
+    """The folder of class folders of a split, below any wrapper: seg_train/seg_train/CLASS."""
     while len(below := tree.below(folder)) == 1 and not tree.images[folder]:
         inner = join(folder, below[0])
         if not tree.is_deep(inner) or not (split_words(below[0]) == {split} or below[0].casefold() in _IMAGES):
@@ -209,13 +209,13 @@ def _unwrapped(tree: Tree, folder: str, split: str, where: str) -> str:
 
 
 def _is_generic(names: Iterable[str]) -> bool:
-    """Whether all `names` tell what lies in the folders, images among it, and not of which class."""
+    """Whether all `names` say only what kind of files lie there, images among them, not of which class."""
     lowered = {name.casefold() for name in names}
     return bool(lowered & _IMAGES) and lowered <= _IMAGES | _BESIDE
 
 
 def _is_vague(name: str) -> bool:
-    """Whether the only folder of a held-out split may be there for want of classes: test/unknown, test/test."""
+    """Whether the only folder of a held-out split may be no class: test/unknown, test/test."""
     return name.casefold() in _UNKNOWN | _IMAGES or bool(split_of(name))
 
 
@@ -233,7 +233,7 @@ def _check_below(tree: Tree, layout: Layout, where: str) -> None:
             )
         if not {name.casefold() for name in names}.isdisjoint(_BESIDE) and (_is_generic(names) or tree.images[folder]):
             raise DataError(
-                f"{where}: {folder} holds {_some(names)}, so that more than its images would be packed as such; move "
+                f"{where}: {folder} holds {_some(names)}, so that other files would be packed as images too; move "
                 "all but the images away"
             )
         if folder.rpartition("/")[0] in tops and (len(names) > 1 or tree.images[folder]):

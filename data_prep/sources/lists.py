@@ -1,4 +1,4 @@
-"""Lists beside the images: what classes are called, which class an image of a flat split has.
+"""Lists beside the images: display names of the classes, and the classes of images that lie in no class folder.
 
 words.txt, LOC_synset_mapping.txt         WNID, then its words: as ImageNet and Tiny ImageNet have them
 Labels.json, imagenet_class_index.json    {WNID: words}, {number: [WNID, word]}
@@ -31,7 +31,7 @@ class Lists:
         """Names of files that look like lists of a split's images: meta/test.txt. They are not read."""
 
     def offer(self, item: Member) -> None:
-        """Keeps `item`, a file that is no image, where it is such a list."""
+        """Keeps `item`, a file that is no image, if it is such a list."""
         path = item.name.decode("utf-8", "backslashreplace")
         name = path.rsplit("/", 1)[-1]
         if item.refused or item.length > _MAX_BYTES:
@@ -44,7 +44,7 @@ class Lists:
             self.splits.append(path)
 
     def words(self, classes: Iterable[str]) -> dict[str, str]:
-        """What the lists call those of `classes` that they know: the first of several words, no two alike."""
+        """Display names of those `classes` that the lists know: the first of several words, no two alike."""
         known = set(classes)
         for item in self._words:
             found = {name: words for name, words in self._read_words(item) if name in known and words}
@@ -55,7 +55,7 @@ class Lists:
     def labels(self, folders: list[str]) -> tuple[str, dict[str, str]] | None:
         """The list of the classes of val's images: its name, and class by image; None where there is none.
 
-        A list that lies above or in one of `folders` goes before others.
+        A list that lies above or in one of `folders` is preferred.
         """
         if not self._labels:
             return None
@@ -69,14 +69,14 @@ class Lists:
         return item.name.decode(), found
 
     def _read_words(self, item: Member) -> list[tuple[str, str]]:
-        text = self._bytes(item).decode("utf-8", "replace")  # only to be shown
+        text = self._bytes(item).decode("utf-8", "replace")  # for display only
         if _base(item).casefold() in _WORDS:
             rows = [line.split(None, 1) for line in text.splitlines()]
             return [(row[0], _first(row[1])) for row in rows if len(row) == 2]
         try:
             table = json.loads(text)
         except ValueError:
-            return []  # a file of this name that is something else, with which a collection may come
+            return []  # another kind of file with this name
         pairs = table.items() if isinstance(table, dict) else ()
         pairs = [tuple(value) if isinstance(value, list) and len(value) == 2 else (key, value) for key, value in pairs]
         return [(str(name), _first(words)) for name, words in pairs if isinstance(words, str)]
@@ -94,7 +94,7 @@ class Lists:
 
 
 def told_apart(words: dict[str, str]) -> dict[str, str]:
-    """`words` by class, with the class behind those that several have: ImageNet has two cranes."""
+    """`words` by class; those that several classes have get the class added: ImageNet has two cranes."""
     often = Counter(words.values())
     return {name: f"{text} ({name})" if often[text] > 1 else text for name, text in words.items()}
 

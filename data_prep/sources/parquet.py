@@ -2,7 +2,7 @@
 
 A row cannot be read without its row group, so a shuffled order would read each group hundreds of times. The images are
 therefore copied once, in order, into one file next to the output, and read from there; it is removed at the end.
-Labels are looked at before: a set that cannot be packed is refused before its images are copied.
+Labels are looked at first: a set that cannot be packed is refused before its images are copied.
 """
 
 import os
@@ -34,12 +34,12 @@ class _File:
     parts: tuple[str, ...]
     """Folders below what the user gave, and the name."""
     above: str | None = None
-    """The split that the folder names which was given, or which a given file lies in."""
+    """The split that `top` names, if it counts."""
     top: str = ""
-    """The name of that folder."""
+    """Name of the folder that the user gave, or that the given file lies in."""
     split: str = "train"
     place: str = ""
-    """What its rows' names begin with."""
+    """Prefix of its rows' names."""
     columns: Columns | None = None
     labels: set = field(default_factory=set)
     """The distinct labels."""
@@ -58,7 +58,7 @@ class Parquet:
 
     def __init__(self, paths: list[str], image_column: str | None = None, label_column: str | None = None) -> None:
         try:
-            import pyarrow  # noqa: F401  # here, so that nothing is made where it is missing
+            import pyarrow  # noqa: F401  # checked first, before anything is written
         except ImportError:
             raise ConfigError(
                 "parquet needs pyarrow, which is not installed; run: python -m pip install 'chispike[parquet]'"
@@ -107,7 +107,7 @@ def _files_of(given: list[Path]) -> list[_File]:
     apart = len({split_of(top.name) for top in tops}) > 1
     files = []
     for path, top in zip(given, tops, strict=True):
-        # The name of a folder above, which may be any, counts where it is a split's own, or where several differ in it.
+        # A given folder may have any name. It counts where it is just a split's word, or where given folders differ.
         above = split_of(top.name) if apart or is_exactly_split(top.name) else None
         inner = [path]
         if path.is_dir():
@@ -150,8 +150,8 @@ def _set_splits(files: list[_File]) -> None:
 
 
 def _set_places(files: list[_File]) -> None:
-    """Names of rows begin with the name of their file, and where two are called alike with its folders, too; with that
-    of the folder that was given where it tells the split."""
+    """Sets the prefix of row names: the file's name. Where two files have the same name, their folders come before it,
+    and first the given folder, where that tells the split."""
     alike = len({file.path.name for file in files}) < len(files)
     first: dict[str, _File] = {}
     for file in files:
@@ -183,7 +183,7 @@ def _look(file: _File, image: str | None, label: str | None) -> None:
     """Finds the columns of a file and its labels."""
     with _opened(file.path) as opened:
         if file.split == "test" and label not in opened.schema_arrow.names:
-            label = None  # passed over where it has no other
+            label = None  # a test split without labels is passed over
         file.columns = find_columns(opened.schema_arrow, file.path, image, label)
         file.num_rows = opened.metadata.num_rows
         if file.columns.label is None:
@@ -223,7 +223,7 @@ def _labelled(files: list[_File], say: Callable[[str], None]) -> list[_File]:
         raise DataError(f"{files[0].path}: no file has labels, so there is nothing to learn; give labelled files")
     if not any(file.split == "val" for file in kept):
         for file in kept:
-            file.split = "val" if file.split == "test" else file.split  # the name that training looks for
+            file.split = "val" if file.split == "test" else file.split  # training evaluates on val
     return kept
 
 
@@ -245,7 +245,7 @@ def _one_columns(files: list[_File]) -> Columns:
 
 
 def _refuse_new_classes(files: list[_File], columns: Columns) -> None:
-    """`DataError` where labels are text without a list of all, and a split has one that the training split has not."""
+    """`DataError` where text labels come without a list of classes, and a split has one that the first split lacks."""
     known = set().union(*(file.labels for file in files if file.split == files[0].split))
     for file in files:
         if columns.kind == "text" and not columns.names and (extra := file.labels - known):

@@ -27,7 +27,7 @@ class Columns:
     label: str | None
     """None where the file has no label column."""
     kind: str
-    """Of the labels: integer, boolean or text; empty without any."""
+    """Kind of the labels: integer, boolean or text; empty without labels."""
     names: tuple[str, ...] | None
     """Class names that the metadata give, in label order."""
     all: tuple[str, ...]
@@ -39,7 +39,7 @@ def find_columns(schema: Any, path: Path, image: str | None, label: str | None) 
 
     Raises:
         ConfigError: the user's column is not in the file.
-        DataError: there is no such column, there are several, or its type is none that can be used.
+        DataError: there is no such column, there are several, or its type cannot be used.
     """
     features = _features(schema.metadata or {})
     for option, name in (("--image-column", image), ("--label-column", label)):
@@ -60,7 +60,7 @@ def find_columns(schema: Any, path: Path, image: str | None, label: str | None) 
 
 
 def _features(metadata: dict) -> dict[str, dict]:
-    """The metadata's word on each column, where `datasets` wrote it."""
+    """What the metadata say of each column, where `datasets` wrote them."""
     try:
         found = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {str(name): feature for name, feature in found.items() if isinstance(feature, dict)}
@@ -128,7 +128,7 @@ def classes_of(found: Iterable[Any], columns: Columns, where: str) -> dict[Any, 
     """The class of every label, in the order of their numbers, from all labels of the collection `where`.
 
     Raises:
-        DataError: a label is beyond the names, or no number of a class.
+        DataError: a label is beyond the names, or too large for the number of a class.
     """
     labels = set(found)
     if columns.kind == "text":

@@ -1,4 +1,4 @@
-"""How the bytes of a sample are had: from a file of an archive, from a folder, from memory."""
+"""Reads the bytes of a sample from an archive, a folder or memory; unpacks compressed files."""
 
 import bz2
 import gzip
@@ -56,7 +56,7 @@ class FileReader:
 
 
 class FolderReader:
-    """Files below a folder, found by name; `prefix` is what the sample's name has before the path below the folder."""
+    """Files below a folder, found by name; `prefix` is the part of a sample's name before the path in the folder."""
 
     def __init__(self, root: Path, prefix: str = "") -> None:
         self._root, self._skip = root, len(prefix)
@@ -79,7 +79,7 @@ class ZipReader(FileReader):
     """Members of a zip, stored or deflated, found by the offset of their local header."""
 
     def read_into(self, view: memoryview, offset: int, name: str) -> None:
-        """Fills `view` with the member; `RefusedError` where its data are damaged: cut, or another checksum."""
+        """Fills `view` with the member; `RefusedError` where its data are damaged: cut, or with a wrong checksum."""
         handle = self._open()
         header = bytearray(LOCAL_HEADER)
         read_exactly(handle, memoryview(header), offset, self._path)
@@ -96,7 +96,7 @@ class ZipReader(FileReader):
             behind = os.pread(handle, 8, end)
             checksum = int.from_bytes(behind[4:8] if behind[:4] == _DESCRIPTOR else behind[:4], "little")
         if zlib.crc32(view) != checksum:
-            raise RefusedError("damaged: its checksum in the zip is another")
+            raise RefusedError("damaged: its checksum is not the one in the zip")
 
     def _inflate(self, handle: int, view: memoryview, at: int) -> int:
         """Unpacks the stream at `at` into `view`, which it must fill to the byte, and returns the offset behind it."""
@@ -156,7 +156,7 @@ def unpacked(path: Path) -> Iterator[bytes]:
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(_damaged(path, error)) from None
     except OSError as error:
-        if error.errno is None:  # bz2 says so that its data are damaged
+        if error.errno is None:  # bz2 raises it for damaged data
             raise DataError(_damaged(path, error)) from None
         raise
 
@@ -166,7 +166,7 @@ def _damaged(path: Path, error: Exception) -> str:
 
 
 def _streams(file: BufferedReader, begin: Callable[[], _Decompressor]) -> Iterator[bytes]:
-    """The streams of a bzip2 or xz file. `bz2.open` and `lzma.open` pass over what follows a stream and is none."""
+    """The streams of a bzip2 or xz file. `bz2.open` and `lzma.open` ignore other bytes behind a stream in silence."""
     stream = begin()
     while True:
         if stream.eof:

@@ -23,7 +23,7 @@ _KINDS = {
     _SPARSE: "a sparse file",
 }
 _FOLDERS, _LABEL, _GLOBAL_PAX, _PAX, _LONG_NAME, _LONG_LINK = (b"5", b"D"), b"V", b"g", b"x", b"L", b"K"
-_WITH_DATA = (*_REGULAR, _SPARSE)  # of other kinds it depends on the writer whether data follow the header
+_WITH_DATA = (*_REGULAR, _SPARSE)  # for other kinds the writer decides whether data follow the header
 _MAX_EXTENSION_BYTES = 1 << 20
 _CHUNK = 1 << 20
 _MAGIC, _MAGIC_AT = re.compile(b"ustar"), 257
@@ -50,7 +50,7 @@ def walk_tar(
     """The members of the tar, or of several joined ones, that occupy bytes `start` to `end` of the file `path`.
 
     Args:
-        say: told of more zeros behind a tar than fill up its last record.
+        say: called where more zeros follow a tar than fill up its last record.
 
     Raises:
         DataError: it is no tar, is cut off, or is damaged; names the byte.
@@ -119,7 +119,7 @@ def _walk(handle: int, path: Path, start: int, end: int, say: Callable[[str], No
 
 
 def members_inside(data: memoryview) -> str:
-    """What to say of a member that holds others, as it was cut and another tar joined there; empty where none."""
+    """The message for a member that holds others, since it was cut and another tar joined there; empty where none."""
     starts = (found.start() - _MAGIC_AT for found in _MAGIC.finditer(data))
     headers = (bytes(data[at : at + BLOCK]) for at in starts if at > 0 and at % BLOCK == 0 and at + BLOCK <= len(data))
     names = [_short_name(header).decode("utf-8", "backslashreplace") for header in headers if _checksum_fits(header)]
@@ -138,7 +138,7 @@ def _no_member(at: int, start: int, closed: bool) -> str:
 
 
 def _skip_zeros(handle: int, at: int, end: int) -> int:
-    """Offset of the first block from `at` on that holds something else than zeros; the last one may be a part."""
+    """Offset of the first block from `at` on that holds something else than zeros; the last block may be incomplete."""
     while at < end:
         chunk = os.pread(handle, min(_CHUNK, end - at), at)
         if not chunk:
@@ -151,7 +151,7 @@ def _skip_zeros(handle: int, at: int, end: int) -> int:
 
 
 def _behind_map(handle: int, header: bytes, at: int) -> int:
-    """Where the data of a sparse file begin: behind the blocks that go on with the map of its holes."""
+    """Offset of the data of a sparse file: behind the blocks that continue the map of its holes."""
     goes_on = header[482]
     while goes_on:
         block = os.pread(handle, BLOCK, at)
@@ -167,7 +167,7 @@ def _begins_member(handle: int, at: int, end: int) -> bool:
 
 
 def member(name: bytes, offset: int, length: int, *, folder: bool, kind: str) -> Member:
-    """A member with its name made relative, refused where its name or its kind allow no sample."""
+    """A member with its name made relative; refused where its name or its kind cannot be a sample's."""
     trimmed = name
     while trimmed.startswith(b"./"):
         trimmed = trimmed[2:]

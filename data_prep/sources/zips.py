@@ -22,10 +22,10 @@ _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
-_END64_HEAD = 12  # bytes of that record which its own length leaves out
+_END64_HEAD = 12  # bytes of that record that its own length does not count
 _CHUNK = 1 << 20
-_SLACK = 96  # bytes between members that need no look: extra fields and descriptors, and no image with its header
-_DEFLATE_RATIO = 1032  # no deflated byte stands for more
+_SLACK = 96  # gaps up to so many bytes are not searched: extra fields and descriptors, too small for an image
+_DEFLATE_RATIO = 1032  # most bytes that one deflated byte can stand for
 _FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
 _AGAIN = "download it again"
 
@@ -34,7 +34,7 @@ def walk_zip(path: Path) -> Iterator[Member]:
     """The members of the zip `path`.
 
     Raises:
-        DataError: it is damaged or cut off, or has something before or behind it, as two zips joined.
+        DataError: it is damaged or cut off, or has something before or behind it, such as a second zip.
     """
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
@@ -51,7 +51,7 @@ def walk_zip(path: Path) -> Iterator[Member]:
 
 
 def _entries(file: BufferedReader, at: int, size: int, path: Path) -> Iterator[bytes]:
-    """The entries of the central directory. The end record's 16 bits may not count them: they fill `size` bytes."""
+    """The entries of the central directory, which fill `size` bytes. The end record's 16-bit count may be too small."""
     file.seek(at)
     buffer, left = b"", size
     while left or buffer:
@@ -79,7 +79,7 @@ def _directory(handle: int, path: Path, total: int) -> tuple[int, int, int]:
     tail = os.pread(handle, total - tail_at, tail_at)
     found = len(tail)
     while (found := tail.rfind(b"PK\5\6", 0, found)) >= 0:
-        # The comment behind the record must fill the file: else it is none, or something was put behind the zip.
+        # The record's comment must end with the file: else this is no record, or something lies behind the zip.
         if found + _END.size <= len(tail) and found + _END.size + _END.unpack_from(tail, found)[-1] == len(tail):
             break
     if found < 0:
@@ -105,7 +105,7 @@ def _directory(handle: int, path: Path, total: int) -> tuple[int, int, int]:
 
 
 def _unlisted(file: BufferedReader, places: np.ndarray, directory: int, listed: set[int]) -> Iterator[Member]:
-    """Members that lie in the file but not in its directory, refused; older copies of listed ones are none.
+    """Members that lie in the file but not in its directory, as refused ones; older copies of listed members excepted.
 
     Args:
         places: `(n, 2)` int64, offset of each listed member and the earliest that it can end.

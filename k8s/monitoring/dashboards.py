@@ -1,7 +1,7 @@
 """Writes the Grafana dashboards into grafana/dashboards/:  python k8s/monitoring/dashboards.py
 
-Panels say by themselves, from pipeline/metrics/catalogue.py, which metric they show and what it means. Tests hold that
-the files are fresh, and ask a real Prometheus for the data of every panel.
+The description of a panel names its metrics and their meaning, from pipeline/metrics/catalogue.py. Tests check that the
+files are up to date, and ask a real Prometheus for the data of every panel.
 """
 
 import itertools
@@ -213,7 +213,7 @@ def cluster() -> list[dict]:
 
 
 def variables() -> list[dict]:
-    """Data source, job, run and node; each of the last three offers what the ones before it leave."""
+    """Data source, job, run and node; the choice in each limits what the next ones offer."""
     source = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
     chain = {
         "job": "label_values(snn_run_info, job)",
@@ -240,7 +240,7 @@ def variables() -> list[dict]:
 
 
 def laid_out(panels: list[dict]) -> list[dict]:
-    """Numbered, and placed from left to right in rows as high as their highest panel."""
+    """The panels with numbers and places: from left to right, in rows as high as their highest panel."""
     placed, x, y, height, number = [], 0, 0, 0, itertools.count(1)
     for one in panels:
         size = one["gridPos"]

@@ -1,8 +1,8 @@
 """Panels of the Grafana dashboards without Grafana:  python k8s/monitoring/picture.py FILE.png [--run RUN]
 
-Queries, titles, units and legends are those of the dashboards' files; the data come from a Prometheus. Nothing but
-matplotlib beside the standard library, and not even that for `--link`, which prints an address: Prometheus' own page
-with the graphs that one looks at first already asked for.
+Queries, titles, units and legends are those of the dashboards' files; the data come from a Prometheus. It needs
+matplotlib beside the standard library. `--link` needs only the latter: it prints the address of Prometheus' own page,
+with the most important graphs already in it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GRAPHS = (
 )
 """What the link's graphs show, one expression each."""
 SCRAPE_S = 5
-"""scrape_interval of prometheus.yml: more points than that there are not."""
+"""scrape_interval of prometheus.yml: a smaller step shows no more points."""
 MOST_POINTS = 300
 TICKS_S = [s * 60**power for power in range(4) for s in (5, 10, 15, 30, 60)]
 Series = list[tuple[str, dict[int, float]]]
@@ -131,7 +131,7 @@ def formatter(one: dict) -> FuncFormatter:
 
 
 def draw(path: str, url: str, minutes: float, run: str) -> None:
-    """Raises SystemExit, in one line, where Prometheus is not there or holds nothing of the run."""
+    """Draws PANELS into a PNG file. SystemExit with one line where Prometheus does not answer or lacks the run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,7 +153,7 @@ def draw(path: str, url: str, minutes: float, run: str) -> None:
         axis.tick_params(labelsize=8)
         stacked = "stacking" in one["fieldConfig"]["defaults"].get("custom", {})
         plot = history if one["type"] == "status-history" else stack if stacked else curves
-        if not series:  # coverage, say, of a surrogate that has none
+        if not series:  # as of coverage, with a surrogate that has none
             axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center")
             continue
         plot(axis, one, series)
@@ -172,9 +172,9 @@ def draw(path: str, url: str, minutes: float, run: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", nargs="?", help="of the PNG")
+    parser.add_argument("path", nargs="?", help="path of the PNG")
     parser.add_argument("--link", action="store_true", help="draw nothing, print the address of Prometheus' own graphs")
-    parser.add_argument("--url", default="http://127.0.0.1:9095", help="of Prometheus")
+    parser.add_argument("--url", default="http://127.0.0.1:9095", help="address of Prometheus")
     parser.add_argument("--minutes", type=float, default=30, help="how far to look back")
     parser.add_argument("--run", default=".+", help="name of the run, a regular expression")
     options = parser.parse_args()

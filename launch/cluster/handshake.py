@@ -22,25 +22,25 @@ class Hello:
     nodes: int
     slots: int
     source: str
-    """Of its code, see pipeline/run_dir/code_version.py."""
+    """Version of its code, see pipeline/run_dir/code_version.py."""
     data: str
     """Identity of its training split."""
     problem: str
-    """Why it cannot train, if it cannot: then no node does."""
+    """Why it cannot train, and so no node can; empty where it can."""
     host: str
     code: int = EXIT_USAGE
-    """It ends with this exit code, if it has a problem, and so does every node."""
+    """Exit code of every node, where this one has a problem."""
     token: str = ""
-    """What it wrote into the run's folder, which node 0 must find there."""
+    """What it wrote into the run's folder; node 0 must find it there."""
 
     def but(self, problem: Refusal | None) -> "Hello":
-        """The same node, which cannot train for this reason, if there is one."""
+        """The same node with this problem, if there is one."""
         return self if problem is None else replace(self, problem=str(problem)[:1000], code=problem.exit_code)
 
 
 def introduce(place: Placement, config: Config) -> Hello:
-    """What this node says of itself, with what keeps it from training: its ranks would end, and those of the other
-    nodes wait for them in vain.
+    """What this node says of itself. Its problem is found before ranks start: otherwise its ranks would end, and those
+    of the other nodes would wait for them in vain.
     """
     identity, problem = "", None
     try:
@@ -85,7 +85,7 @@ def why_not(own: Hello, others: Sequence[Hello]) -> str:
 
 
 def unshared(nodes: Iterable[Hello], folder: Path) -> str:
-    """Names a node that writes into another folder than this one; empty where there is none."""
+    """The error where a node writes into another folder than this one; empty where all write into this one."""
     for node in nodes:
         try:
             shared = mark(folder, node.node).read_text() == node.token
@@ -105,5 +105,5 @@ def mark(folder: Path, node: int) -> Path:
 
 
 def refusal(reason: str, code: int) -> Refusal:
-    """What a node raises that ends for `reason` with the exit code `code`."""
+    """The exception with which a node ends for `reason`, with the exit code `code`."""
     return {EXIT_DATA: DataError, EXIT_INTERNAL: StoreError}.get(code, ConfigError)(reason)

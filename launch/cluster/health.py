@@ -1,8 +1,8 @@
-"""What a node shows of itself on one port: its ranks' metrics, /healthz and /readyz.
+"""What a node serves on one port: its ranks' metrics, /healthz and /readyz.
 
 The ranks write snapshots into a folder instead of opening ports of their own (pipeline/metrics/exporter.py). /readyz:
-the ranks run and have logged a step. /healthz: the supervisor's loop runs, and the ranks, where they run, have logged a
-step within STALLED_S and train.timeout_s; time in which a node waits for others does not count.
+the ranks run and have logged a step. /healthz: the supervisor's loop runs, and running ranks have logged a step within
+STALLED_S + train.timeout_s. Time in which the node waits for other nodes does not count.
 """
 
 import json
@@ -16,13 +16,14 @@ from pipeline.metrics.exporter import FOLDER_VARIABLE, USUAL_PORT, NodeServer, t
 from pipeline.metrics.snapshots import Snapshot, snapshot_files
 
 ROUND_S = 120.0
-"""The supervisor goes round twice a second; a name server that does not answer may hold it up longer."""
+"""Longest round of the supervisor's loop. Usually it takes half a second, more where a name server does not answer."""
 STALLED_S = 3600.0
-"""Ranks are silent for good reasons too: a first step that compiles, an evaluation, a checkpoint of many gigabytes."""
+"""Longest silence of ranks. It has good reasons too: a first step that compiles, an evaluation, a checkpoint of many
+gigabytes."""
 
 
 class NodeMetrics:
-    """The node's port, open until `close()`; where `port` is None the usual one, or a free one where that is taken.
+    """The node's port, open until `close()`. Where `port` is None: the usual one, or a free one if that is taken.
 
     Raises:
         ConfigError: the port is taken.
@@ -55,7 +56,7 @@ class NodeMetrics:
         self._own.write()
 
     def close(self, *, seen: bool) -> None:
-        """Ends serving; with `seen` not before Prometheus, where it comes regularly, has read how the run ended."""
+        """Stops serving. With `seen`, first waits until a Prometheus that scrapes regularly has read the end."""
         if seen:
             self._server.linger()
         self._server.close()

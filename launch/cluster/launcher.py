@@ -17,11 +17,11 @@ TRAIN = ROOT / "launch" / "train.py"
 
 
 def with_ranks(place: Placement, config: Config, environ: Mapping[str, str]) -> Placement:
-    """`place` with as many ranks as it was given or the machine has GPUs for, on the GPUs that the environment leaves.
+    """`place` with its number of ranks (the given one, else by the GPUs), on the GPUs that the environment leaves.
 
     Raises:
-        ConfigError: CUDA_VISIBLE_DEVICES holds no indices, or leaves fewer GPUs than there shall be ranks.
-        TorchError: torch has to be asked, and cannot be imported.
+        ConfigError: CUDA_VISIBLE_DEVICES holds no indices, or leaves fewer GPUs than ranks.
+        TorchError: torch is needed to count the GPUs, and cannot be imported.
     """
     named, told = named_gpus(environ), environ.get("DS_ACCELERATOR")
     if place.slots and not named and (told or NVIDIA.exists()):
@@ -43,7 +43,7 @@ def with_ranks(place: Placement, config: Config, environ: Mapping[str, str]) -> 
 
 
 def hostfile(place: Placement) -> str:
-    """DeepSpeed's hostfile. With --no_ssh the launcher never looks the names up: their order and slots matter."""
+    """DeepSpeed's hostfile. With --no_ssh the launcher never looks the names up: only their order and slots matter."""
     own = max(place.gpus, default=-1) + 1
     slots = [max(own, place.slots) if node == place.rank else place.slots for node in range(place.nodes)]
     return "".join(f"node-{node} slots={count}\n" for node, count in enumerate(slots))
@@ -59,12 +59,12 @@ def command(place: Placement, hostfile_at: Path, train: Sequence[str]) -> list[s
         where += ["--num_accelerators", str(place.slots)]
     if place.gpus:
         where += ["--include", included(place)]
-    # At this level it leaves out one error, that a rank ended with an exit code, and whoever starts it says that.
+    # This level hides one error, that a rank ended with an exit code: the command that starts the launcher says that.
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *where, str(TRAIN), *train]
 
 
 def included(place: Placement) -> str:
-    """The GPUs of every node in DeepSpeed's words; of another node's only the number is of interest to this one."""
+    """The GPUs of every node as DeepSpeed's --include has them. Of other nodes only their number matters here."""
     if place.nodes == 1:
         return f"localhost:{listed(place.gpus)}"
     first = tuple(range(place.slots))
@@ -72,15 +72,15 @@ def included(place: Placement) -> str:
 
 
 def environment(place: Placement, environ: Mapping[str, str], **variables: str) -> dict[str, str]:
-    """The launcher's and the ranks': ours, and the program can be imported wherever it lies."""
+    """The environment of launcher and ranks: `environ` and `variables`, with this program's folder in PYTHONPATH."""
     path = environ.get("PYTHONPATH")
-    # DeepSpeed looks for numactl, and fails at a folder that it may not look into, as of the user who was here before.
+    # DeepSpeed looks for numactl in PATH, and fails at a folder that it may not enter, such as another user's.
     paths = [folder for folder in environ.get("PATH", os.defpath).split(":") if os.access(folder or ".", os.X_OK)]
     ranks = {**environ, **variables, "PATH": ":".join(paths), "PYTHONPATH": f"{ROOT}:{path}" if path else str(ROOT)}
     if MASK in ranks and not named_gpus(environ):
         ranks["DS_ACCELERATOR"] = "cpu"  # all GPUs are hidden, and the launcher would show them to the ranks again
     if place.without_gpu:
-        ranks["DS_ACCELERATOR"] = "cpu"  # each of the launcher's processes would find that out, and warn of it
+        ranks["DS_ACCELERATOR"] = "cpu"  # otherwise each of the launcher's processes warns of it
     if place.gpus:
-        del ranks[MASK]  # the launcher sets it anew; meeting it, it would say that it ignores it
+        del ranks[MASK]  # the launcher sets it anew, and would warn that it ignores ours
     return ranks

@@ -1,4 +1,4 @@
-"""Where this node stands in the job: from the command line, else from what Kubernetes, Kubeflow or Slurm say.
+"""This node's place in the job: from the command line, else from the variables of Kubernetes, Kubeflow or Slurm.
 
 | source | nodes | this node | node 0 | ranks a node |
 |---|---|---|---|---|
@@ -8,7 +8,7 @@
 | Kubeflow Trainer | PET_NNODES | PET_NODE_RANK | PET_MASTER_ADDR, PET_MASTER_PORT | PET_NPROC_PER_NODE |
 | Slurm | SLURM_STEP_NUM_NODES, SLURM_NNODES | SLURM_NODEID | SLURM_STEP_NODELIST, SLURM_JOB_NODELIST | |
 
-An argument wins over variables; two variables that contradict each other are refused, and so is a part that is missing.
+An argument wins over variables. Two variables that contradict each other are refused, and so is a missing part.
 JOBSET_NAME and REPLICATED_JOB_NAME are the pod's labels jobset.sigs.k8s.io/{jobset-name,replicatedjob-name}, which a
 manifest puts into the environment by fieldRef; pod 0 of that job is then node 0.
 """
@@ -39,7 +39,7 @@ class Placement:
     gpus: tuple[int, ...] = ()
     """Indices of the GPUs of this node's ranks; empty: from 0 on, or none."""
     without_gpu: bool = False
-    """torch was asked, and sees none here."""
+    """torch was asked, and sees no GPU here."""
 
 
 def resolve(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> Placement:
@@ -91,7 +91,7 @@ def _claims(environ: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
     jobset, job = environ.get("JOBSET_NAME"), environ.get("REPLICATED_JOB_NAME")
     if not master and jobset and job:
         master = [("JOBSET_NAME", f"{jobset}-{job}-0-0.{jobset}")]
-    if not master:  # a name given for this purpose; PET_MASTER_ADDR may be another name of the same node
+    if not master:  # both names above win: PET_MASTER_ADDR may be another name of the same node
         master = of("PET_MASTER_ADDR") or [(name, first_host(value)) for name, value in hosts]
     elastic = [(name, fixed_size(value)) for name, value in of("PET_NNODES")]
     # "auto", "gpu" and "cpu" leave the number to what the machine has.

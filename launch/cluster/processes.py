@@ -1,8 +1,8 @@
 """This node's ranks, from the start of DeepSpeed's launcher to the end of the last process. Linux only (/proc).
 
-A SIGTERM to the launcher would orphan the ranks, a Ctrl-C end it with a traceback while they still save, and it returns
-0 when its second half is killed. So signals go to the ranks and not to it. What is orphaned becomes this process's
-child and is reaped.
+A SIGTERM to the launcher would orphan the ranks. A Ctrl-C would end it with a traceback while they still save. And it
+returns 0 when its second process is killed. So signals go to the ranks and not to the launcher. Orphans become children
+of this process, which reaps them.
 """
 
 import ctypes
@@ -20,31 +20,31 @@ from pipeline.errors import EXIT_DONE, EXIT_INTERNAL
 
 POLL_S = 0.5
 ALONE_S = 15.0
-"""Ranks end together. When one has gone and others still run after so long, they wait for it in vain; longer than
-train.PATIENCE_S, in which a rank gives rank 0 time to speak."""
+"""Ranks end together. When one has ended and others still run after this time, they wait for it in vain. Longer than
+train.PATIENCE_S, the time that a rank gives rank 0 to print its error."""
 NOT_BEGUN = 256 - signal.SIGTERM
-"""The launcher's code for a rank that a SIGTERM ended at once, since it had no step to save yet. One that trains leaves
-with 128 + SIGTERM on a second, and has lost what it had not saved."""
+"""The launcher's exit code where SIGTERM ended a rank at once, since that had no step to save yet. A rank that trains
+ends on a second SIGTERM, with 128 + SIGTERM, and loses what it had not saved."""
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""The launcher sets them; what an outer launcher has set would be taken for them."""
+"""The launcher sets them. Values that an outer launcher has set are removed: they would be taken for its own."""
 
 
 class Process(NamedTuple):
     pid: int
     parent: int
     rank: str | None
-    """RANK in its environment: of a rank, and of the processes that a rank starts."""
+    """RANK in its environment. Ranks have it, and so do the processes that a rank starts."""
 
 
 class Processes:
-    """A started launcher. `close()`, or no process of it is left alone.
+    """A started launcher with its ranks; `close()` ends every process of it.
 
     Args:
         apart: in a session of its own, which no terminal and no signal to our process group reaches. Else the launcher
-            stays in our group, as at a terminal, but for SIGINT, and is killed when this process is: ranks that find
-            their launcher gone save and stop.
+            stays in our group, with SIGINT blocked, and is killed when this process is: ranks that find their launcher
+            gone save and stop.
     """
 
     def __init__(self, command: Sequence[str], environ: Mapping[str, str], *, apart: bool = True) -> None:
@@ -56,7 +56,7 @@ class Processes:
             self._launcher = subprocess.Popen(command, env=environ, start_new_session=True)
             self._session = self._launcher.pid
             return
-        # Blocked signals are inherited, and the launcher's two processes never look; ranks do (ranks/stop_requests.py).
+        # The launcher's two processes inherit the block and keep it; ranks unblock SIGINT (ranks/stop_requests.py).
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             self._launcher = subprocess.Popen(
@@ -74,7 +74,7 @@ class Processes:
         return self._launcher.returncode
 
     def living(self) -> dict[int, int]:
-        """The ranks that run, by process id."""
+        """The rank of each process that is one and still runs, by process id."""
         processes = {process.pid: process for process in self._processes()}
         ranks = {}
         for pid, process in processes.items():
@@ -93,7 +93,7 @@ class Processes:
                 os.kill(pid, number)
 
     def close(self) -> None:
-        """SIGKILL to all that is left, the launcher first, until nothing is left."""
+        """Sends SIGKILL to all processes, the launcher first, until none is left."""
         while self.poll() is None or self._processes():
             if self._session is not None:
                 with suppress(ProcessLookupError):
@@ -103,13 +103,13 @@ class Processes:
                 os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
 
     def _processes(self) -> list[Process]:
-        """The launcher's session without what has ended; where it has none, all that descends from this process."""
+        """The living processes of the launcher's session; without a session, all descendants of this process."""
         found, parents = [], {}
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit():
                 continue
             with suppress(OSError):
-                # "pid (name) state parent group session …", and a name may hold anything
+                # "pid (name) state parent group session …": the name may hold spaces and brackets
                 state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
                 parents[int(folder.name)] = int(parent)
                 if state not in "ZX" and self._session in (None, int(session)):
@@ -120,7 +120,7 @@ class Processes:
 
 
 def _descends(pid: int, parents: Mapping[int, int]) -> bool:
-    """Whether `pid` is below this process."""
+    """Whether `pid` is a descendant of this process."""
     while pid in parents:
         pid = parents[pid]
         if pid == os.getpid():
@@ -139,13 +139,13 @@ def _read(folder: Path, parents: Mapping[int, int]) -> Process | None:
 
 
 def attend(ranks: Processes, signals: Signals, grace_s: float, say: Callable[[str], None]) -> int:
-    """From the launcher's start to its end, with no process left behind; the launcher's exit code.
+    """Waits for the launcher to end, and leaves no process behind; the launcher's exit code.
 
-    A request to stop is passed on to the ranks; they are killed on a second one, `grace_s` after the first, and where
-    some have gone and the others wait.
+    A request to stop is passed on to the ranks. They are killed on a second request, `grace_s` after the first one, or
+    ALONE_S after some of them have ended and the others have not.
     """
     told: set[int] = set()
-    most, alone_since, asked_at = 0, None, None  # ranks seen at a time; since when fewer; when they were asked
+    most, alone_since, asked_at = 0, None, None  # most ranks at once; since when there are fewer; when asked to stop
     try:
         while (ended := ranks.poll()) is None or ranks.stopping():
             signals.wait(POLL_S)
@@ -158,14 +158,14 @@ def attend(ranks: Processes, signals: Signals, grace_s: float, say: Callable[[st
             if signals.seen:
                 if asked_at is None:
                     asked_at = now
-                    say(f"{signals.first} received: the ranks are to save and stop")
-                ranks.send(signal.SIGTERM, living.keys() - told)  # once: twice would kill them
+                    say(f"{signals.first} received: the ranks save and stop")
+                ranks.send(signal.SIGTERM, living.keys() - told)  # once each: a second one would kill them
                 told |= living.keys()
             if asked_at is not None and (signals.urgent or now - asked_at > grace_s):
                 say("killing the ranks; what they had not saved is lost")
                 return EXIT_INTERNAL
             if alone_since is not None and now - alone_since > ALONE_S:
-                say(f"{most - len(living)} of {most} ranks have gone and the others wait: killing them")
+                say(f"{most - len(living)} of {most} ranks have ended and the others wait for them: killing the others")
                 return EXIT_INTERNAL
     finally:
         ranks.close()
@@ -178,6 +178,6 @@ def why(ended: int) -> str:
         return "rank 0 left no summary.json"
     number = 256 - ended if ended > 128 else -ended  # of a rank, or of the launcher itself
     if 0 < number < signal.SIGRTMIN and number in set(signal.Signals):
-        out_of_memory = ", as where memory runs out" if number == signal.SIGKILL else ""
+        out_of_memory = ", often for lack of memory" if number == signal.SIGKILL else ""
         return f"{'a rank' if ended > 0 else 'the launcher'} was ended by {signal.Signals(number).name}{out_of_memory}"
     return f"exit code {ended}"

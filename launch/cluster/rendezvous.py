@@ -1,7 +1,7 @@
 """The nodes meet before their ranks start, at the first start and after every restart.
 
-Node 0 listens on the port that its ranks will use, so nobody can meet it while old ranks are alive, and ranks of two
-different starts never find each other. It speaks first, and answers each node when all are there: to go, or why not.
+Node 0 listens on the port that its ranks will use, so no node can meet it while old ranks are alive, and ranks of two
+different starts never find each other. It speaks first, and answers all nodes when every one is there: go, or why not.
 
     node 0 → node k   {"chispike": 1}               then a newline every BEAT_S
     node k → node 0   {"node": k, "nodes": N, …}    then a newline every BEAT_S
@@ -25,20 +25,20 @@ from pipeline.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError
 
 POLL_S = 0.1
 BEAT_S = 1.0
-"""Between two signs of life; several of POLL_S."""
+"""Between two heartbeats; several times POLL_S."""
 SILENT_S = 5.0
-"""A node that says nothing for so long is not there any more; several of BEAT_S."""
+"""A node that is silent for this time has gone; several times BEAT_S."""
 SHOWN_S = 10.0
-"""A network's file system may show a file that another node wrote only after some seconds."""
+"""How long to look for a file of another node: a network file system may show it only after some seconds."""
 LINGER_S = 30.0
-"""What is wrong with the nodes that are here is kept for so long for the others to hear; more than SILENT_S, so that a
-node that comes again is heard."""
+"""How long node 0 waits with an error for nodes that come late, so that they hear it too. Longer than SILENT_S, so that
+a node that comes again is heard."""
 TOLD_EVERY_S = 30.0
 LONGEST_LINE = 4096
 
 
 class MissingNodesError(OSError):
-    """The others were not there in time; the message is one line."""
+    """The other nodes did not come in time; the message is one line."""
 
 
 class _Peer:
@@ -55,7 +55,7 @@ class _Peer:
         """The messages that have come.
 
         Raises:
-            OSError: the other side has left, is silent, or does not speak as it should.
+            OSError: the other side has left, is silent, or speaks another protocol.
         """
         now = time.monotonic()
         with suppress(BlockingIOError):
@@ -72,9 +72,9 @@ class _Peer:
         try:
             messages = [json.loads(line) for line in whole if line]
         except (ValueError, RecursionError):
-            raise ConnectionError("speaks another language") from None
+            raise ConnectionError("speaks another protocol") from None
         if len(self._buffer) > LONGEST_LINE or not all(isinstance(message, dict) for message in messages):
-            raise ConnectionError("speaks another language")
+            raise ConnectionError("speaks another protocol")
         return messages
 
     def say(self, message: dict) -> None:
@@ -90,12 +90,12 @@ def gather(
         hello: what this node says of itself; its token is made here.
         folder: the run's.
         seconds: how long to wait for the others.
-        say: is told every half minute who is missing.
+        say: called every half minute with a line about the missing nodes.
 
     Raises:
-        ConfigError: they do not fit together; every node raises it.
+        ConfigError: the nodes do not fit together; every node raises it.
         DataError: the same, where a node's data are the reason; a StoreError where its store does not answer.
-        MissingNodesError: not all were there within `seconds`.
+        MissingNodesError: not all nodes came within `seconds`.
     """
     own_mark = mark(folder, place.rank)
     hello = replace(hello, token=secrets.token_hex(8))
@@ -109,7 +109,7 @@ def gather(
         else:
             _visit(place, hello, seconds, signals, say)
     except (ConfigError, DataError, MissingNodesError):
-        if hello.problem:  # in the words of this node, which the others read behind its name
+        if hello.problem:  # without this node's name, which the others read in front
             raise refusal(hello.problem, hello.code) from None
         raise
     finally:
@@ -118,7 +118,7 @@ def gather(
 
 
 def _alone(place: Placement, hello: Hello, seconds: float, signals: Signals) -> None:
-    """The only node: its ranks need a port all the same, but choose one where none was named (ports.py)."""
+    """The only node: a port that was named must be free for its ranks; else they choose one (launch/ports.py)."""
     if hello.problem:
         raise refusal(hello.problem, hello.code)
     if place.port != MASTER_PORT:
@@ -126,7 +126,7 @@ def _alone(place: Placement, hello: Hello, seconds: float, signals: Signals) -> 
 
 
 def _leave_mark(path: Path, hello: Hello) -> None:
-    """Writes the token for node 0 to find; a node that has a problem anyway may not be able to, and need not."""
+    """Writes the token for node 0 to find. It need not succeed on a node that has a problem anyway."""
     try:
         path.write_text(hello.token)
     except OSError as error:
@@ -135,7 +135,7 @@ def _leave_mark(path: Path, hello: Hello) -> None:
 
 
 def _listen(place: Placement, seconds: float, signals: Signals) -> socket.socket:
-    """Node 0's port; ranks that are on their way out may hold it for a moment."""
+    """Opens node 0's port; ranks that are just ending may hold it for a moment."""
     end = time.monotonic() + min(seconds, SILENT_S)
     while True:
         try:
@@ -170,7 +170,7 @@ def _receive(
                 peers = [peer for peer in peers if _heard(peer)]
                 here, unsure = _sorted_out(peers)
                 missing = set(range(1, place.nodes)) - {hello.node for hello in here}
-                # Who is late should hear the reason too.
+                # Nodes that come late should hear the reason too.
                 reason, patience = why_not(own, here), LINGER_S if missing else 0.0
                 if not (reason or missing or unsure):
                     reason, patience = unshared(here, folder), SHOWN_S
@@ -198,8 +198,10 @@ def _answer(peers: list[_Peer], reason: str, code: int) -> None:
 
 
 def _sorted_out(peers: list[_Peer]) -> tuple[list[Hello], bool]:
-    """What the peers said, and whether one of them has to wait: a node that comes again, after its machine has died,
-    stands beside its own silent connection for a while; a node that was numbered wrongly stands there longer.
+    """What the peers said, and whether one of them must wait because its number is taken.
+
+    A node that comes again after its machine has died finds its old connection still open, until that is silent for
+    SILENT_S. If both stay longer, two nodes were given the same number, and both are returned.
     """
     here, unsure, nodes = [], False, set()
     for peer in peers:  # in the order in which they came
@@ -214,7 +216,7 @@ def _sorted_out(peers: list[_Peer]) -> tuple[list[Hello], bool]:
 
 
 def _heard(peer: _Peer) -> bool:
-    """Takes what the peer has said; False where it is not (or no longer) one of us."""
+    """Reads what the peer has said; False where it is no node of this job, or has left."""
     try:
         for message in peer.lines():
             peer.hello = Hello(**message)
@@ -232,7 +234,7 @@ def _named(missing: set[int]) -> str:
 
 
 def _visit(place: Placement, own: Hello, seconds: float, signals: Signals, say: Callable[[str], None]) -> None:
-    """Another node: looks for node 0 until it has heard its answer."""
+    """Every other node: looks for node 0 until that has answered."""
     told, end, reason = time.monotonic(), time.monotonic() + seconds, ""
     while not signals.seen:
         try:
@@ -240,7 +242,7 @@ def _visit(place: Placement, own: Hello, seconds: float, signals: Signals, say: 
                 if _answered(_Peer(connection), own, end, signals):
                     return
                 reason = "it does not answer"
-        except OSError as error:  # a name that does not resolve is one too
+        except OSError as error:  # raised also for a name that does not resolve
             reason = str(error)
         where = f"node 0 at {place.master}:{place.port}"
         if time.monotonic() > end:
@@ -252,11 +254,11 @@ def _visit(place: Placement, own: Hello, seconds: float, signals: Signals, say: 
 
 
 def _answered(peer: _Peer, own: Hello, end: float, signals: Signals) -> bool:
-    """Whether node 0 has said to go; False where time is up or a signal has come.
+    """Whether node 0 has answered to go; False where time is up or a signal has come.
 
     Raises:
         ConfigError, DataError: node 0 refused.
-        OSError: this is not node 0's supervisor (old ranks hold the port, say), or it has left.
+        OSError: the other side is not node 0's supervisor (old ranks may hold the port), or it has left.
     """
     while not signals.seen and time.monotonic() < end:
         signals.wait(POLL_S)

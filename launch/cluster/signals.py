@@ -11,9 +11,9 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Signals:
-    """Collects STOPS, and wakes at once on them and on a child's end. PID 1 too, which has no default handlers.
+    """Collects STOPS; `wait` returns at once on them and when a child ends. PID 1, which has no default handlers, too.
 
-    Made in the main thread, once; `close()` puts Python's own handling back.
+    Made once, in the main thread; `close()` restores the handlers of before.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,11 @@ class Signals:
         self.seen: list[int] = []
         """The stops that have come, in order."""
         self.urgent = False
-        """SIGTERM or SIGINT has come again, `AGAIN_S` or more after the first: sooner it is the first, sent to a whole
-        process group and passed on. SIGUSR1 is a warning, as Slurm sends before its SIGTERM."""
+        """SIGTERM or SIGINT has come again, `AGAIN_S` or more after the first. A sooner one is the same request, sent
+        to the whole process group and also passed on. SIGUSR1 does not count: Slurm sends it as an early warning."""
         self._asked_at: float | None = None
         self.looked_at = time.monotonic()
-        """When somebody waited last: who goes round waits often."""
+        """When `wait` was last called; a loop that runs calls it often (health.ROUND_S)."""
 
     def wait(self, seconds: float) -> None:
         """Returns after `seconds`, or sooner on a signal."""

@@ -62,7 +62,7 @@ def test_the_committed_figures_are_of_these_assumptions():
 
 
 def test_a_page_of_metrics_holds_what_each_rank_shows(tmp_path, monkeypatch):
-    """As a rank makes them known at its start; what it adds while it trains has no labels but its own, and layers."""
+    """The labels that a rank declares at its start; while it trains it adds only its own labels and those of layers."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     about = {"world_size": 8, "layers": ["a", "b", "c"], "num_steps": 1, "identity": "0"}
     own = RankMetrics(RECIPES["digits"](), rank=1, local_rank=1, **about)

@@ -1,4 +1,4 @@
-"""Archives cut, joined, padded and damaged: all that lies in them comes out, or is named, or the run says why not."""
+"""Archives cut, joined, padded and damaged: every sample is packed, or named, or the run fails with the reason."""
 
 import bz2
 import gzip
@@ -60,7 +60,7 @@ def unpacked_as_far_as_possible(data: bytes, kind: str) -> bytes:
 
 class Packed(NamedTuple):
     said: str
-    """The line that the run ended with; empty where it went to its end."""
+    """The error with which the run ended; empty where it succeeded."""
     images: list[bytes]
     refusals: dict[str, str]
     told: list[str]
@@ -69,7 +69,7 @@ class Packed(NamedTuple):
 def pack(data: bytes, suffix: str) -> Packed:
     """What the archive `data` becomes, however many of its samples are refused.
 
-    Without the workers of the command: to fork where a decoder's threads run may hang.
+    Without the workers of the command: a fork may hang where threads of a decoder run.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, shards, told = Path(folder, f"in.{suffix}"), Path(folder, "train"), []
@@ -91,7 +91,7 @@ def pack(data: bytes, suffix: str) -> Packed:
 
 
 def missing(packed: Packed, content: bytes, record: Callable[[str, bytes], bytes]) -> list[str]:
-    """Samples that lie in `content`, header and all, but neither came out nor are named."""
+    """Samples that lie in `content` with their header, but were neither packed nor named."""
     named = " ".join(f"{name} {reason}" for name, reason in packed.refusals.items())
     here = {name: data for letter in "xy" for name, data in images(letter).items() if record(name, data) in content}
     return [name for name, data in here.items() if data not in packed.images and name not in named]
@@ -99,7 +99,7 @@ def missing(packed: Packed, content: bytes, record: Callable[[str, bytes], bytes
 
 @st.composite
 def mangled(draw, wholes: list[bytes]) -> bytes:
-    """Parts of archives, cut anywhere or at a block, one behind another, with something between."""
+    """Parts of archives, cut anywhere or at a block and joined, with other bytes between them."""
     parts = []
     for _ in range(draw(st.integers(1, 3))):
         whole = draw(st.sampled_from(wholes))
@@ -198,11 +198,11 @@ def test_something_else_behind_an_archive_is_said():
 
 
 def test_samples_that_a_cut_member_swallowed_are_named():
-    """A member is cut at a block and another tar joined: what lies in its missing part is not walked."""
-    third = TARS[0].index(b"a/x2.jpg") // BLOCK  # where the walk meets a header again
+    """A member is cut at a block and another tar joined there: members in its missing part are not found."""
+    third = TARS[0].index(b"a/x2.jpg") // BLOCK  # where the walk finds a header again
     jpeg = drawn_jpeg(1)
     comment = segment(0xFE, b"c" * ((third + 1) * BLOCK - len(jpeg) - 4))
-    flat = saved(Image.new("RGB", (16, 20), "teal"), "BMP")  # nothing in it tells that its pixels are others
+    flat = saved(Image.new("RGB", (16, 20), "teal"), "BMP")  # nothing in it shows that its pixels are wrong
     for name, whole in (("a/large.jpg", jpeg[:2] + comment + jpeg[2:]), ("a/flat.bmp", flat)):
         header = tar_bytes({name: whole.ljust((third + 1) * BLOCK, b"\0")})[:BLOCK]
         packed = pack(header + whole.ljust(BLOCK)[:BLOCK] + TARS[0], "tar")
@@ -212,7 +212,7 @@ def test_samples_that_a_cut_member_swallowed_are_named():
 
 
 class Pipe(io.BytesIO):
-    """A zip that is written into it has the checksum of each member behind its data."""
+    """A stream: a zip that is written into it has each member's checksum behind the data."""
 
     def seekable(self) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""The digits: the right samples, readable by webdataset, the same bytes however they were made."""
+"""The digits: the right samples, readable by webdataset, the same bytes in every way of making them."""
 
 import hashlib
 import io

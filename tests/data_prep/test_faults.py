@@ -1,4 +1,4 @@
-"""Killed, stopped, out of space, damaged, written to a URL: nothing finished is lost and every fault is told."""
+"""Killed, stopped, out of space, damaged, written to a URL: nothing finished is lost and every fault is reported."""
 
 import contextlib
 import hashlib
@@ -82,7 +82,7 @@ def test_killed_and_run_again_it_has_the_same_bytes_and_redoes_no_shard(archive,
     wait_until(lambda: out.is_dir() and len(list(out.glob("train/.done/train-*.json"))) >= records, process)
     if whole_group:
         os.killpg(process.pid, signal.SIGKILL)
-    else:  # workers that outlive their parent must not spoil what the next run writes
+    else:  # workers that outlive their parent must not damage what the next run writes
         process.kill()
     process.communicate()
     before = finished(out)
@@ -114,7 +114,7 @@ def test_a_worker_that_is_stuck_does_not_outlive_a_killed_run():
     try:
         assert [run.stdout.readline() for _ in range(2)] == ["stuck\n"] * 2
         run.kill()
-        run.communicate(timeout=60)  # the pipe ends with the last process that holds it
+        run.communicate(timeout=60)  # the pipe closes when the last process that has it open ends
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_a_signal_ends_the_run_with_one_line_and_it_goes_on_from_there(archive, 
     out = tmp_path / "set"
     process = begin("imagefolder", archive, out, *SMALL)
     wait_until(lambda: len(list(out.glob("train/.done/train-*.json"))) >= 2, process)
-    os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: the workers get it, too
+    os.killpg(process.pid, number)  # as Ctrl-C in a terminal does: the workers get it too
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
     assert errors == f"stopped by {number.name}; finished shards are kept: run the same command again to continue\n"
@@ -370,7 +370,7 @@ def write_large_tar(path: Path, num_large: int, num_small: int) -> None:
 
 
 def resident_bytes(process: subprocess.Popen) -> int:
-    """Memory of the run and its workers together; pages that they share count once for each."""
+    """Memory of the run and its workers together; a page that they share counts once for each of them."""
     total = 0
     try:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

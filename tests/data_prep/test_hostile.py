@@ -1,4 +1,4 @@
-"""Archives made to harm: nothing is written outside of the output, no member is trusted, no run ends in a traceback."""
+"""Hostile archives: nothing is written outside of the output, no member is trusted, no run ends in a traceback."""
 
 import io
 import json

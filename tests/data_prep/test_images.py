@@ -31,14 +31,14 @@ def saved(image: Image.Image, kind: str, **settings) -> bytes:
 
 
 def turned(kind: str) -> bytes:
-    """An image whose EXIF block says that it lies on its side."""
+    """An image whose EXIF block says that it is rotated by 90 degrees."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     return saved(drawn(4), kind, exif=exif)
 
 
 def held(value: int) -> bytes:
-    """A JPEG of 64 x 48 stored pixels with this orientation: from 5 on, height and width change places."""
+    """A JPEG of 64 x 48 stored pixels with this orientation: from 5 on, height and width are swapped."""
     return with_segments(drawn_jpeg(20 + value), exif(tiff_block(value)))
 
 
@@ -315,7 +315,7 @@ def test_a_library_that_logs_or_warns_is_heard_and_nothing_is_printed(capfd):
 
 
 def test_a_jpeg_without_its_end_must_need_its_last_bytes():
-    """Zeros in place of the rest, as of a file that was given its full size at once, may decode as image data."""
+    """Zeros in place of the rest, as in a file that was created at its full size, may decode as image data."""
     flat = saved(Image.new("RGB", (64, 64), "teal"), "JPEG", quality=90)
     whole = drawn_jpeg(3, 96, 96)
     for data in (flat, whole):

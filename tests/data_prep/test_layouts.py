@@ -125,7 +125,7 @@ REFUSED = {
     "detection": (flat("train/images") | flat("valid/images"), "2 images lie in train and have no labels"),
     "masks": (
         flat("cat/images") | flat("cat/masks") | flat("dog/images"),
-        "cat holds images, masks, so that more than",
+        "cat holds images, masks, so that other files",
     ),
     "a flat val": (
         filled("train/") | flat("val"),
@@ -219,7 +219,7 @@ def test_tiny_imagenet_packs_as_it_is_distributed(tiny, tmp_path):
 
 
 def _sheets_differ_by_names(folder: Path) -> None:
-    """The contact sheet shows what classes are called: without that it looks otherwise."""
+    """The contact sheet shows display names: without them it looks different."""
     sheets = []
     for _ in range(2):
         info(make_store(str(folder)), folder / "sheet.png", 0, lambda line: None)
@@ -327,11 +327,11 @@ def test_a_folder_whose_files_are_all_refused_says_why(tmp_path):
             zipped.writestr(name, b"image")
     data = bytearray(archive.read_bytes())
     for entry in (at for at in range(len(data)) if data[at : at + 4] == b"PK\1\2"):
-        data[entry + 10] = 9 if b"cat" in data[entry + 46 : entry + 55] else 0  # a method that nobody here unpacks
+        data[entry + 10] = 9 if b"cat" in data[entry + 46 : entry + 55] else 0  # a method that is not supported
     archive.write_bytes(data)
     with pytest.raises(DataError) as error:
         indexed(ImageFolder(str(archive), 0.0, 0), tmp_path / "work")
-    assert "the class folder cat of train holds no image that can be read: 2 files are refused, cat/0.jpg" in str(
+    assert "the class folder cat of train holds no image that can be read: 2 files are refused, first cat/0.jpg" in str(
         error.value
     )
     root = write_folder(tmp_path / "in", filled("") | {os.fsdecode(b"caf\xe9/1.jpg"): b"image"})

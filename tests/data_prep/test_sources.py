@@ -1,4 +1,4 @@
-"""Every layout that images come in becomes the same samples, and a wrong one is a clear line."""
+"""Every supported layout gives the same samples, and a wrong one gives a clear line."""
 
 import io
 import json

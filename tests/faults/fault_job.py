@@ -1,10 +1,10 @@
 """launch/train.py with an accident at an exact point, which FAULT="RANK SIGNAL POINT N" in the environment names:
 RANK sends itself SIGNAL at its N-th passage, from 1, of POINT: forward, reduce, save or evaluate. SIGTERM+SIGTERM sends
 two, `AGAIN_S` apart, and stays at the point. N may be several, as in 3,7. In the place of a signal, NAN
-makes a sample's pixels NaN, SLOW every forward pass from then on take 0.2 s more, and FLIP changes one element of the
-first parameter.
+makes a sample's pixels NaN, SLOW makes every later forward pass 0.2 s longer, and FLIP changes one element of the first
+parameter.
 
-The product knows nothing of this: the wraps are around DeepSpeed's and torch's own functions.
+The program itself has no code for this: only functions of DeepSpeed and torch are wrapped.
 """
 
 import os
@@ -20,7 +20,7 @@ passages = 0
 
 
 def reached() -> bool:
-    """Whether this passage is the one that was asked for."""
+    """Whether this is a passage that FAULT names."""
     global passages
     passages += 1
     return str(passages) in NTH.split(",")
@@ -55,9 +55,9 @@ def prepare_accident() -> None:
         return forward(engine, images)
 
     def struck_all_reduce(tensor, *args, **kwargs):
-        if tensor.numel() > 10_000 and reached():  # the gradient's: the others are of a few numbers
+        if tensor.numel() > 10_000 and reached():  # the all-reduce of gradients: all others have a few numbers only
             work = all_reduce(tensor, *args, **kwargs | {"async_op": True})
-            strike()  # while it is under way
+            strike()  # while the all-reduce is under way
             assert work is not None
             work.wait()
             return None

@@ -24,7 +24,7 @@ TRAIN = "launch/train.py"
 
 @pytest.fixture(scope="module")
 def half_done(digits, tmp_path_factory) -> tuple[Path, int]:
-    """A run that was stopped by request, and the step; it has a checkpoint after step 5 and one after this step."""
+    """A run that was stopped on request, and its last step; it has checkpoints after step 5 and after that step."""
     run_dir = tmp_path_factory.mktemp("half") / "run"
     ended = launch("tests/faults/fault_job.py", *arguments(digits, run_dir), FAULT="0 SIGTERM forward 30")
     assert ended.returncode == EXIT_STOPPED, ended.output
@@ -35,12 +35,12 @@ def half_done(digits, tmp_path_factory) -> tuple[Path, int]:
 
 @pytest.fixture
 def run_dir(half_done, tmp_path) -> Path:
-    """A copy of it."""
+    """A copy of `half_done`'s run."""
     return Path(shutil.copytree(half_done[0], tmp_path / "run"))
 
 
 def contents(run_dir: Path) -> dict[Path, bytes]:
-    """Every file of a run but the lock, which names the last process that held it, and the logs, which only grow."""
+    """Every file of a run, except the lock (it names its last holder) and the logs (they grow at every start)."""
     files = (path for path in sorted(run_dir.rglob("*")) if path.is_file())
     return {path: path.read_bytes() for path in files if path.name != "lock" and path.parent.name != "logs"}
 
@@ -54,7 +54,7 @@ def assert_refused(ended: Ended, line: str) -> None:
 
 
 def assert_goes_on(digits: Path, run_dir: Path, straight, step: int, *words: str) -> str:
-    """The old command takes the run from the checkpoint after `step` to the end; what it said."""
+    """The same command takes the run from the checkpoint after `step` to its end; returns its output."""
     again = launch(TRAIN, *arguments(digits, run_dir), *words)
     assert again.returncode == EXIT_DONE, again.output
     assert f"resumed from the checkpoint after step {step}\n" in again.output
@@ -151,7 +151,7 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(digits, strai
 
 @pytest.mark.faults
 def test_a_second_training_on_a_launchers_port_is_refused_and_the_first_goes_on(digits, straight, tmp_path):
-    """As where both leave it at the launcher's 29500."""
+    """As when both jobs keep the launcher's default port, 29500."""
     first, port = tmp_path / "first", free_port()
     process = start(TRAIN, *arguments(digits, first), master_port=port)
     read_until(process, r"^step +2/")

@@ -49,7 +49,7 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 @pytest.mark.faults
 def test_a_second_signal_leaves_at_once_from_inside_a_collective(digits, tmp_path):
-    """Rank 1 stands still, so that rank 0 waits for it in C++, where no Python handler runs."""
+    """Rank 1 is stopped, so rank 0 waits for it in C++, where no Python handler runs."""
     process = start(JOB, *arguments(digits, tmp_path / "run"), FAULT="1 SIGSTOP forward 40")
     read_until(process, r"^step +9/")
     first, second = rank_of(process, 0), rank_of(process, 1)
@@ -102,7 +102,7 @@ def test_ranks_whose_launcher_is_killed_stop_with_a_checkpoint(digits, tmp_path,
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_and_all_its_ranks_stops_them_with_a_checkpoint(digits, tmp_path, number):
-    """As Ctrl-C does; steps take long enough for the ranks to find the runner gone."""
+    """As Ctrl-C does; steps take long enough for the ranks to notice that the runner has ended."""
     run_dir = tmp_path / "run"
     process = start(JOB, *arguments(digits, run_dir), "--train.epochs", "50", FAULT="1 SLOW forward 1")
     read_until(process, r"^step +2/")
@@ -115,7 +115,7 @@ def test_a_signal_to_the_launcher_and_all_its_ranks_stops_them_with_a_checkpoint
 
 
 def names_at(digits: Path, position: int, count: int) -> list[str]:
-    """Names of the training samples at stream positions, by the order and the tars alone."""
+    """Names of the training samples at stream positions, computed from the order and the tars alone."""
     manifest = Manifest.load(digits / "train")
     names = []
     for shard in manifest.shards:
@@ -275,7 +275,7 @@ def test_sigterm_anywhere_stops_all_with_a_checkpoint_and_repeats_no_step(
 
 @pytest.mark.faults
 def test_a_clock_that_jumps_backwards_changes_no_result_and_no_rate(digits, straight, tmp_path):
-    """The wall clock falls back an hour at every look at it, in every process."""
+    """The wall clock goes back an hour at every read, in every process."""
     (tmp_path / "sitecustomize.py").write_text(
         "import time\n_real, _looks = time.time, [0]\n"
         "def _back():\n    _looks[0] += 1\n    return _real() - 3600 * _looks[0]\n"

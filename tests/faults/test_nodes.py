@@ -1,5 +1,5 @@
-"""Two nodes with their supervisors as PID 1, and what may happen to them: the job ends with the weights of `straight`,
-which is one node of two ranks that nothing disturbed.
+"""Two nodes with their supervisors as PID 1, and faults of every kind: the job ends with the weights of `straight`, an
+undisturbed run on one node with two ranks.
 """
 
 import json
@@ -19,7 +19,7 @@ from tests.support.training_runs import arguments
 from tests.test_training import assert_same_result
 
 TIMEOUT_S = 20
-"""train.timeout_s: more than a first step takes, on a machine that does other things too."""
+"""train.timeout_s: longer than a first step takes on a busy machine."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,7 +184,7 @@ def test_other_data_on_one_node_are_refused(case, digits, tmp_path):
 
 @pytest.mark.faults
 def test_other_options_on_one_node_are_refused_by_the_ranks(case):
-    """Also one that changes no result: on logged steps the ranks exchange their times."""
+    """This holds for an option that changes no result too: on logged steps the ranks exchange their times."""
     jobs = [*case.start(0), case.nodes.start(1, train=[*case.train, "--train.log_every", "3"])]
     both_end(jobs, EXIT_USAGE)
     assert "error: the ranks do not agree: the configurations differ; start every node" in jobs[0].output

@@ -86,7 +86,7 @@ def image(tmp_path_factory) -> Iterator[Image]:
 
 @pytest.mark.faults
 def test_the_smoke_overlay_runs_in_the_image(image, tmp_path):
-    """Its own commands, packing and then training, as PID 1, without privileges, on a read-only root."""
+    """The image's own commands run, packing and then training, as PID 1, without privileges, on a read-only root."""
     assert len(image.not_run) == len(NOT_RUN)  # the steps for Debian itself, and no other, were passed over
     (workload,) = workloads(render("overlays/cpu-smoke"))
     tmp_path.chmod(0o777)

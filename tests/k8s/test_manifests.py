@@ -39,7 +39,7 @@ CUSTOM: dict[str, Callable] = {
     "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime.from_dict,
 }
 UNPUBLISHED = {"LocalQueue", "PodMonitor", "PrometheusRule"}
-"""Kinds for which pip has no models: only what the other tests say of them is checked."""
+"""Kinds for which no package has models: they are checked by the other tests only."""
 S3 = {"chispike-s3": {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}}
 MADE_BY_THE_USER = {"chispike-raw"}
 EVERYTHING = [*WHOLE, "vanilla with all components"]
@@ -61,7 +61,7 @@ def validate(version: str) -> None:
     seen = []
     for name in EVERYTHING:
         jobs = [{"apiVersion": "batch/v1", "kind": "Job", "spec": w.spec} for w in workloads(objects(name))]
-        for document in [*objects(name), *jobs]:  # a Job inside a custom object is validated as one, too
+        for document in [*objects(name), *jobs]:  # a Job inside a custom object is validated too
             if document["kind"] in UNPUBLISHED or document["kind"] in CUSTOM or document in seen:
                 continue
             seen.append(document)
@@ -187,7 +187,7 @@ def test_exit_codes_decide_as_the_program_means_them():
 def test_a_failure_that_all_nodes_share_may_come_a_dozen_times():
     for workload in training():
         nodes, limit = workload.spec.get("completions", 2), workload.spec["backoffLimit"]
-        assert limit == 0 if workload.job != "chispike" else limit >= 12 * nodes  # 0 in what starts all nodes together
+        assert limit == 0 if workload.job != "chispike" else limit >= 12 * nodes  # 0 in what restarts all nodes
 
 
 def test_the_try_on_one_machine_fits_into_a_default_minikube():
@@ -309,7 +309,7 @@ def test_the_operators_rules_are_those_of_the_plain_prometheus():
 
 
 def squeezed(value):
-    """Without what kustomize changes: the white space in expressions, which means nothing."""
+    """Without the white space in expressions, which has no meaning and which kustomize changes."""
     if isinstance(value, dict):
         return {key: squeezed(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -355,7 +355,7 @@ TRAINING = ["vanilla", "cpu-smoke", "jobset", "kubeflow-trainer"]
 
 
 def commands(overlay: str, tmp_path: Path) -> Iterator[tuple[Workload, dict[str, str], list[str]]]:
-    """The job, and for each of its pods the environment and the words after `python`."""
+    """The Job, and for each of its pods the environment and the arguments of `python`."""
     (workload,) = workloads(render(f"overlays/{overlay}"))
     (container,) = workload.pod["containers"]
     for index in range(2):

@@ -48,7 +48,7 @@ def queries(dashboard: dict) -> list[tuple[str, str]]:
 
 
 def unknown_metrics(expression: str) -> set[str]:
-    """What an expression reads that neither the code nor a recording rule makes."""
+    """Metrics in an expression that neither the code nor a recording rule provides."""
     recorded = {rule["record"] for rule in RULES if "record" in rule}
     known = {f"snn_{name}{'_total' * (metric.kind == 'counter')}" for name, metric in METRICS.items()}
     return set(re.findall(r"\b(?:\w+:)?snn_\w+(?::\w+)?", expression)) - known - recorded
@@ -113,7 +113,7 @@ def graphs(link: str) -> list[dict[str, str]]:
 
 
 def test_make_monitor_prints_a_link_with_the_graphs_filled_in(tmp_path):
-    """By a Python that has nothing but its standard library, as before the first `make train`."""
+    """A Python with its standard library alone prints it, as before the first `make train`."""
     (tmp_path / "prometheus").write_text("#!/bin/sh\necho started on $3\n")
     (tmp_path / "prometheus").chmod(0o755)
     bare = f"PYTHON={sys.executable} -I -S"
@@ -239,7 +239,7 @@ class Prometheus:
             return json.load(response)["data"]["result"]
 
     def wait_for(self, expression: str) -> list[dict]:
-        """Its series, once there are any; Prometheus has nothing that one could wait on but its answers."""
+        """Its series, once there are any. It polls, since Prometheus has no event to wait for."""
         end = time.monotonic() + 120
         while time.monotonic() < end:
             try:

@@ -1,4 +1,4 @@
-"""`--dry-run`: what would be trained, and that nothing is."""
+"""`--dry-run` says what would be trained, and trains nothing."""
 
 import dataclasses
 import json

@@ -161,7 +161,7 @@ def test_data_of_other_classes_are_refused(run, tmp_path):
     write_set(tmp_path / "fewer" / "val", [drawn_jpeg(n) for n in range(3)], per_shard=3, classes=4)
     assert "has 4 classes, but the run was trained on 10" in refusal(ConfigError, run, "--data", tmp_path / "fewer")
     about = json.loads((run / "run.json").read_text())
-    del about["classes"]  # as of a run before they were kept
+    del about["classes"]  # as in a run of an older version, which did not keep them
     (run / "run.json").write_text(json.dumps(about))
     assert "has 4 classes, but the network of" in refusal(ConfigError, run, "--data", tmp_path / "fewer")
 

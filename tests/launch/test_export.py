@@ -1,4 +1,4 @@
-"""Exported weights: the file says what it holds, its card's five lines load it, and nothing is overwritten unasked."""
+"""Exported weights: the file says what it holds, its card's code loads it, nothing is overwritten without --force."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def run(straight, tmp_path) -> Path:
 
 
 def logits(run: Path, step: int) -> torch.Tensor:
-    """Of the run's own checkpoint, for images that every test draws alike."""
+    """Logits of the run's own checkpoint, for images that are the same in every test."""
     network = load_network.load(run, read(run).config, step=step).network
     with torch.no_grad():
         return network(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))).mean(0)
@@ -94,7 +94,7 @@ def test_the_card_tells_of_the_evaluation_that_was_made(run, tmp_path):
         "classes": [{"name": str(i), "num_samples": 36, "accuracy_ratio": 0.5 + i / 100} for i in range(10)],
         "energy": {"microjoule": 2.1, "num_samples": 359, "layers": layers},
     }
-    evaluation["classes"][8]["display_name"] = "eight"  # the earliest evaluations have none
+    evaluation["classes"][8]["display_name"] = "eight"  # evaluations of older versions have none
     path = evaluation_path(run, STEPS, "val")
     path.parent.mkdir()
     write_json(path, evaluation)

@@ -56,7 +56,7 @@ print(sys.modules["pipeline"].__file__)
 
 
 def needed_by(names: list[str]) -> set[str]:
-    """These distributions and, again and again, those that they require here."""
+    """These distributions and all that they require here, directly or through others."""
     found: set[str] = set()
     while names:
         name = names.pop()
@@ -75,7 +75,7 @@ def link(distribution: str, site: Path) -> None:
     """Puts links to what a distribution has installed into `site`."""
     for file in importlib.metadata.files(distribution) or []:
         folder = Path(str(file.locate())).parents[len(file.parts) - 1]
-        # A folder that several share, as `nvidia`, is made anew: else the links would bring what others have in it.
+        # A folder that several distributions share, such as `nvidia`, is made anew: a link would include the others'.
         depth = 1 if len(file.parts) == 1 or (folder / file.parts[0] / "__init__.py").exists() else 2
         there = site.joinpath(*file.parts[:depth])
         if file.parts[0] in ("..", "__pycache__") or there.exists():
@@ -97,7 +97,7 @@ def test_chi_runs_where_there_is_nothing_but_torch_and_numpy(tmp_path):
     subprocess.run([*pip, "--no-deps", "--target", str(installed), "."], cwd=source, check=True)
     for name in needed_by(["torch", "numpy"]):
         link(name, site)
-    # Without site, user site and environment: of what lies beside torch it sees nothing but the links.
+    # Without site, user site and environment it sees only the links, nothing else that is installed beside torch.
     done = subprocess.run([sys.executable, "-I", "-S", "-c", ALONE, str(installed), str(site)],
                           capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -105,7 +105,7 @@ def test_chi_runs_where_there_is_nothing_but_torch_and_numpy(tmp_path):
 
 
 def run_as(assignment: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """A module's command under a Python that takes itself for another."""
+    """A module's command under a Python that reports another version or system."""
     code = f"import runpy, sys; {assignment}; sys.argv = {list(words)}; "
     code += f"runpy.run_module({words[0]!r}, run_name='__main__', alter_sys=True)"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -145,7 +145,7 @@ def test_the_versions_of_python_are_those_of_pyproject():
 
 
 def test_the_dali_for_cuda_12_has_the_pinned_version():
-    """It is the same release as the one for CUDA 13, which it takes the place of."""
+    """It is the same release as the one for CUDA 13, which it replaces."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     pinned = re.search(r"^nvidia-dali-cuda130==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert pinned

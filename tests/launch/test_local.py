@@ -1,4 +1,4 @@
-"""What a person sees of a run on one machine: at a real terminal, with the usual ports taken, and how it ends."""
+"""What a user sees of a run on one machine: at a real terminal, with the usual ports taken, and at its end."""
 
 import os
 import pty
@@ -35,7 +35,7 @@ def at_a_terminal(command: list[str], until: str) -> tuple[int, str]:
         os.environ.pop("NO_COLOR", None)
         os.execv(command[0], command)
     seen, typed = "", False
-    with suppress(OSError):  # what a terminal says when nobody holds its other side any more
+    with suppress(OSError):  # raised once no process has the terminal's other side open
         while data := os.read(terminal, 65536):
             seen += data.decode(errors="replace")
             if not typed and re.search(until, seen, re.MULTILINE):
@@ -64,7 +64,7 @@ def test_a_terminal_shows_our_lines_alone_and_ctrl_c_stops_with_a_checkpoint_on_
         rf"metrics at http://127\.0\.0\.1:\d+/metrics \(port {USUAL_PORT} is taken\)",
         r"step +\d+/14  epoch .*",
         r"step +\d+: rank \d is .*",
-        r"SIGINT received: the ranks are to save and stop",
+        r"SIGINT received: the ranks save and stop",
         r"rank 0: SIG(INT|TERM): the run stops within two steps, with a checkpoint; once more \(after 2 s\), at once",
         r"stopped on request after step \d+, checkpoint saved; run again to continue",
     )
@@ -107,10 +107,10 @@ def test_ranks_whose_launcher_dies_save_before_the_command_ends(digits, tmp_path
         (NOT_BEGUN, [signal.SIGINT], EXIT_STOPPED, "stopped on request before the first step; run again to continue\n"),
         (EXIT_INTERNAL, [signal.SIGINT, signal.SIGINT], 128 + signal.SIGINT, ""),
         (-signal.SIGTERM, [signal.SIGTERM], 128 + signal.SIGTERM, "stopped on request; run again to go on from"),
-        (256 - signal.SIGKILL, [], EXIT_INTERNAL, "a rank was ended by SIGKILL, as where memory runs out; run again"),
+        (256 - signal.SIGKILL, [], EXIT_INTERNAL, "a rank was ended by SIGKILL, often for lack of memory; run again"),
         (256 - signal.SIGBUS, [signal.SIGTERM], EXIT_INTERNAL, "a rank was ended by SIGBUS; run again"),
         (-signal.SIGKILL, [], EXIT_INTERNAL, "the launcher was ended by SIGKILL"),
-        (EXIT_DONE, [], EXIT_INTERNAL, "rank 0 left no summary.json"),  # the launcher's second half was killed
+        (EXIT_DONE, [], EXIT_INTERNAL, "rank 0 left no summary.json"),  # the launcher's second process was killed
         (143, [], EXIT_INTERNAL, "exit code 143"),
         (1, [], EXIT_INTERNAL, "error: the run ended early: exit code 1; run again to go on from the newest"),
     ],

@@ -287,7 +287,7 @@ def test_help_names_the_recipes_and_every_field():
 
 @pytest.mark.parametrize("recipe", ["digits", "cifar10"])
 def test_make_packs_the_digits_alone_and_trains_any_recipe_with_any_options(recipe, tmp_path):
-    """In a folder that holds nothing else: what a checkout's data/ and runs/ hold is of no account."""
+    """In a folder that holds nothing else, so that data/ and runs/ of the checkout do not count."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     command = ["make", "-n", "train", f"RECIPE={recipe}", "ARGS=--train.epochs 2"]

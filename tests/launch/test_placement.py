@@ -99,7 +99,7 @@ def test_the_hostfile_is_read_by_deepspeed_as_it_is_meant():
 
 @pytest.mark.parametrize(("nodes", "node"), [(1, "localhost"), (3, "node-1")])
 def test_ranks_take_the_gpus_that_the_environment_leaves_them(nodes, node):
-    """DeepSpeed's launcher takes CUDA_VISIBLE_DEVICES away and sets it to what it reads here."""
+    """DeepSpeed's launcher removes CUDA_VISIBLE_DEVICES and sets it by what it reads here."""
     from deepspeed.launcher.runner import _parse_hostfile, parse_args, parse_inclusion_exclusion
 
     place = Placement(nodes=nodes, rank=nodes // 2, master="a", port=1, slots=2, gpus=(2, 5))

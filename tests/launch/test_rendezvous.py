@@ -45,7 +45,7 @@ def test_data_that_one_node_lacks_end_all_with_the_reason(digits, tmp_path):
 
 
 def test_a_node_says_that_its_options_are_not_those_of_the_stored_run(digits, tmp_path):
-    """So that node 0, whose options are those, does not wait for it in vain."""
+    """Node 0, which has the right options, must not wait for this node in vain."""
     place = Placement(nodes=2, rank=1, master="a", port=1, slots=1)
     config = parse(["--recipe", "digits", "--run_dir", str(tmp_path / "run"), "--data.path", str(digits)])
     assert introduce(place, config).problem == ""

@@ -29,7 +29,7 @@ from tests.test_training import assert_same_result
         (EXIT_STOPPED, True, True, EXIT_STOPPED),
         (EXIT_STOPPED, False, False, EXIT_STOPPED),  # another node was asked
         (256 - signal.SIGTERM, True, True, EXIT_STOPPED),  # ended before it had a step to save
-        (128 + signal.SIGTERM, True, True, EXIT_INTERNAL),  # asked twice: what it had not saved is lost
+        (128 + signal.SIGTERM, True, True, EXIT_INTERNAL),  # asked a second time: what it had not saved is lost
         (EXIT_DONE, True, True, EXIT_INTERNAL),
         (EXIT_INTERNAL, True, True, EXIT_INTERNAL),
         (EXIT_INTERNAL, False, True, None),
@@ -71,7 +71,7 @@ def test_a_mistake_ends_with_64_and_one_line(words, message, capsys):
 
 @pytest.mark.parametrize(("local_rank", "waits"), [("1", True), ("0", False)])
 def test_only_ranks_beside_rank_0_give_it_time_to_speak(local_rank, waits, monkeypatch, capsys):
-    """The signal that ends the wait is there already; who does not wait leaves it where it is."""
+    """The signal that ends the wait is already pending; without a wait it stays pending."""
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     on_sigterm, end = signal.getsignal(signal.SIGTERM), {signal.SIGUSR2}
     signal.pthread_sigmask(signal.SIG_BLOCK, end)
@@ -147,7 +147,7 @@ def test_ranks_end_when_their_supervisor_is_killed_and_the_next_one_finishes(dig
     process = supervise(*words)
     read_until(process, r"^step +7/")
     process.kill()
-    output, _ = process.communicate(timeout=60)  # until nobody holds its output any more
+    output, _ = process.communicate(timeout=60)  # until no process has its output open any more
     assert output.count("the supervisor is gone: leaving at once, without a checkpoint") == 2, output
     again = supervise(*words)
     output, _ = again.communicate(timeout=200)

@@ -1,4 +1,4 @@
-"""What docs/clusters.md gives to copy does what the page says of it."""
+"""The examples of docs/clusters.md do what the page says of them."""
 
 import configparser
 import re

@@ -1,4 +1,4 @@
-"""Real servers to read shards from: HTTP that misbehaves as it is told to, and the S3 protocol, which may too."""
+"""Real servers to read shards from: HTTP and the S3 protocol, both with faults on request."""
 
 import os
 import threading
@@ -163,7 +163,7 @@ def serve_s3(folder: Path, bucket: str) -> Iterator[tuple[str, FaultyServer]]:
             client.upload_file(str(path), bucket, str(path.relative_to(folder)))
         with _running(FaultyProxy((host, port))) as proxy:
             os.environ["AWS_ENDPOINT_URL"] = proxy.url
-            S3FileSystem.clear_instance_cache()  # else a client of an earlier server is taken again
+            S3FileSystem.clear_instance_cache()  # else a client of an earlier server is used again
             yield f"s3://{bucket}", proxy
     finally:
         server.stop()

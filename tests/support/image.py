@@ -1,7 +1,7 @@
-"""The Dockerfile without an engine: its steps in a chroot that borrows this machine's /usr and Python.
+"""Builds the Dockerfile without a container engine: in a chroot with this machine's /usr and Python.
 
 What differs from a real build: the base image is this machine, so the steps that only prepare Debian are not run
-(`NOT_RUN`); layers, labels and the image's size are not made. Needs root, for mounts.
+(`NOT_RUN`); there are no layers, no labels and no image size. Needs root, for mounts.
 """
 
 import fnmatch
@@ -47,7 +47,7 @@ def steps(text: str) -> list[Step]:
 
 
 def ignored(path: str, patterns: list[str]) -> bool:
-    """Whether .dockerignore keeps a path (from the context's root) out: the last pattern that fits decides."""
+    """Whether .dockerignore excludes a path (from the context's root): the last pattern that matches decides."""
     out = False
     for pattern in patterns:
         plain = pattern.removeprefix("!")
@@ -59,7 +59,7 @@ def ignored(path: str, patterns: list[str]) -> bool:
 
 
 class Image:
-    """What a Dockerfile makes, in `root`. `not_run` lists the steps that were passed over."""
+    """The file system that a Dockerfile makes, in `root`. `not_run` lists the steps that were passed over."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.not_run = root, []

@@ -24,7 +24,7 @@ _TO_STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""What turns the upright picture into one that a camera stores with this orientation."""
+"""Operations that turn the upright picture into the one that a camera stores with this orientation."""
 
 
 @cache
@@ -81,7 +81,7 @@ def xmp(orientation: int) -> bytes:
 
 
 def stored(orientation: int) -> Image.Image:
-    """The picture as a camera stores it that was held so."""
+    """The picture as stored by a camera that was held so."""
     return picture().transpose(_TO_STORED[orientation]) if orientation in _TO_STORED else picture()
 
 
@@ -363,7 +363,7 @@ def others() -> dict[str, bytes]:
     }
 
 
-# jpegtran -arithmetic of the picture: neither Pillow nor our own hands write it
+# jpegtran -arithmetic of the picture: neither Pillow nor this file can write it
 ARITHMETIC = (
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAMCAgICAgMCAgIDAwMDBAYEBAQEBAgGBgUGCQgKCgkICQkKDA8MCgsOCwkJDRENDg8QEBEQCgwSEx"
     "IQEw8QEBD/2wBDAQMDAwQDBAgEBAgQCwkLEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBD/yQARCAAw"

@@ -105,7 +105,7 @@ def environment(workload: Workload, container: dict, index: int, secrets: dict[s
 
 
 def expand(text: str, variables: dict[str, str]) -> str:
-    """$(NAME) as Kubernetes replaces it; an unknown name is an error here, and there stays as it is."""
+    """$(NAME) as Kubernetes replaces it. An unknown name is an error here; Kubernetes leaves it as it is."""
     return re.sub(r"\$\((\w+)\)", lambda name: variables[name[1]], text)
 
 

@@ -1,6 +1,6 @@
-"""`pytest --log-to FILE`: appends what was run where, and each test's outcome and time as it ends, to a file.
+"""`pytest --log-to FILE`: appends the command, the machine, and each test's outcome and time as it ends, to a file.
 
-docs/faults.log is such a file. What another run of pytest left in it stays, so that tests can be run in several.
+docs/faults.log is such a file. Lines of earlier runs of pytest stay, so that several runs can share a file.
 """
 
 import os

@@ -25,7 +25,7 @@ def prepare(*arguments: object, timeout: float = 120) -> subprocess.CompletedPro
 
 
 def indexed(source: Source, work: Path) -> tuple[dict[str, Split], list[str]]:
-    """What a source finds, by split, without packing it, and what it says on the way; `work` is made."""
+    """The splits that a source finds, without packing, and the lines that it says; `work` is made."""
     work.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
     return {split.name: split for split in source.index(work, said.append)}, said

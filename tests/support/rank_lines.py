@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 def tell(kind: str, result: object) -> None:
-    """Rank 0's line of a result. In one write, since whatever else the ranks say goes to the same pipe."""
+    """Rank 0 prints a result as a line. It is a single write, since all ranks share the pipe."""
     if dist.get_rank() == 0:
         sys.stdout.flush()
         os.write(sys.stdout.fileno(), f"\n{kind} {json.dumps(result)}\n".encode())
@@ -21,7 +21,7 @@ def told(output: str, kind: str) -> list:
 
 
 def leave() -> NoReturn:
-    """Ends a rank once all have told: gloo's threads now and then abort an interpreter that ends by itself."""
+    """Ends a rank once all have printed: gloo's threads sometimes abort an interpreter that ends by itself."""
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)

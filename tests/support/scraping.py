@@ -32,7 +32,7 @@ def series(server: NodeServer) -> dict[tuple[str, ...], float]:
 
 
 def raw(server: NodeServer, request: bytes) -> bytes:
-    """Whatever the server answers; it may hang up while we still write."""
+    """The server's whole answer; it may close the connection while we still write."""
     with socket.create_connection(place_of(server), timeout=10) as client:
         try:
             client.sendall(request)

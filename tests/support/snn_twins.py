@@ -1,4 +1,4 @@
-"""What tests of spiking layers share: counters, a demand for the CPU twin, memory that shows what nobody wrote."""
+"""What tests of spiking layers share: counters, a check for the CPU twin, and memory that shows unwritten parts."""
 
 import pytest
 import torch

@@ -49,6 +49,6 @@ def processes_with(word: str) -> list[int]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code, and what it said behind the line that says where its metrics are."""
+    """Exit code, and the output after the line with the address of its metrics."""
     output, _ = process.communicate(timeout=120)
     return process.returncode, output.partition("/metrics\n")[2]

@@ -40,7 +40,7 @@ def leveldb_log(content: bytes, *, offset: int) -> Iterator[bytes]:
         _, size, kind = struct.unpack_from("<IHB", content, at)
         record += content[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # a whole one, or the last part of one
+        if kind in (1, 4):  # a whole record, or the last part of one
             yield record
             record = b""
 

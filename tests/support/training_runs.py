@@ -1,4 +1,4 @@
-"""A short run of the digits by the real launcher, which several files of tests look at; none of them changes it."""
+"""A short run of the digits by the real launcher, shared by several test files; none of them changes it."""
 
 import re
 import subprocess

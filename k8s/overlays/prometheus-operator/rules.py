@@ -1,4 +1,4 @@
-"""Writes prometheusrule.yaml, the rules of k8s/monitoring as the operator takes them:  python3 rules.py"""
+"""Writes prometheusrule.yaml, the rules of k8s/monitoring in the operator's format:  python3 rules.py"""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ spec:
 
 
 def document() -> str:
-    """The object: the rule file's text, indented, without its own comments at the top."""
+    """The PrometheusRule: the rule file's text, indented, without the comments at its top."""
     lines = RULES.read_text(encoding="utf-8").splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("groups:"))
     return HEAD + "".join(f"  {line}".rstrip() + "\n" for line in lines[first:])
