@@ -30,7 +30,7 @@ from pipeline.config import Config
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 from pipeline.metrics.exporter import USUAL_PORT
 from pipeline.ranks.stop_requests import SUPERVISED
-from pipeline.run_dir import caches, run_folder, run_lock
+from pipeline.run_dir import caches, locks, run_folder
 
 FAREWELL_S = 60.0
 """For the ranks of other nodes to end and their supervisors to ask: a closed connection ends them in seconds. Longer
@@ -230,7 +230,7 @@ class Supervisor:
         end, told = time.monotonic() + LEASE_S, False
         while not self._signals.seen:
             try:
-                run_lock.hold(self._config.run_dir, patience_s=0).close()
+                locks.hold(self._config.run_dir, patience_s=0).close()
                 return None
             except ConfigError as error:
                 if time.monotonic() > end:

@@ -5,9 +5,10 @@ A record's keys are the metrics' names without `snn_`; a value is a number, or f
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from pipeline.run_dir import atomic
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
@@ -25,9 +26,7 @@ class Journal:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [line for line in read_journal(path) if line["step"] <= resume_step and resume_step > 0]
-        temporary = path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        atomic.write(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
 
     def write(self, record: dict) -> None:

@@ -129,7 +129,7 @@ def test_a_signal_ends_the_run_with_one_line_and_it_goes_on_from_there(archive, 
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
     assert errors == f"stopped by {number.name}; finished shards are kept: run the same command again to continue\n"
-    assert not list(out.rglob(".tmp-*"))
+    assert not [*out.rglob(".tmp-*"), *out.rglob(".*.tmp")]
     before = finished(out)
     assert before
     assert prepare("imagefolder", archive, out, *SMALL).returncode == 0
@@ -156,7 +156,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_finished(archive, whole, smal
     assert full.returncode == 65
     assert full.stderr.startswith(f"error: no space left for {small_disk}")
     assert full.stderr.count("\n") == 1
-    assert not list(small_disk.rglob(".tmp-*"))
+    assert not [*small_disk.rglob(".tmp-*"), *small_disk.rglob(".*.tmp")]
     before = finished(small_disk)
     assert before
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
