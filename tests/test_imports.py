@@ -26,6 +26,7 @@ ROOMS = {
 SHARED_WITH_DATA_PREP = {
     "pipeline",
     "pipeline.data.manifest",  # the shard format
+    "pipeline.data.order",  # the hash that shuffles
     "pipeline.data.image_headers",  # what a whole image is
     "pipeline.errors",
     "pipeline.run_dir.atomic",
