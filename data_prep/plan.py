@@ -1,6 +1,6 @@
 """Which sample goes into which shard: a pure function of the index, the seed and the shard size.
 
-The shuffle sorts samples by a hash of (seed, position), splitmix64, so it does not change with a library's version.
+The shuffle sorts samples by a fixed hash of (seed, position), so it does not change with a library's version.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import numpy as np
 
 from data_prep.collection import Split
 from data_prep.tar_format import sample_bytes
+from pipeline.data.order import mix
 
 PLAN_VERSION = 1
 DEFAULT_SHARD_BYTES = 256 << 20
@@ -48,19 +49,9 @@ class Plan:
         return len(self.bounds) - 1
 
 
-def splitmix64(values: np.ndarray) -> np.ndarray:
-    """The splitmix64 hash (Steele, Lea and Flood 2014) of uint64 `values`, element by element."""
-    with np.errstate(over="ignore"):
-        mixed = values + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
 def shuffled(num: int, seed: int) -> np.ndarray:
     """A permutation of `range(num)` fixed by `seed`, int64."""
-    start = splitmix64(np.array([seed], dtype=np.uint64))
-    return np.argsort(splitmix64(start ^ np.arange(num, dtype=np.uint64)), kind="stable")
+    return np.argsort(mix(seed, np.arange(num)), kind="stable")
 
 
 def make_plan(split: Split, options: Options, *, size_ratio: float = 1.0) -> Plan:

@@ -128,12 +128,13 @@ def _make(
         say("the source's files changed since the last run (size or time): its shards are written again")
     for job in jobs:
         forget(store, job.split.name, records=changed or state is None)
-        (store.work / job.split.name / RECORDS).mkdir(parents=True, exist_ok=True)
         planned = {shard_name(job.split.name, number) for number in range(job.plan.num_shards)}
         records = finished_shards(store, job.split.name)
         job.records = {name: record for name, record in records.items() if name in planned}
     state = State(request, source.description, asdict(options), plans)
     state.save(store)
+    for job in jobs:  # not before: a folder in DIR without the state beside it is taken for another's
+        (store.work / job.split.name / RECORDS).mkdir(parents=True, exist_ok=True)
     progress = _write_all(jobs, store, options, num_workers, say)
     last_line = progress.line()
     _finish(jobs, store, state, allowed_bad, say)

@@ -24,8 +24,8 @@ from data_prep.sources.tars import members_inside
 from data_prep.tar_format import BLOCK, IMAGE_AT, INDEX_VERSION, HeaderMaker, end_of_tar, index_line, padded, sample_key
 from pipeline.data.manifest import SAMPLE_DTYPE, Shard
 from pipeline.errors import DataError
+from pipeline.run_dir import atomic
 
-TEMPORARY = ".tmp-"
 RECORDS = ".done"
 _BUFFER = 4 << 20
 _READ_AHEAD = 16  # samples announced to the system before they are read
@@ -61,26 +61,6 @@ class Record:
 def shard_name(split: str, number: int) -> str:
     """The name that a shard's files share."""
     return f"{split}-{number:06d}"
-
-
-def durable_write(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` so that a reader finds the old file or the whole new one, even after a power cut."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes the folder itself, so that a rename in it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _TarStream:
@@ -228,7 +208,7 @@ def write_shard(
         DataError: a source cannot be read, or the disk is full. Nothing is left under a final name.
     """
     name = shard_name(split.name, number)
-    temporary = folder / f"{TEMPORARY}{name}.tar"
+    temporary = atomic.temporary(folder / f"{name}.tar")
     stream = _TarStream(temporary)
     try:
         content = _write_samples(stream, split, plan, number, options, report)
@@ -247,15 +227,15 @@ def write_shard(
         samples_sha256=hashlib.sha256(table.getvalue()).hexdigest(),
     )
     if shard.num_samples:
-        durable_write(folder / shard.index, content.index)
-        durable_write(folder / shard.samples, table.getvalue())
+        atomic.write(folder / shard.index, content.index, sync=True)
+        atomic.write(folder / shard.samples, table.getvalue(), sync=True)
         os.replace(temporary, folder / shard.tar)
-        sync_folder(folder)
+        atomic.flush(folder)
     else:  # all refused: an empty tar would only trouble its readers
         temporary.unlink()
     kinds, warnings = dict(sorted(content.kinds.items())), dict(sorted(content.warnings.items()))
     record = Record(shard=shard, refusals=content.refusals, kinds=kinds, warnings=warnings)
-    durable_write(folder / RECORDS / f"{name}.json", record.to_json().encode())
+    atomic.write(folder / RECORDS / f"{name}.json", record.to_json(), sync=True)
     return record
 
 

@@ -5,19 +5,19 @@ and deleted; an object store shows an object only when it is whole, which is wha
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.shard_writer import TEMPORARY, durable_write
 from pipeline.errors import ConfigError, DataError
+from pipeline.run_dir import atomic, locks
 
+SCRATCH = ".tmp-"
+"""Begins the names of copies that a source makes in the work folder for the time of a run."""
 _LOCK_PATIENCE_S = 5.0  # workers of a run that was killed notice within a second or two
 
 
@@ -81,7 +81,7 @@ class LocalStore:
     def write(self, name: str, data: bytes) -> None:
         path = self.work / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable_write(path, data)
+        atomic.write(path, data, sync=True)
 
     def publish(self, names: list[str]) -> None:
         pass
@@ -224,16 +224,8 @@ def locked(store: Store) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{store.work} cannot be created ({error.strerror}); give a folder you may write") from None
     try:
-        deadline = time.monotonic() + _LOCK_PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    message = f"another run is writing to {store.where}; wait for it, or give another folder"
-                    raise ConfigError(message) from None
-                time.sleep(0.1)
+        if not locks.wait(handle, _LOCK_PATIENCE_S):
+            raise ConfigError(f"another run is writing to {store.where}; wait for it, or give another folder")
         yield
         if store.upload:
             shutil.rmtree(store.work, ignore_errors=True)
@@ -242,7 +234,8 @@ def locked(store: Store) -> Iterator[None]:
 
 
 def clear_temporary(store: Store, folders: list[str]) -> None:
-    """Deletes what interrupted writes left in the work folder."""
-    for folder in folders:
-        for path in (store.work / folder).glob(f"{TEMPORARY}*"):
-            path.unlink(missing_ok=True)
+    """Deletes the copies that sources made, and what interrupted writes left, in these folders of the work folder."""
+    for folder in (store.work / name for name in folders):
+        for path in [*folder.glob(f"{SCRATCH}*"), *atomic.unfinished(folder)]:
+            if not path.is_dir():
+                path.unlink(missing_ok=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.config.config_json import flatten
 from pipeline.errors import ConfigError
-from pipeline.metrics.journal import rate_decimals, read_journal
+from pipeline.metrics.console import rate_decimals
+from pipeline.metrics.journal import read_journal
 from pipeline.run_dir.run_folder import Stored, read
 
 SAME = ("data.image_size", "data.image_size_start", "data.micro_batch", "train.precision", "train.zero_stage")

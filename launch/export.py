@@ -4,14 +4,13 @@ python -m launch.export runs/digits digits.safetensors      writes digits.safete
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from launch import command
 from pipeline.errors import ConfigError
 from pipeline.metrics.journal import read_journal
-from pipeline.run_dir import run_folder
+from pipeline.run_dir import atomic, run_folder
 from pipeline.run_dir.run_folder import Stored
 
 
@@ -46,20 +45,14 @@ def main(arguments: list[str]) -> None:
             file=sys.stderr,
         )
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary_card = card.with_name(f".{card.name}.tmp")
+    original = options.names == "original"
     try:
-        state_dicts.save_safetensors(
-            checkpoint.network, temporary, metadata=metadata, original=options.names == "original"
-        )
-        temporary_card.write_text(model_card.text(stored, about, evaluation, out), encoding="utf-8")
-        os.replace(temporary, out)
-        os.replace(temporary_card, card)
+        # Neither is put in its place before both are written.
+        with atomic.replacing(card) as new_card, atomic.replacing(out) as new:
+            state_dicts.save_safetensors(checkpoint.network, new, metadata=metadata, original=original)
+            new_card.write_text(model_card.text(stored, about, evaluation, out), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another place") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-        temporary_card.unlink(missing_ok=True)
     print(f"{out}\n{card}")
 
 

@@ -30,7 +30,7 @@ from pipeline.config import Config
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 from pipeline.metrics.exporter import USUAL_PORT
 from pipeline.ranks.stop_requests import SUPERVISED
-from pipeline.run_dir import caches, run_folder, run_lock
+from pipeline.run_dir import caches, locks, run_folder
 
 FAREWELL_S = 60.0
 """How long a node that ends waits for the other supervisors, to tell them why: their ranks end within seconds, since a
@@ -230,7 +230,7 @@ class Supervisor:
         end, told = time.monotonic() + LEASE_S, False
         while not self._signals.seen:
             try:
-                run_lock.hold(self._config.run_dir, patience_s=0).close()
+                locks.hold(self._config.run_dir, patience_s=0).close()
                 return None
             except ConfigError as error:
                 if time.monotonic() > end:

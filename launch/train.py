@@ -33,7 +33,7 @@ from pipeline.errors import (
 )
 from pipeline.metrics import trackers
 from pipeline.ranks.stop_requests import Watch
-from pipeline.run_dir import caches, rank_log, run_folder, run_lock
+from pipeline.run_dir import caches, locks, rank_log, run_folder
 
 PATIENCE_S = 10
 QUIET = ("pipeline.engine", "pipeline.snn", "pipeline.run_dir.checkpoint_files")
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
             return EXIT_DONE
         watch = Watch()
         if rank == 0:
-            lock = run_lock.hold(config.run_dir)  # noqa: F841 held until this process ends
+            lock = locks.hold(config.run_dir)  # noqa: F841 held until this process ends
         ports.prepare(rank, config, arguments)
         rank_log.begin(Path(config.run_dir), rank)
         from pipeline.train import train  # torch is imported here, after everything cheap was checked

@@ -17,7 +17,7 @@ ROOMS = {
     "pipeline.data": "ranks run_dir config errors",
     "pipeline.chi": "snn config errors",
     "pipeline.engine": "chi data snn ranks run_dir config errors",
-    "pipeline.metrics": "chi data config errors",
+    "pipeline.metrics": "chi data run_dir config errors",
     "pipeline.report": "metrics chi run_dir config errors",
     "pipeline.run": "metrics engine chi data snn ranks run_dir config errors",
     "pipeline.train": "run report metrics engine data snn ranks run_dir config errors",
@@ -26,9 +26,12 @@ ROOMS = {
 SHARED_WITH_DATA_PREP = {
     "pipeline",
     "pipeline.data.manifest",  # the shard format
+    "pipeline.data.order",  # the hash that shuffles
     "pipeline.data.image_headers",  # what a whole image is
     "pipeline.errors",
+    "pipeline.run_dir.atomic",
     "pipeline.run_dir.caches",
+    "pipeline.run_dir.locks",
 }
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from data_prep.collection import Reader
 from data_prep.progress import size
-from data_prep.shard_writer import TEMPORARY
 from data_prep.sources.readers import FileReader, FolderReader, ZipReader, is_compressed, unpacked
 from data_prep.sources.tars import Member, member, walk_tar
 from data_prep.sources.zips import walk_zip
+from data_prep.stores import SCRATCH
 from pipeline.errors import ConfigError
 
 # Files that lie beside images, known by their names. All others are taken for images, and refused if they are none.
@@ -145,7 +145,7 @@ def open_collection(path: Path, work: Path, say: Callable[[str], None]) -> tuple
 
 
 def _unpack(path: Path, work: Path, say: Callable[[str], None]) -> Path:
-    target = work / f"{TEMPORARY}{path.name}.unpacked"
+    target = work / f"{SCRATCH}{path.name}.unpacked"
     say(f"unpacking {path} ({size(path.stat().st_size)}) once, to {target}, which is removed at the end")
     with open(target, "wb") as out:
         for chunk in unpacked(path):

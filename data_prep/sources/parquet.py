@@ -16,11 +16,11 @@ from typing import Any
 
 from data_prep.collection import Split, SplitBuilder
 from data_prep.progress import size
-from data_prep.shard_writer import TEMPORARY
 from data_prep.sources.files import existing, is_hidden, path_fingerprint
 from data_prep.sources.parquet_columns import UNLABELLED, Columns, classes_of, find_columns
 from data_prep.sources.readers import FileReader
 from data_prep.sources.splits import SPLITS, is_exactly_split, part_base, split_of, split_words
+from data_prep.stores import SCRATCH
 from pipeline.errors import ConfigError, DataError
 
 _BATCH = 32
@@ -85,7 +85,7 @@ class Parquet:
         names = classes_of(set().union(*(file.labels for file in files)), columns, f"{files[0].path.parent}")
         _refuse_new_classes(files, columns)
         order = sorted(files, key=lambda file: SPLITS.index(file.split))
-        target = work / f"{TEMPORARY}parquet.unpacked"
+        target = work / f"{SCRATCH}parquet.unpacked"
         total = sum(file.path.stat().st_size for file in files)
         for split, group in groupby(order, key=lambda file: file.split):
             names_of = [file.path.name for file in group]

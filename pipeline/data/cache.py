@@ -10,7 +10,6 @@ the shard's last use. Shards of the same name and hash are one shard, whichever 
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -28,6 +27,7 @@ from pipeline.data.background import Background
 from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, Shard
 from pipeline.data.remote import ClosedError, MismatchError, Remote
 from pipeline.errors import ConfigError, DataError, StoreError
+from pipeline.run_dir import atomic, locks
 
 POLL_S = 0.02
 READ_AHEAD_THREADS = 2
@@ -77,12 +77,7 @@ class Cache:
         """Holds the shard if it is on disk and no process downloads or evicts it; else None. Does not wait."""
         key = _key(shard)
         lock = self._open_lock(key)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        if not (self._folder / key).is_dir():
+        if not locks.take(lock, shared=True) or not (self._folder / key).is_dir():
             os.close(lock)
             return None
         _touch(lock)
@@ -99,12 +94,12 @@ class Cache:
         """
         key = _key(shard)
         while True:
-            lock = self._lock(key, fcntl.LOCK_SH)
+            lock = self._lock(key, shared=True)
             if (self._folder / key).is_dir():
                 _touch(lock)
                 return Held(str(self._folder / key), lock)
             os.close(lock)
-            lock = self._lock(key, fcntl.LOCK_EX)
+            lock = self._lock(key)
             try:
                 if not (self._folder / key).is_dir():
                     self._download(shard, lock, patience_s=self._patience_s)
@@ -136,25 +131,21 @@ class Cache:
             return
         lock = self._open_lock(key)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (self._folder / key).is_dir():
+            if locks.take(lock) and not (self._folder / key).is_dir():  # else another process is at it
                 self._download(shard, lock, patience_s=0)
-        except (BlockingIOError, DataError, ClosedError):
-            pass  # another process downloads it; or it failed, and `hold` will try again and report the error
+        except (DataError, ClosedError):
+            pass  # whoever needs the shard tries again, and reports what fails then
         finally:
             os.close(lock)
 
-    def _lock(self, key: str, kind: int) -> int:
-        """Locks a lock file; returns its descriptor. It polls, so that closing the loader ends the wait."""
+    def _lock(self, key: str, *, shared: bool = False) -> int:
+        """A lock file's descriptor, locked. Waits in steps, so that closing the loader ends the wait."""
         descriptor = self._open_lock(key)
-        while True:
-            try:
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-                return descriptor
-            except BlockingIOError:
-                if self._remote.stopped.wait(POLL_S):
-                    os.close(descriptor)
-                    raise ClosedError from None
+        while not locks.take(descriptor, shared=shared):
+            if self._remote.stopped.wait(POLL_S):
+                os.close(descriptor)
+                raise ClosedError
+        return descriptor
 
     def _open_lock(self, key: str) -> int:
         return os.open(self._folder / "locks" / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -197,8 +188,7 @@ class Cache:
                 raise MismatchError(f"its {size} bytes have SHA-256 {found.hexdigest()}, the manifest says {sha256}")
 
         self._remote.fetch(name, str(path), check)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())  # so that after a power cut a complete name is a complete file
+        atomic.flush(path)  # a power cut must not leave a whole name on half a file
 
     def _make_room(self, part: Path, needed: int, patience_s: float) -> None:
         """Evicts until `needed` bytes fit, then reserves them by creating the folder `part`."""
@@ -224,7 +214,7 @@ class Cache:
 
     @contextmanager
     def _space(self) -> Iterator[None]:
-        lock = self._lock("space", fcntl.LOCK_EX)
+        lock = self._lock("space")
         try:
             yield
         finally:
@@ -261,11 +251,9 @@ class Cache:
     def _evict(self, key: str, folder: str) -> bool:
         lock = self._open_lock(key)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        else:
-            if not folder.endswith(".part"):  # rename first: no process may find a half removed shard
+            if not locks.take(lock):
+                return False
+            if not folder.endswith(".part"):  # at once out of its place: a half removed shard must not be found there
                 os.rename(folder, folder := f"{folder}.0.part")
             shutil.rmtree(folder)
             return True

@@ -21,7 +21,7 @@ _SHARDS, _SAMPLES, _REPLACEMENT = 0, 1, 4  # hash words that keep these draws in
 
 
 def mix(*words: int | np.ndarray) -> np.ndarray:
-    """A 64-bit hash of a tuple of words, element by element; SplitMix64's finalizer applied word by word."""
+    """A 64-bit hash of a tuple of words, element by element: SplitMix64 (Steele, Lea and Flood 2014), word by word."""
     state = np.zeros(1, dtype=np.uint64)
     for word in words:
         addend = np.atleast_1d(np.asarray(word)).astype(np.uint64)

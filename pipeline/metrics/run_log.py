@@ -14,7 +14,8 @@ from pipeline.chi.widths import Decision
 from pipeline.config import Config
 from pipeline.data.loader import Figures
 from pipeline.errors import CheckpointError, NonFiniteError
-from pipeline.metrics.journal import Journal, coloured, layer_labels, progress_line, read_journal
+from pipeline.metrics.console import coloured, progress_line
+from pipeline.metrics.journal import Journal, layer_labels, read_journal
 from pipeline.metrics.rank_metrics import RankMetrics
 from pipeline.metrics.trackers import Trackers
 

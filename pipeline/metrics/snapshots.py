@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from pipeline.metrics.catalogue import METRICS
+from pipeline.run_dir import atomic
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +51,11 @@ class Snapshot:
         return tuple(labels[label] for label in ("run", *METRICS[name].labels))
 
     def write(self) -> None:
-        """Replaces the file atomically. Metrics never end a run: a failed write is only warned of, once."""
-        temporary = self._path.with_suffix(".tmp")
+        """Replaces the file at once. Metrics never end a run: what cannot be written is said once, and left."""
         with self._lock:
             values = {name: [[*key, value] for key, value in series.items()] for name, series in self._values.items()}
             try:
-                temporary.write_text(json.dumps(values))
-                os.replace(temporary, self._path)
+                atomic.write(self._path, json.dumps(values))
                 self._written = True
             except OSError as error:
                 left = self._written and isinstance(error, FileNotFoundError)  # the server ended with the run

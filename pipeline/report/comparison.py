@@ -14,7 +14,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from pipeline.config.config_json import flatten
-from pipeline.metrics.journal import layer_labels, rate_decimals, read_journal
+from pipeline.metrics.console import rate_decimals
+from pipeline.metrics.journal import layer_labels, read_journal
 from pipeline.report import page
 from pipeline.run_dir.run_folder import FREE
 

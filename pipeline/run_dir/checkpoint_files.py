@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.run_dir import atomic
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
     digest = _digest(unfinished / "state.pt")
     (unfinished / "state.sha256").write_text(digest + "\n")
     for path in (unfinished / "state.pt", unfinished / "state.sha256", unfinished):
-        _fsync(path)
+        atomic.flush(path)
     if final.exists():
         shutil.rmtree(final)
     os.replace(unfinished, final)
@@ -60,14 +61,17 @@ def _remove_older(final: Path, keep: int) -> None:
 
 
 def temporary(root: Path, step: int) -> Path:
-    """Where the checkpoint after `step` lies until it is complete."""
-    return root / f".step-{step:08d}.tmp"
+    """Where the checkpoint after `step` lies until it is whole."""
+    return atomic.temporary(root / f"step-{step:08d}")
 
 
 def sweep(run_dir: Path) -> None:
     """Removes what a kill in the middle of a save left behind."""
-    for leftover in (run_dir / "checkpoints").glob(".*.tmp"):
-        shutil.rmtree(leftover)
+    for leftover in atomic.unfinished(run_dir / "checkpoints"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def mark_best(run_dir: Path, step: int, accuracy: float) -> None:
@@ -85,11 +89,7 @@ def best(run_dir: Path, step: int) -> float:
 
 
 def _point(pointer: Path, line: str) -> None:
-    unfinished = pointer.with_name(f".{pointer.name}.tmp-file")
-    unfinished.write_text(line + "\n")
-    _fsync(unfinished)
-    os.replace(unfinished, pointer)
-    _fsync(pointer.parent)
+    atomic.write(pointer, line + "\n", sync=True)
 
 
 def _pointed(pointer: Path) -> list[str]:
@@ -186,11 +186,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,7 @@
 
 RUN/config.json     the resolved configuration
 RUN/run.json        versions, commit, seed, data identity, classes, layers
-RUN/lock            held by rank 0 while the run goes on (run_lock.py)
+RUN/lock            held by rank 0 of the run that goes on in the folder (locks.py)
 RUN/logs/           each rank's lines (rank_log.py)
 RUN/metrics.jsonl   one record for each logged step (metrics/journal.py)
 RUN/checkpoints/    (checkpoint_files.py)
@@ -25,7 +25,7 @@ from typing import NamedTuple
 from pipeline.config import Config, config_json
 from pipeline.config.config_json import config_of, flatten, foreign_keys
 from pipeline.errors import ConfigError
-from pipeline.run_dir import code_version
+from pipeline.run_dir import atomic, code_version
 
 # May differ between the ranks of a run: each rank uses its own value, and no other rank has to know it.
 OWN = frozenset(
@@ -206,10 +206,8 @@ def read_evaluation(folder: Path, step: int, split: str) -> dict | None:
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Writes a JSON file atomically: a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Atomically, so that a kill leaves the old file or the new one."""
+    atomic.write(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict | None:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def test_a_signal_ends_the_run_with_one_line_and_it_goes_on_from_there(archive, 
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
     assert errors == f"stopped by {number.name}; finished shards are kept: run the same command again to continue\n"
-    assert not list(out.rglob(".tmp-*"))
+    assert not [*out.rglob(".tmp-*"), *out.rglob(".*.tmp")]
     before = finished(out)
     assert before
     assert prepare("imagefolder", archive, out, *SMALL).returncode == 0
@@ -156,13 +157,45 @@ def test_a_full_disk_is_one_line_and_loses_nothing_finished(archive, whole, smal
     assert full.returncode == 65
     assert full.stderr.startswith(f"error: no space left for {small_disk}")
     assert full.stderr.count("\n") == 1
-    assert not list(small_disk.rglob(".tmp-*"))
+    assert not [*small_disk.rglob(".tmp-*"), *small_disk.rglob(".*.tmp")]
     before = finished(small_disk)
     assert before
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert prepare("imagefolder", archive, small_disk, *SMALL).returncode == 0
     assert contents(small_disk) == contents(whole)
     assert {name: finished(small_disk)[name] for name in before} == before
+
+
+def test_killed_before_its_first_word_in_the_folder_it_can_be_run_again(archive, whole, tmp_path):
+    out = tmp_path / "set"
+    code = (
+        "import os, signal, sys; from data_prep import __main__, stores; "
+        "stores.LocalStore.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL); __main__.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "imagefolder", str(archive), str(out), *SMALL]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    again = prepare("imagefolder", archive, out, *SMALL)
+    assert again.returncode == 0, again.stderr
+    assert contents(out) == contents(whole)
+
+
+def test_what_any_kill_left_unfinished_is_gone_after_the_next_run(archive, whole, tmp_path):
+    """Under the names of a run of any options: another count of shards, another archive that was unpacked."""
+    out = tmp_path / "set"
+    shutil.copytree(whole, out)
+    (out / "train/manifest.json").unlink()  # it has something to do
+    left = [
+        ".prep.json.tmp",
+        ".tmp-images.tar.gz.unpacked",
+        "train/.train-000099.tar.tmp",
+        "train/.done/.train-9.json.tmp",
+    ]
+    for name in left:
+        (out / name).write_text("half")
+    (out / ".kept.tmp").mkdir()
+    assert prepare("imagefolder", archive, out, *SMALL).returncode == 0
+    assert [name for name in left if (out / name).exists()] == []
+    assert (out / ".kept.tmp").is_dir()
 
 
 @pytest.mark.faults  # the run waits five seconds for the other one

@@ -209,7 +209,7 @@ def test_a_full_disk_keeps_the_snapshot_before(tmp_path, caplog):
     snapshot.set("train_loss", 1)
     snapshot.write()
     before = (tmp_path / "rank-0.json").read_text()
-    (tmp_path / "rank-0.tmp").symlink_to("/dev/full")
+    (tmp_path / ".rank-0.json.tmp").symlink_to("/dev/full")
     snapshot.set("train_loss", 2)
     snapshot.write()
     assert os.strerror(errno.ENOSPC) in caplog.text
