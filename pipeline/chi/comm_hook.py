@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from pipeline.chi.async_read import Constants
@@ -97,6 +96,8 @@ class Watched:
 
         For the check at the start only. Call it on every rank, between backward and step.
         """
+        from deepspeed.utils import safe_get_full_grad  # not at the top: `chi.attach` runs without DeepSpeed
+
         counts = torch.zeros(len(self.parameters), dtype=torch.float64, device=self.device)
         for row, parameter in enumerate(self.parameters):
             full = safe_get_full_grad(parameter)
