@@ -128,7 +128,7 @@ def test_how_a_run_ended_is_told_where_its_ranks_have_not(ended, signals, code, 
 
 def test_a_mistake_is_one_line_before_anything_is_started(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr(local, "Ranks", lambda *_, **__: pytest.fail("the launcher is started"))
+    monkeypatch.setattr(local, "Processes", lambda *_, **__: pytest.fail("the launcher is started"))
     hidden = Manifest.load
 
     def load(path: str, **options) -> Manifest:
