@@ -37,7 +37,7 @@ from pipeline.run_dir import caches, locks, rank_log, run_folder
 
 PATIENCE_S = 10
 QUIET = ("pipeline.engine", "pipeline.snn", "pipeline.run_dir.checkpoint_files")
-"""Loggers of which rank 0 alone says what is no error."""
+"""Loggers whose warnings only rank 0 prints; their errors every rank prints."""
 LAUNCHED = frozenset(("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"))
 """Every launcher that starts ranks sets at least one of these."""
 Expected = CheckpointError | ConfigError | DataError | DivergedError | LostRankError | NonFiniteError
