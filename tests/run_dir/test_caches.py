@@ -109,7 +109,9 @@ def test_a_user_id_that_nobody_knows_trains_reports_and_evaluates(digits, open_f
         folder.mkdir()
     for path in (run_dir, temporary, shards, *shards.rglob("*")):
         path.chmod(0o777)
-    environ = {"PATH": "/root/none:/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{sysconfig.get_path('purelib')}"}
+    closed = open_folder / "closed"
+    closed.mkdir(mode=0o700)
+    environ = {"PATH": f"{closed}/bin:/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{sysconfig.get_path('purelib')}"}
     environ |= {"TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
     train = ["launch.local", "--recipe", "digits", "--data.path", str(shards), "--run_dir", str(run_dir)]
     for words in (
