@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks import table
 from benchmarks.table import row
+from tests.conftest import launch
 from tests.support.data_servers import serve
 from tests.support.data_sets import ROOT, drawn_jpeg, write_set
 
@@ -216,11 +217,9 @@ def data_wait(folder: Path, digits: Path, epochs: int) -> list[dict]:
         return []
     words = ["--recipe", "digits", "--run_dir", folder / "run", "--data.path", digits, "--metrics.port", 0]
     words += ["--train.epochs", epochs, "--train.log_every", 1]
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", 2, "launch/train.py", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = launch("launch/train.py", *map(str, words))
     if done.returncode:
-        raise SystemExit(f"training ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise SystemExit(f"training ended with {done.returncode}:\n{done.output[-4000:]}")
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     waits = [line["data_wait_ratio"] for line in lines if "data_wait_ratio" in line][10:]
     return [row("data wait in make train", statistics.mean(waits), "ratio", 0.02, "lower")]

@@ -36,6 +36,25 @@ def read(path: Path, mend: str) -> dict | None:
     Raises:
         ConfigError: the file cannot be read, or does not hold a configuration.
     """
+    document = read_object(path, mend, "a configuration, which is a JSON object with sections")
+    if document is None:
+        return None
+    for name in SECTIONS:
+        if not isinstance(document.get(name, {}), dict):
+            raise ConfigError(f"{path}: {name}={document[name]!r:.80} is not allowed; use a JSON object; {mend}")
+    return document
+
+
+def read_object(path: Path, mend: str, wanted: str = "a JSON object") -> dict | None:
+    """The JSON object in a file; None where there is no file.
+
+    Args:
+        mend: as for `read`.
+        wanted: what the file should hold, for the message.
+
+    Raises:
+        ConfigError: as `read`.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -45,10 +64,7 @@ def read(path: Path, mend: str) -> dict | None:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); {mend}") from None
     if not isinstance(document, dict):
-        raise ConfigError(f"{path} is not a configuration, which is a JSON object with sections; {mend}")
-    for name in SECTIONS:
-        if not isinstance(document.get(name, {}), dict):
-            raise ConfigError(f"{path}: {name}={document[name]!r:.80} is not allowed; use a JSON object; {mend}")
+        raise ConfigError(f"{path} is not {wanted}; {mend}")
     return document
 
 

@@ -211,17 +211,7 @@ def write_json(path: Path, document: dict) -> None:
 
 
 def _read(path: Path) -> dict | None:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); change its permissions") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); {MEND}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} is not a JSON object; {MEND}")
-    return document
+    return config_json.read_object(path, MEND)
 
 
 def _versions() -> dict[str, str]:

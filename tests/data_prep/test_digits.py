@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.plan import shuffled
 from pipeline.data.manifest import Manifest, read_samples
 from tests.conftest import ROOT
 from tests.support.prep_runs import contents, prepare
@@ -103,3 +104,11 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(digits, tmp_path
     other = prepare("digits", digits, "--seed", 3)
     assert (other.returncode, other.stderr.count("\n")) == (64, 1)
     assert str(digits) in other.stderr
+
+
+def test_the_shuffle_is_the_same_in_every_version():
+    """Of another one, a set that was begun would be refused, and its bytes would be others."""
+    assert shuffled(8, 0).tolist() == [1, 4, 5, 7, 6, 0, 3, 2]
+    assert shuffled(8, 7).tolist() == [7, 1, 2, 3, 5, 4, 0, 6]
+    assert shuffled(5, 2**63 - 1).tolist() == [2, 4, 0, 1, 3]
+    assert shuffled(0, 0).tolist() == []
