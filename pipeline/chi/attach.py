@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.chi.async_read import Constants
 from pipeline.chi.comm_hook import pack, unpack
 from pipeline.chi.indicators import Indicators, gradient_sums, indicators
 from pipeline.chi.widths import Widths
@@ -43,7 +42,6 @@ class Pilot:
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         numbers = [layer.weight.numel() for layer in self.layers]
         self._weights = torch.tensor(numbers, device=self.neurons.widths.device)
-        self._counted = Constants(self.neurons.widths.device)
         self._reduced: Tensor | None = None
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         if isinstance(model, DistributedDataParallel):
@@ -74,7 +72,7 @@ class Pilot:
 
     @torch.no_grad()
     def _before_step(self, *_) -> None:
-        counts, floats, num_ranks = self._counts(), self.widths.stats.share(), 1
+        counts, floats, num_ranks = self._counts(), self.widths.stats.share(self.neurons.counts()), 1
         if self._is_reduced:
             if self._reduced is None:
                 raise RuntimeError("chi.attach: the optimizer steps on a gradient that DDP has not reduced; leave one "
@@ -82,7 +80,7 @@ class Pilot:
             limbs = 9 * len(self.layers)
             counts, floats = unpack(self._reduced[:limbs]), self._reduced[limbs:]
             num_ranks = dist.get_world_size()
-        spikes, covered, neuron_steps = counts.view(3, -1)
+        neuron_steps, spikes, covered = counts.view(3, -1)
         by_id = {id(p): gradient_sums(p.grad) for p in self._parameters if p.grad is not None}
         nothing = torch.zeros(3, dtype=torch.float64, device=counts.device)
         self.indicators = indicators(
@@ -107,14 +105,13 @@ class Pilot:
     # Under DDP: this rank's counts are appended to the last bucket.
 
     def _counts(self) -> Tensor:
-        steps = self._counted([neuron.counted for neuron in self.neurons.neurons])
-        return torch.cat((self.neurons.spikes, self.neurons.covered, steps))
+        return self.neurons.counts()[:3].flatten().long()
 
     def _reduce(self, _, bucket) -> torch.futures.Future[Tensor]:
         gradient = bucket.buffer().div_(dist.get_world_size())
         if not (bucket.is_last() and self._is_reduced):
             return summed(gradient).then(lambda done: done.value()[0])
-        tail = torch.cat((pack(self._counts()), self.widths.stats.share()))
+        tail = torch.cat((pack(self._counts()), self.widths.stats.share(self.neurons.counts())))
         size = gradient.numel()
         if gradient.dtype not in (torch.float32, torch.float64):
             # A half-precision bucket would round the counts: only in this case they get an all-reduce of their own.

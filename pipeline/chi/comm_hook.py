@@ -3,9 +3,9 @@
 DeepSpeed flattens all gradients into one fp32 bucket and reduces it once per optimizer step, in `allreduce_bucket` of
 the engine (ZeRO-0) or of its optimizer (ZeRO-1). The carrier replaces that method on the instance:
 
-    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers (spikes, covered neuron-steps, flags) and
+    bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers (neuron-steps, spikes, covered, flags) and
                                       the loss; ds_atgo and scale rms add 4 bytes a layer
-       ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 24 bytes a layer
+       ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 36 bytes a layer
     reduced g_0 | g_1 | …  → gradient_sums, the same on every rank
     summed  tail           → counts over all ranks, exact
 

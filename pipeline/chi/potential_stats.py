@@ -55,15 +55,16 @@ class PotentialStats:
 
         return see
 
-    def share(self) -> Tensor:
-        """What this rank adds to the step's all-reduce, float32: means of (h - v_th)², `(L,)`, zeros where it did not
-        probe; then sums of g², `(L,)`. Each part only where a setting needs it.
+    def share(self, counts: Tensor) -> Tensor:
+        """What this rank adds to the step's all-reduce, float32, each part only where a setting needs it.
+
+        Means of (h - v_th)², `(L,)`, zeros where it did not probe; then sums of g², `(L,)`, from `NeuronState.counts()`.
         """
         parts = [self._squares[:0]]
         if self._looks:
             parts.append(self._squares / self._looked([max(1, seen) for seen in self._seen]))
         if self._rms:
-            parts.append(self._neurons.grad_sq)
+            parts.append(counts[3])
         return torch.cat(parts).float()
 
     def take(self, summed: Tensor, *, num_ranks: int, neuron_steps: Tensor) -> None:

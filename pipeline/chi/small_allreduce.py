@@ -4,7 +4,7 @@ In these modes gradients are reduced after every micro-batch and each rank keeps
 bucket ever holds all of it. The carrier reads the partition in the pre-step hook of torch's optimizer, which DeepSpeed
 calls with the fp32 gradient of the update, and sends one packed float64 vector:
 
-    nnz, Σ|g|, Σg², spikes, covered of every layer     40 bytes a layer
+    nnz, Σ|g|, Σg² and three counts of every layer     48 bytes a layer
     nnz, Σg² of the network, loss, other counts        56 bytes
 
 All sums are additive, so a weight that lies across partitions is counted right. The all-reduce is asynchronous and

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.chi.async_read import Constants
 from pipeline.chi.comm_hook import MAX_RANKS, BucketCarrier, Share, Watched
 from pipeline.chi.indicators import Indicators, indicators
 from pipeline.chi.potential_stats import PotentialStats
@@ -94,7 +93,6 @@ class Tap:
         self._loss = torch.zeros((), device=watched.device)
         self._correct = torch.zeros(1, dtype=torch.int64, device=watched.device)
         self._micro_batches = 0
-        self._neuron_steps = Constants(watched.device)
         in_bucket = engine.zero_optimization_stage() in (0, 1) and not engine.fp16_enabled()
         carrier = BucketCarrier if in_bucket else PartitionCarrier
         self._carrier = carrier(engine, watched, self._share, self_check=self_check, skips=skips)
@@ -125,9 +123,7 @@ class Tap:
         """The step's reading; sets the counters to zero for the next step."""
         total = self._carrier.after_step()
         num_layers = len(self._layers)
-        spikes, covered, (correct, *_) = total.counts.split([num_layers, num_layers, 1 + len(FLAGS)])
-        neuron_steps = self._neuron_steps([layer.neuron.neuron_steps for layer in self._layers])
-        neuron_steps = (neuron_steps * self._micro_batches * self._world_size).double()
+        neuron_steps, spikes, covered = total.counts[: 3 * num_layers].view(3, -1).double()
         reading = Reading(
             indicators=indicators(
                 total.sums,
@@ -139,7 +135,7 @@ class Tap:
                 neuron_steps=torch.full_like(neuron_steps, float("nan")) if total.skipped else neuron_steps,
             ),
             loss=total.floats[0] / (self._micro_batches * self._world_size),
-            correct=correct,
+            correct=total.counts[3 * num_layers],
             flags=total.counts[-len(FLAGS) :],
             widths=self._neurons.widths.clone(),
             skipped=total.skipped,
@@ -154,10 +150,11 @@ class Tap:
         return reading
 
     def _share(self) -> Share:
-        counts = (self._neurons.spikes, self._neurons.covered, self._correct, self.flags)
+        counts = self._neurons.counts()
+        integers = (counts[:3].flatten().long(), self._correct, self.flags)
         floats = self._loss.view(1)
-        floats = floats if self._spread is None else torch.cat((floats, self._spread.share()))
-        return Share(counts=torch.cat(counts), floats=floats)
+        floats = floats if self._spread is None else torch.cat((floats, self._spread.share(counts)))
+        return Share(counts=torch.cat(integers), floats=floats)
 
 
 def _refuse_unsupported(engine) -> None:

@@ -1,21 +1,80 @@
-"""Our surrogate for neurons of other libraries, which compute u = h - v_th and call it to get the spike.
+"""What a layer that is steered has in common, and our surrogate for neurons of other libraries.
 
     neuron.IFNode(surrogate_function=Surrogate("triangle"))      # SpikingJelly 2.0, step_mode "s" or "m"
 
-Width, amplitude and counters are a layer's scalars in device memory, as for `neurons.Neuron`; `neurons.bind` assigns
-them.
+Such neurons compute u = h - v_th and call the surrogate to get the spike. Width, amplitude and counters are a layer's
+scalars in device memory, as for `neurons.Neuron`; `neurons.bind` assigns them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from pipeline.errors import ConfigError
 from pipeline.snn import surrogate
-from pipeline.snn.kernels.reference import Rule, Tally, spike
+from pipeline.snn.kernels import dispatch, reference
+from pipeline.snn.kernels.reference import Rule, potential_dtype
+from pipeline.snn.kernels.tally import Tally
 
 
-class Surrogate(nn.Module):
+class Steered(nn.Module):
+    """A layer whose surrogate has a width and an amplitude of its own, and which counts its training backward passes.
+
+    Args:
+        rule: kind of neuron, reset and surrogate.
+        width: w of the surrogate until `bind`, in units of the potential, above 0.
+
+    Raises:
+        ConfigError: unknown shape or scale.
+    """
+
+    def __init__(self, rule: Rule, width: float) -> None:
+        super().__init__()
+        surrogate.check(rule.shape, rule.scale)
+        self.rule, self.width = rule, width
+        self.tally: Tally | None = None
+        self.probe: Callable[[torch.Tensor], None] | None = None
+        """Called with h - v_th (...) of every step, computed beside the layer's own pass; see membrane_probe.py."""
+        self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attach(self, width: torch.Tensor, amplitude: torch.Tensor, tally: Tally) -> None:
+        """Read the width and amplitude from, and count into, these; 0-d tensors on the layer's device."""
+        self._scalars, self.tally = (width, amplitude), tally
+
+    def release(self) -> None:
+        """Keep the present width as the layer's own, and count no longer."""
+        if self._scalars is not None:
+            self.width = self._scalars[0].item()
+        self._scalars, self.tally, self.probe = None, None, None
+
+    def leak(self, x: torch.Tensor) -> torch.Tensor | None:
+        """1/tau as a 0-d tensor beside x; None without a leak, or where it is not known."""
+        return None
+
+    def scalars(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Width and amplitude of the surrogate, 0-d.
+
+        Raises:
+            ConfigError: they are on another device than x.
+        """
+        if self._scalars is None:
+            dtype = potential_dtype(x)
+            width = torch.tensor(self.width, dtype=dtype, device=x.device)
+            return width, torch.ones((), dtype=dtype, device=x.device)
+        if self._scalars[0].device != x.device:
+            raise ConfigError(f"the model was moved: its widths are on {self._scalars[0].device} and its input is on "
+                              f"{x.device}; move it first, then chi.attach (or bind) again")  # fmt: skip
+        return self._scalars
+
+    @property
+    def counting(self) -> Tally | None:
+        """The tally of a layer in training mode."""
+        return self.tally if self.training else None
+
+
+class Surrogate(Steered):
     """`1[u >= 0]` whose derivative is g_w(u): callable on u of any shape, once for each time step or for all at once.
 
     Args:
@@ -30,37 +89,19 @@ class Surrogate(nn.Module):
     """SpikingJelly reads this attribute of a surrogate: the forward pass is a step function."""
 
     def __init__(self, shape: str = "triangle", scale: str = "area", width: float = 1.0) -> None:
-        super().__init__()
-        surrogate.check(shape, scale)
-        self.rule, self.width = Rule(shape=shape, scale=scale), width
-        self.neuron_steps = 0
-        """Neuron-steps of the last training call."""
-        self.counted = 0
-        """Neuron-steps of training since `NeuronState.zero_counts`."""
-        self.tally: Tally | None = None
-        self.probe: Callable[[torch.Tensor], None] | None = None
-        self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def attach(self, width: torch.Tensor, amplitude: torch.Tensor, tally: Tally) -> None:
-        """Read the width and amplitude from, and count into, these 0-d tensors."""
-        self._scalars, self.tally = (width, amplitude), tally
-
-    def leak(self, _: torch.Tensor) -> None:
-        """None: the neuron of the other library does the leak itself."""
+        super().__init__(Rule(shape=shape, scale=scale), width)
+        # To the kernels it is one time step of an IF layer with threshold 0: then h = u.
+        self._step = replace(self.rule, v_th=0.0)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """Spikes, 0 or 1, of u's shape and dtype."""
         if self.probe is not None:
             self.probe(u.detach().float())
-        counts = self.tally if self.training and torch.is_grad_enabled() else None
-        if counts is not None:
-            self.neuron_steps = u.numel()
-            self.counted += u.numel()
-        width, amplitude = self._scalars or (torch.tensor(self.width), torch.ones(()))
-        spikes = spike(u, width.to(u), amplitude.to(u), self.rule, counts)
-        if counts is not None:
-            counts.spikes.add_(spikes.detach().sum(dtype=torch.float64).long())
-        return spikes
+        width, amplitude = self.scalars(u)
+        if dispatch.choose(u, self._step) is None:
+            dtype = potential_dtype(u)
+            return reference.spike(u, width.to(dtype), amplitude.to(dtype), self._step, self.counting)
+        return dispatch.run(u[None], self._step, width, amplitude, tally=self.counting)[0][0]
 
     def extra_repr(self) -> str:
         return f"{self.rule.shape}, scale={self.rule.scale}, width={self.width}"

@@ -14,13 +14,14 @@ from torch import nn
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import membrane_probe, surrogate
-from pipeline.snn.external_neurons import Surrogate
+from pipeline.snn.external_neurons import Steered, Surrogate
 from pipeline.snn.kernels import dispatch, norm
 from pipeline.snn.kernels.packing import Again
-from pipeline.snn.kernels.reference import Rule, Tally, potential_dtype
+from pipeline.snn.kernels.reference import Rule, potential_dtype
+from pipeline.snn.kernels.tally import COUNTED, Tally
 
 
-class Neuron(nn.Module):
+class Neuron(Steered):
     """A layer of IF, LIF or PLIF neurons, T steps at once: `(T, ...)` currents to `(T, ...)` spikes.
 
     PLIF learns one time constant for the layer, `1/tau = sigmoid(w)` with w a parameter. Source: Fang et al.,
@@ -37,30 +38,17 @@ class Neuron(nn.Module):
     """
 
     def __init__(self, rule: Rule, *, width: float = 1.0, tau: float = 2.0, learn_tau: bool = False) -> None:
-        super().__init__()
-        surrogate.check(rule.shape, rule.scale)
+        super().__init__(rule, width)
         if learn_tau and not (rule.leaky and tau > 1):
             raise ConfigError(f"model.tau={tau!r} is not allowed for model.neuron plif; use a number above 1")
         # The name is SpikingJelly's, so that its state dicts fit. Shape (1,): DeepSpeed cannot broadcast ().
         self.w = nn.Parameter(torch.tensor([-math.log(tau - 1)])) if learn_tau else None
-        self.rule, self.width, self.tau = rule, width, tau
-        self.neuron_steps = 0
-        """Neuron-steps of the last training forward, T times the neurons in the batch; 0 before the first."""
-        self.counted = 0
-        """Neuron-steps of training since `NeuronState.zero_counts`."""
-        self.tally: Tally | None = None
+        self.tau = tau
         self.watch: Callable[[float], None] | None = None
         """Called with the firing rate of each forward pass. It makes the host wait: use it for measurements only."""
-        self.probe: Callable[[torch.Tensor], None] | None = None
-        """Called with h - v_th (...) of every step, computed beside the layer's own pass; see membrane_probe.py."""
         self.ranks: norm.Ranks | None = None
         """The ranks that normalise this layer's input as one batch in training; see kernels/norm.py."""
-        self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
         self._leak: torch.Tensor | None = None
-
-    def attach(self, width: torch.Tensor, amplitude: torch.Tensor, tally: Tally) -> None:
-        """Read the width and amplitude from, and count into, these 0-d tensors."""
-        self._scalars, self.tally = (width, amplitude), tally
 
     def leak(self, x: torch.Tensor) -> torch.Tensor | None:
         """1/tau as a 0-d tensor beside x; None for IF."""
@@ -71,14 +59,6 @@ class Neuron(nn.Module):
         if self._leak is None or self._leak.device != x.device:
             self._leak = torch.tensor(1 / self.tau, dtype=torch.float64, device=x.device)
         return self._leak
-
-    def scalars(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Width and amplitude of the surrogate, 0-d."""
-        if self._scalars is not None:
-            return self._scalars
-        dtype = potential_dtype(x)
-        width = torch.tensor(self.width, dtype=dtype, device=x.device)
-        return width, torch.ones((), dtype=dtype, device=x.device)
 
     def forward(self, x: torch.Tensor, num_steps: int | None = None) -> torch.Tensor:
         """Spikes from currents, starting at v_reset.
@@ -100,8 +80,6 @@ class Neuron(nn.Module):
         A sequence may be run in chunks, each from the potential that the chunk before it returned: the spikes are those
         of the whole sequence.
         """
-        if self.training:
-            self._count_steps(x.numel() if num_steps is None else x[0].numel() * num_steps)
         width, amplitude = self.scalars(x)
         if self.probe is not None:
             membrane_probe.look(self.probe, x, self.rule, num_steps=num_steps, leak=self.leak(x), v=v)
@@ -113,7 +91,7 @@ class Neuron(nn.Module):
             num_steps=num_steps,
             leak=self.leak(x),
             v=v,
-            tally=self.tally if self.training else None,
+            tally=self.counting,
             want_state=want_state,
         )
         if self.watch is not None:
@@ -143,8 +121,6 @@ class Neuron(nn.Module):
         Returns:
             (T N, C, H, W) in y's dtype.
         """
-        if self.training:
-            self._count_steps(y.numel() * (num_steps if static else 1))
         width, amplitude = self.scalars(y)
         if self.probe is not None:
             current = membrane_probe.normalised(y, bn)
@@ -160,17 +136,13 @@ class Neuron(nn.Module):
             static=static,
             leak=self.leak(y),
             shortcut=shortcut,
-            tally=self.tally if self.training else None,
+            tally=self.counting,
             again=again,
             ranks=self.ranks,
         )
         if self.watch is not None:
             self.watch((out if shortcut is None else out - shortcut).float().mean().item())
         return out
-
-    def _count_steps(self, neuron_steps: int) -> None:
-        self.neuron_steps = neuron_steps
-        self.counted += neuron_steps
 
     def extra_repr(self) -> str:
         return f"{self.rule}, width={self.width}" + (f", tau={self.tau}" if self.rule.leaky else "")
@@ -206,23 +178,41 @@ class NeuronState:
     """w of the surrogate, (L,) fp32, in units of the potential; a change takes effect in the next step."""
     amplitudes: torch.Tensor
     """a of the surrogate, (L,) fp32; 1 unless it is steered."""
-    spikes: torch.Tensor
-    """Spikes since `zero_counts`, (L,) int64."""
-    covered: torch.Tensor
-    """Neuron-steps with |h - v_th| < w since `zero_counts`, (L,) int64; stays 0 where the support is unbounded."""
-    grad_sq: torch.Tensor
-    """Sum of g(h - v_th)^2 since `zero_counts`, (L,) fp64."""
+    tallies: tuple[Tally, ...]
+    """What the layers' backward passes counted since `zero_counts`."""
     rms_targets: torch.Tensor
     """E[g^2] that `hold_rms` keeps, (L,) fp64; NaN before its first call. Saved with the amplitudes."""
     has_rms: torch.Tensor
     """Layers whose surrogate has scale rms, (L,) bool."""
 
+    def counts(self) -> torch.Tensor:
+        """`(4, L)` float64, since `zero_counts`: neuron-steps, spikes, covered, sum of g^2; see kernels/tally.py."""
+        return torch.stack([tally.counts for tally in self.tallies], 1)
+
+    @property
+    def neuron_steps(self) -> torch.Tensor:
+        """Neuron-steps of backward passes, (L,) float64."""
+        return self.counts()[COUNTED.index("neuron_steps")]
+
+    @property
+    def spikes(self) -> torch.Tensor:
+        """Spikes in them, (L,) float64."""
+        return self.counts()[COUNTED.index("spikes")]
+
+    @property
+    def covered(self) -> torch.Tensor:
+        """Neuron-steps with |h - v_th| < w, (L,) float64; 0 where the support is unbounded."""
+        return self.counts()[COUNTED.index("covered")]
+
+    @property
+    def grad_sq(self) -> torch.Tensor:
+        """Sum of g(h - v_th)^2, (L,) float64."""
+        return self.counts()[COUNTED.index("grad_sq")]
+
     def zero_counts(self) -> None:
-        """Set the three counters to 0."""
-        for counts in (self.spikes, self.covered, self.grad_sq):
-            counts.zero_()
-        for neuron in self.neurons:
-            neuron.counted = 0
+        """Start counting from 0."""
+        for tally in self.tallies:
+            tally.zero()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint has to hold, on the CPU; without the widths, which the controller saves."""
@@ -247,11 +237,6 @@ class NeuronState:
         self.rms_targets.copy_(torch.where(first, mean_sq, self.rms_targets))
         wanted = surrogate.rms_amplitudes(self.amplitudes, mean_sq, self.rms_targets)
         self.amplitudes.copy_(torch.where(self.has_rms, wanted, self.amplitudes))
-
-    @property
-    def neuron_steps(self) -> tuple[int, ...]:
-        """Neuron-steps of each layer in its last training forward, (L,)."""
-        return tuple(neuron.neuron_steps for neuron in self.neurons)
 
 
 def bind(model: nn.Module) -> NeuronState:
@@ -281,13 +266,10 @@ def bind(model: nn.Module) -> NeuronState:
         neurons=tuple(neuron for _, neuron in layers),
         widths=torch.tensor([neuron.width for _, neuron in layers], dtype=torch.float32, device=device),
         amplitudes=torch.ones(L, dtype=torch.float32, device=device),
-        spikes=torch.zeros(L, dtype=torch.int64, device=device),
-        covered=torch.zeros(L, dtype=torch.int64, device=device),
-        grad_sq=torch.zeros(L, dtype=torch.float64, device=device),
+        tallies=tuple(Tally(device) for _ in layers),
         rms_targets=torch.full((L,), float("nan"), dtype=torch.float64, device=device),
         has_rms=torch.tensor([neuron.rule.scale == "rms" for _, neuron in layers], device=device),
     )
     for index, neuron in enumerate(state.neurons):
-        tally = Tally(state.spikes[index], state.covered[index], state.grad_sq[index])
-        neuron.attach(state.widths[index], state.amplitudes[index], tally)
+        neuron.attach(state.widths[index], state.amplitudes[index], state.tallies[index])
     return state

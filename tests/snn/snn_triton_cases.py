@@ -122,13 +122,12 @@ def test_what_lies_outside_a_tensor_is_not_touched():
     x = buffer[32:-32].view(4, 99)
     x.copy_(torch.randn(4, 99, generator=torch.Generator().manual_seed(0)))
     one = torch.tensor(1.0)
-    call = kernels.Call(
-        rule=Rule(), num_steps=4, num_channels=1, static=False, width=one, amplitude=one, leak=None, tally=new_tally()
-    )
+    call = kernels.Call(rule=Rule(), num_steps=4, num_channels=1, static=False, width=one, amplitude=one, leak=None)
     out, _ = call.forward(x, None, None, None, None, False)
-    grad, *_ = call.backward(torch.ones_like(x), None, x, None, None, None, None)
+    grad, *_, counts = call.backward(torch.ones_like(x), None, x, None, None, None, None, True)
     assert not out.isnan().any()
     assert not grad.isnan().any()
+    assert counts[:2].tolist() == [4 * 99, out.sum()]
     assert buffer[:32].isnan().all()
     assert buffer[-32:].isnan().all()
 

@@ -99,7 +99,7 @@ def test_a_bad_sample_leaves_the_others_alone(rule, value, dtype):
     assert counts[1][0] == int(spikes[1].sum())
     assert abs(counts[1][1] - counts[0][1]) <= 4
     assert state is not None
-    state.hold_rms(state.grad_sq, torch.tensor(state.neuron_steps))
+    state.hold_rms(state.grad_sq, state.neuron_steps)
     assert state.amplitudes.tolist() == [1.0]
 
 

@@ -89,13 +89,13 @@ def test_rms_amplitudes_hold_the_mean_square_while_widths_move():
     def mean_square() -> float:
         state.zero_counts()
         net(x).sum().backward()
-        return state.grad_sq[0].item() / state.neuron_steps[0]
+        return state.grad_sq[0].item() / state.neuron_steps[0].item()
 
     first = mean_square()
-    state.hold_rms(state.grad_sq, torch.tensor(state.neuron_steps))
+    state.hold_rms(state.grad_sq, state.neuron_steps)
     state.widths.fill_(0.25)
     assert mean_square() > 3 * first
-    state.hold_rms(state.grad_sq, torch.tensor(state.neuron_steps))
+    state.hold_rms(state.grad_sq, state.neuron_steps)
     # The first layer's currents are fixed, so its new amplitude is exact up to rounding.
     assert mean_square() == pytest.approx(first, rel=1e-4)
     assert state.amplitudes[1] == 1

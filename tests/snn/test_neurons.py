@@ -168,7 +168,7 @@ def test_bound_widths_are_read_from_memory_and_counts_are_added_there():
     # First layer: h = 0.75 (|u| = 0.25 < 0.5), 2.75 (|u| = 1.75); second layer gets 0, 1 and fires once.
     assert state.spikes.tolist() == [1, 1]
     assert state.covered.tolist() == [1, 0]
-    assert state.neuron_steps == (2, 2)
+    assert state.neuron_steps.tolist() == [2, 2]
     narrow = x.grad.clone()
     state.widths[0] = 0.125
     x.grad = None

@@ -38,7 +38,7 @@ constants = dict(T=4, STATIC=False, NORM={norm}, ADD={norm}, LEAKY={leaky}, HARD
                  PEAK=False, FROM_STATE=False, TO_STATE=False, COUNT=True, BLOCK_R=8, BLOCK_C=64)
 if not {norm}:
     constants["R"] = 1  # all of a layer without channels is one row, and Triton compiles an argument of 1 in
-types = dict(x="*bf16", shortcut="*bf16", out="*bf16", grad_s="*bf16", grad_x="*bf16", count="*i64", covered="*i64")
+types = dict(x="*bf16", shortcut="*bf16", out="*bf16", grad_s="*bf16", grad_x="*bf16")
 for kernel in (kernels._forward, kernels._backward):
     signature, values = {{}}, {{}}
     for name in kernel.arg_names:

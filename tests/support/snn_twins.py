@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from pipeline.snn.kernels import compiled
-from pipeline.snn.kernels.reference import Tally
+from pipeline.snn.kernels.tally import COUNTED, Tally
 
 
-def new_tally() -> Tally:
-    return Tally(
-        torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+class Counts(Tally):
+    """A tally whose counts can be read one by one."""
+
+    neuron_steps, spikes, covered, grad_sq = (
+        property(lambda self, at=at: self.counts[at]) for at, _ in enumerate(COUNTED)
     )
+
+
+def new_tally() -> Counts:
+    return Counts()
 
 
 def require_compiler() -> None:

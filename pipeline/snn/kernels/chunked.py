@@ -59,21 +59,23 @@ class Chunks:
                 self.states.append(v)
         return out, v if want_state else None
 
-    def backward(self, grad_s, grad_last, x, scale, shift, mean, v):
+    def backward(self, grad_s, grad_last, x, scale, shift, mean, v, counted: bool):
         """As `compiled.Call.backward`. The chunks' gradients for a static current are summed in fp32."""
-        grads, leaks, sums = self._rows(grad_s), [], []
+        grads, leaks, sums, counts = self._rows(grad_s), [], [], []
         grad_x = torch.zeros_like(x, dtype=torch.float32) if self.static else torch.empty_like(x)
         for (part, steps), before in zip(reversed(list(self._parts())), [*reversed(self.states), v], strict=True):
             into = None if self.static else grad_x[steps]
             part_x, grad_last, *of_part = part.backward(
-                grads[steps], grad_last, self._of(x, steps), scale, shift, mean, before, into
+                grads[steps], grad_last, self._of(x, steps), scale, shift, mean, before, counted, into
             )
             if self.static:
                 grad_x += part_x
             leaks.append(of_part[0])
             sums.append(of_part[1])
+            counts.append(of_part[2])
         grad_leak = None if self.whole.leak is None else sum(leaks)
-        return grad_x.to(x.dtype), grad_last, grad_leak, (None, None) if scale is None else sum(sums)
+        sums = (None, None) if scale is None else sum(sums)
+        return grad_x.to(x.dtype), grad_last, grad_leak, sums, sum(counts) if counted else None
 
     def _of(self, x: torch.Tensor, steps: slice) -> torch.Tensor:
         return x if self.static else x[steps]

@@ -30,7 +30,8 @@ import torch
 
 from pipeline.run_dir import caches
 from pipeline.snn import surrogate
-from pipeline.snn.kernels.reference import Rule, Tally
+from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.kernels.tally import COUNTED
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-f
 _long, _pointer = ctypes.c_long, ctypes.c_void_p
 _told: list[str] = []  # why compiling failed, once it did
 _SIGNATURES = {
-    "spike_forward": (*[_pointer] * 8, *[_long] * 4, _pointer, _long),
-    "spike_backward": (*[_pointer] * 14, *[_long] * 4, _pointer, _long),
+    "spike_forward": (*[_pointer] * 7, *[_long] * 4, _pointer, _long),
+    "spike_backward": (*[_pointer] * 13, *[_long] * 4, _pointer, _long),
     "channel_statistics": (*[_pointer] * 3, *[_long] * 3),
     "channel_affine": (*[_pointer] * 5, *[_long] * 3),
     "pack": (*[_pointer] * 2, *[_long] * 3),
@@ -141,7 +142,6 @@ class Call:
     width: torch.Tensor
     amplitude: torch.Tensor
     leak: torch.Tensor | None
-    tally: Tally | None
 
     def _tail(self, x: torch.Tensor) -> tuple:
         # Reading a scalar on the CPU is free: there is no queue to wait for.
@@ -152,25 +152,21 @@ class Call:
         return (*sizes, int(self.static), ctypes.byref(neuron), torch.get_num_threads())
 
     def forward(self, x, scale, shift, shortcut, v, want_state: bool, out: torch.Tensor | None = None):
-        """Spikes (plus shortcut) in x's dtype, T rows, into `out` where given, and the last potential or None.
-
-        Counts spikes.
-        """
+        """Spikes (plus shortcut) in x's dtype, T rows, into `out` where given, and the last potential or None."""
         kernels = library(x, self.rule)
         assert kernels is not None
         rows = x.shape[1:]
         out = x.new_empty((self.num_steps, *rows)) if out is None else out
         state = x.new_empty(rows, dtype=torch.float32) if want_state else None
-        spikes = None if self.tally is None else self.tally.spikes
-        tensors = (x, scale, shift, shortcut, v, out, state, spikes)
+        tensors = (x, scale, shift, shortcut, v, out, state)
         kernels.spike_forward(*map(address, tensors), *self._tail(x))
         return out, state
 
-    def backward(self, grad_s, grad_last, x, scale, shift, mean, v, grad_x: torch.Tensor | None = None):
-        """Gradients for x (into `grad_x` where given), the first potential and leak, and two sums by channel.
+    def backward(self, grad_s, grad_last, x, scale, shift, mean, v, counted: bool, grad_x: torch.Tensor | None = None):
+        """Gradients for x (into `grad_x` where given), the first potential and leak, two sums by channel, and counts.
 
-        Counts coverage and g^2. Batch normalisation needs the two sums, of grad and of grad (y - mean); they are
-        None without a scale.
+        Batch normalisation needs the two sums, of grad and of grad (y - mean); they are None without a scale. The
+        counts are those of a meter, where `counted`, else None.
         """
         kernels = library(x, self.rule)
         assert kernels is not None
@@ -178,12 +174,12 @@ class Call:
         grad_first = None if v is None else torch.empty_like(v)
         grad_leak = None if self.leak is None else torch.zeros((), dtype=torch.float64)
         sums = x.new_zeros((2, self.num_channels), dtype=torch.float64) if scale is not None else (None, None)
-        covered, square = (None, None) if self.tally is None else (self.tally.covered, self.tally.grad_sq)
-        tensors = (x, scale, shift, mean, grad_s, grad_last, v, grad_x, grad_first, covered, square, grad_leak, *sums)
+        counts = torch.zeros(len(COUNTED), dtype=torch.float64) if counted else None
+        tensors = (x, scale, shift, mean, grad_s, grad_last, v, grad_x, grad_first, counts, grad_leak, *sums)
         kernels.spike_backward(*map(address, tensors), *self._tail(x))
         if grad_leak is not None and self.leak is not None:
             grad_leak = grad_leak.to(self.leak.dtype)
-        return grad_x, grad_first, grad_leak, sums
+        return grad_x, grad_first, grad_leak, sums, counts
 
     @staticmethod
     def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +209,7 @@ class Layer(torch.autograd.Function):
     """T steps of a layer over (T, M), or over (1, M) for a current that is the same at every step."""
 
     @staticmethod
-    def forward(ctx, x, v, leak, width, amplitude, call, want_state: bool):
+    def forward(ctx, x, v, leak, width, amplitude, meter, call, want_state: bool):
         ctx.save_for_backward(x, v, leak, width, amplitude)
         ctx.call = call
         return call.forward(x, None, None, None, v, want_state)
@@ -224,5 +220,8 @@ class Layer(torch.autograd.Function):
         # Unpacking checks versions: torch raises an error if a width changed between forward and backward.
         x, v, *_ = ctx.saved_tensors
         grad_state = None if grad_state is None else grad_state.contiguous()
-        grad_x, grad_v, grad_leak, _ = ctx.call.backward(grad_s.contiguous(), grad_state, x, None, None, None, v)
-        return grad_x, grad_v, grad_leak, None, None, None, None
+        counted = ctx.needs_input_grad[5]
+        grad_x, grad_v, grad_leak, _, counts = ctx.call.backward(
+            grad_s.contiguous(), grad_state, x, None, None, None, v, counted
+        )
+        return grad_x, grad_v, grad_leak, None, None, counts, None, None

@@ -70,15 +70,13 @@ static inline void read(const real* x, const float* scale, const float* shift, l
 }
 
 extern "C" void spike_forward(const real* x, const float* scale, const float* shift, const real* shortcut,
-                              const float* v_in, real* out, float* v_out, int64_t* spikes, long steps, long M, long C,
-                              long is_static, const Neuron* neuron, long threads) {
+                              const float* v_in, real* out, float* v_out, long steps, long M, long C, long is_static,
+                              const Neuron* neuron, long threads) {
     const Neuron p = *neuron;
     const std::vector<float> scales = repeated(scale, C), shifts = repeated(shift, C);
     long blocks = (M + BLOCK - 1) / BLOCK;
-    int64_t total = 0;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long thread = 0; thread < threads; thread++) {
-        int32_t count[BLOCK] = {0};
         for (long b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) {
             long m = b * BLOCK, n = M - m < BLOCK ? M - m : BLOCK;
             float v[BLOCK], current[BLOCK];
@@ -90,8 +88,6 @@ extern "C" void spike_forward(const real* x, const float* scale, const float* sh
                 const real* add = shortcut ? shortcut + t * M + m : 0;
                 float s[BLOCK];
                 for (long i = 0; i < n; i++) step(v[i], current[i], p, &s[i], &v[i]);
-                if (spikes)
-                    for (long i = 0; i < n; i++) count[i] += (int32_t)s[i];
                 if (add)
                     for (long i = 0; i < n; i++) to[i] = store(s[i] + load(add[i]));
                 else
@@ -100,16 +96,14 @@ extern "C" void spike_forward(const real* x, const float* scale, const float* sh
             if (v_out)
                 for (long i = 0; i < n; i++) v_out[m + i] = v[i];
         }
-        for (long i = 0; i < BLOCK; i++) total += count[i];
     }
-    if (spikes) *spikes += total;
 }
 
 // Sums of one thread: a lane for each element of a block, two for each channel (offset like the tables).
 // A few terms in fp32, then doubles: g^2 of a rectangle is a constant, so its rounding errors would all add up.
 struct Sums {
     float square[BLOCK] = {0}, leak[BLOCK] = {0};
-    int32_t covered[BLOCK] = {0};
+    int32_t spikes[BLOCK] = {0}, covered[BLOCK] = {0};
     std::vector<float> gradient, product;
     double squares[BLOCK] = {0}, leaks[BLOCK] = {0};
     std::vector<double> gradients, products;
@@ -126,8 +120,8 @@ struct Sums {
 
 extern "C" void spike_backward(const real* x, const float* scale, const float* shift, const float* mean,
                                const real* grad_s, const float* grad_last, const float* v_in, real* grad_x,
-                               float* grad_first, int64_t* covered, double* square, double* grad_leak,
-                               double* gradient, double* product, long steps, long M, long C, long is_static,
+                               float* grad_first, double* counts, double* grad_leak, double* gradient,
+                               double* product, long steps, long M, long C, long is_static,
                                const Neuron* neuron, long threads) {
     const Neuron p = *neuron;
     const std::vector<float> scales = repeated(scale, C), shifts = repeated(shift, C), means = repeated(mean, C);
@@ -157,7 +151,7 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
                 const real* from = grad_s + t * M + m;
                 real* to = grad_x + t * M + m;
                 float gx[BLOCK], squares[BLOCK];
-                int32_t inside[BLOCK];
+                int32_t fired[BLOCK], inside[BLOCK];
                 for (long i = 0; i < n; i++) {
                     float u = potential[i] - p.v_th, s = u >= 0 ? 1.0f : 0.0f;
                     float g = surrogate(u, p, inverse, gain);
@@ -165,15 +159,18 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
                     if (!DETACH) keep = keep + (HARD ? (p.v_reset - potential[i]) * g : -p.v_th * g);
                     float grad_h = load(from[i]) * g + grad_v[i] * keep;
                     squares[i] = g * g;
+                    fired[i] = u >= 0;
                     inside[i] = std::fabs(u) < p.width;
                     if (LEAKY) sum.leak[i] += grad_h * (currents[t * BLOCK + i] - (before[t * BLOCK + i] - p.v_reset));
                     gx[i] = LEAKY ? grad_h * p.leak : grad_h;
                     grad_v[i] = LEAKY ? grad_h * (1 - p.leak) : grad_h;
                 }
-                if (square)
+                if (counts) {
                     for (long i = 0; i < n; i++) sum.square[i] += squares[i];
-                if (SHAPE <= RECTANGLE && covered)
-                    for (long i = 0; i < n; i++) sum.covered[i] += inside[i];
+                    for (long i = 0; i < n; i++) sum.spikes[i] += fired[i];
+                    if (SHAPE <= RECTANGLE)
+                        for (long i = 0; i < n; i++) sum.covered[i] += inside[i];
+                }
                 if (is_static)
                     for (long i = 0; i < n; i++) total[i] += gx[i];
                 else
@@ -194,10 +191,12 @@ extern "C" void spike_backward(const real* x, const float* scale, const float* s
         }
         sum.fold();
     }
+    if (counts) counts[0] = (double)steps * M;  // in the order of tally.py
     for (long thread = 0; thread < threads; thread++) {
         Sums& sum = sums[thread];
-        for (long i = 0; i < BLOCK && covered; i++) *covered += sum.covered[i];
-        for (long i = 0; i < BLOCK && square; i++) *square += sum.squares[i];
+        for (long i = 0; i < BLOCK && counts; i++) counts[1] += sum.spikes[i];
+        for (long i = 0; i < BLOCK && counts; i++) counts[2] += sum.covered[i];
+        for (long i = 0; i < BLOCK && counts; i++) counts[3] += sum.squares[i];
         for (long i = 0; i < BLOCK && grad_leak; i++) *grad_leak += sum.leaks[i];
         for (size_t i = 0; i < sum.gradients.size(); i++) {
             gradient[i % C] += sum.gradients[i];

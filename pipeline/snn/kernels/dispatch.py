@@ -8,7 +8,8 @@ import torch
 
 from pipeline.snn.kernels import compiled, reference
 from pipeline.snn.kernels.chunked import in_chunks
-from pipeline.snn.kernels.reference import Rule, Tally
+from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.kernels.tally import Tally, meter
 from pipeline.snn.surrogate import IN_KERNELS
 
 if TYPE_CHECKING:
@@ -98,10 +99,11 @@ def run(
             width=width,
             amplitude=amplitude,
             leak=leak,
-            tally=tally,
         )
         v_flat = None if v is None else v.float()[None].permute(order).contiguous().flatten()
-        spikes, state = compiled.Layer.apply(flat, v_flat, leak, width, amplitude, in_chunks(call), want_state)
+        spikes, state = compiled.Layer.apply(
+            flat, v_flat, leak, width, amplitude, meter(tally, x, v, leak), in_chunks(call), want_state
+        )
         last = _restore(state[None], (1, *x.shape[1:]), order)[0] if want_state else None
         return _restore(spikes, (T, *x.shape[1:]), order), last
     if x.shape[0] != T:

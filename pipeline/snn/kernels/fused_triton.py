@@ -5,8 +5,8 @@ the potentials of all T steps in fp32 registers; the backward pass recomputes th
 Width, amplitude and leak are read from device memory: they can change without a recompile or a host synchronisation,
 and the launches can be captured in a CUDA graph. Equations: reference.py, compiled.py, norm.py.
 
-Counts are integer atomics, and floating-point sums have one partial sum for each program: both are the same in every
-run. Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1, set before this is imported).
+Counts and sums have one partial sum for each program: they are the same in every run. Without a GPU the kernels run in
+Triton's interpreter (TRITON_INTERPRET=1, set before this is imported).
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from pipeline.snn import surrogate
-from pipeline.snn.kernels.reference import Rule, Tally
+from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.kernels.tally import COUNTED
 
 _TILE = 512
 """Elements of a tile."""
@@ -47,10 +48,10 @@ def _surrogate(u, width, amplitude, SHAPE: tl.constexpr, PEAK: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x_ptr, scale_ptr, shift_ptr, shortcut_ptr, v_ptr, out_ptr, state_ptr, count_ptr, leak_ptr, v_th, v_reset, R, C,
+    x_ptr, scale_ptr, shift_ptr, shortcut_ptr, v_ptr, out_ptr, state_ptr, leak_ptr, v_th, v_reset, R, C,
     T: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, LEAKY: tl.constexpr,
-    HARD: tl.constexpr, FROM_STATE: tl.constexpr, TO_STATE: tl.constexpr, COUNT: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    HARD: tl.constexpr, FROM_STATE: tl.constexpr, TO_STATE: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -67,29 +68,24 @@ def _forward(
         v = tl.load(v_ptr + at, mask=inside, other=0.0)
     else:
         v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32) + v_reset
-    count = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
     for t in tl.static_range(T):
         x = tl.load(x_ptr + at + (0 if STATIC else t) * step, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             x = x * scale + shift
         h = v + (x - (v - v_reset)) * leak if LEAKY else v + x
-        fires = (h - v_th >= 0.0) & inside
-        s = fires.to(tl.float32)
+        s = (h - v_th >= 0.0).to(tl.float32)
         v = h * (1.0 - s) + v_reset * s if HARD else h - v_th * s
-        count += fires.to(tl.int32)
         if ADD:
             s += tl.load(shortcut_ptr + at + t * step, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + at + t * step, s.to(out_ptr.dtype.element_ty), mask=inside)
     if TO_STATE:
         tl.store(state_ptr + at, v, mask=inside)
-    if COUNT:
-        tl.atomic_add(count_ptr, tl.sum(count).to(tl.int64))
 
 
 @triton.jit
 def _backward(
-    x_ptr, scale_ptr, shift_ptr, mean_ptr, grad_s_ptr, grad_last_ptr, v_ptr, grad_x_ptr, grad_first_ptr, covered_ptr,
-    square_ptr, grad_leak_ptr, sum_ptr, product_ptr, leak_ptr, width_ptr, amplitude_ptr, v_th, v_reset, R, C,
+    x_ptr, scale_ptr, shift_ptr, mean_ptr, grad_s_ptr, grad_last_ptr, v_ptr, grad_x_ptr, grad_first_ptr, partial_ptr,
+    sum_ptr, product_ptr, leak_ptr, width_ptr, amplitude_ptr, v_th, v_reset, R, C,
     T: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, LEAKY: tl.constexpr, HARD: tl.constexpr,
     DETACH: tl.constexpr, SHAPE: tl.constexpr, PEAK: tl.constexpr, FROM_STATE: tl.constexpr, TO_STATE: tl.constexpr,
     COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -121,8 +117,7 @@ def _backward(
         potentials = potentials + (h,)  # noqa: RUF005 (Triton has no unpacking)
         drives = drives + (drive,)  # noqa: RUF005
     grad_v = tl.load(grad_last_ptr + at, mask=inside, other=0.0) if TO_STATE else zero
-    covered = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
-    square, total, product, grad_leak = zero, zero, zero, zero
+    square, total, product, grad_leak, spikes, covered = zero, zero, zero, zero, zero, zero
     for back in tl.static_range(T):
         h = potentials[T - 1 - back]
         u = h - v_th
@@ -135,7 +130,9 @@ def _backward(
         place = at + (T - 1 - back) * step
         grad_h = tl.load(grad_s_ptr + place, mask=inside, other=0.0).to(tl.float32) * g + grad_v * keep
         square += g * g
-        covered += ((tl.abs(u) < width) & inside).to(tl.int32)
+        spikes += tl.where(inside, s, 0.0)
+        if SHAPE <= 1:
+            covered += ((tl.abs(u) < width) & inside).to(tl.float32)
         if LEAKY:
             grad_leak += tl.where(inside, grad_h * drives[T - 1 - back], 0.0)
             grad_x = grad_h * leak
@@ -158,12 +155,15 @@ def _backward(
         row = tl.program_id(0).to(tl.int64) * C
         tl.store(sum_ptr + row + c, tl.sum(tl.where(inside, total, 0.0), 0), mask=c < C)
         tl.store(product_ptr + row + c, tl.sum(product, 0), mask=c < C)
-    if LEAKY:
-        tl.store(grad_leak_ptr + program, tl.sum(grad_leak))
+    # Row by row: the counts in the order of tally.py, exact in fp32 for one tile, and the gradient of leak.
+    programs = tl.num_programs(0) * tl.num_programs(1)
     if COUNT:
-        tl.store(square_ptr + program, tl.sum(square))
-        if SHAPE <= 1:
-            tl.atomic_add(covered_ptr, tl.sum(covered).to(tl.int64))
+        tl.store(partial_ptr + program, tl.sum(inside.to(tl.float32)) * T)
+        tl.store(partial_ptr + programs + program, tl.sum(spikes))
+        tl.store(partial_ptr + 2 * programs + program, tl.sum(covered))
+        tl.store(partial_ptr + 3 * programs + program, tl.sum(square))
+    if LEAKY:
+        tl.store(partial_ptr + 4 * programs + program, tl.sum(grad_leak))
 
 
 @triton.jit
@@ -246,7 +246,6 @@ class Call:
     width: torch.Tensor
     amplitude: torch.Tensor
     leak: torch.Tensor | None
-    tally: Tally | None
 
     def _tiles(self, x: torch.Tensor, scaled: bool) -> tuple[int, int, int, int]:
         """R, C and the tile's two sides; where no channels are scaled, x is one row of all its elements."""
@@ -258,42 +257,39 @@ class Call:
     def forward(self, x, scale, shift, shortcut, v, want_state: bool, out: torch.Tensor | None = None):
         """As `compiled.Call.forward`."""
         R, C, block_r, block_c = self._tiles(x, scale is not None)
-        rule, tally = self.rule, self.tally
+        rule = self.rule
         out = x.new_empty((self.num_steps, *x.shape[1:])) if out is None else out
         state = x.new_empty(x.shape[1:], dtype=torch.float32) if want_state else None
         _forward[(triton.cdiv(R, block_r), triton.cdiv(C, block_c))](
-            x, scale, shift, shortcut, v, out, state, None if tally is None else tally.spikes, self.leak,
-            rule.v_th, rule.v_reset, R, C,
+            x, scale, shift, shortcut, v, out, state, self.leak, rule.v_th, rule.v_reset, R, C,
             T=self.num_steps, STATIC=self.static, NORM=scale is not None, ADD=shortcut is not None, LEAKY=rule.leaky,
-            HARD=rule.hard, FROM_STATE=v is not None, TO_STATE=want_state, COUNT=tally is not None,
-            BLOCK_R=block_r, BLOCK_C=block_c,
+            HARD=rule.hard, FROM_STATE=v is not None, TO_STATE=want_state, BLOCK_R=block_r, BLOCK_C=block_c,
         )  # fmt: skip
         return out, state
 
-    def backward(self, grad_s, grad_last, x, scale, shift, mean, v, grad_x: torch.Tensor | None = None):
+    def backward(self, grad_s, grad_last, x, scale, shift, mean, v, counted: bool, grad_x: torch.Tensor | None = None):
         """As `compiled.Call.backward`."""
         R, C, block_r, block_c = self._tiles(x, scale is not None)
-        rule, tally = self.rule, self.tally
+        rule = self.rule
         grid = (triton.cdiv(R, block_r), triton.cdiv(C, block_c))
-        partial = x.new_empty((2, grid[0] * grid[1]), dtype=torch.float32)
+        partial = x.new_empty((len(COUNTED) + 1, grid[0] * grid[1]), dtype=torch.float32)
         sums = x.new_empty((2, grid[0], C), dtype=torch.float32) if scale is not None else (None, None)
         grad_x = torch.empty_like(x) if grad_x is None else grad_x
         grad_first = None if v is None else torch.empty_like(v)
         _backward[grid](
             x, scale, shift, mean, grad_s, grad_last, v, grad_x, grad_first,
-            None if tally is None else tally.covered, partial[0], partial[1], sums[0], sums[1], self.leak, self.width,
-            self.amplitude, rule.v_th, rule.v_reset, R, C,
+            partial, sums[0], sums[1], self.leak, self.width, self.amplitude, rule.v_th, rule.v_reset, R, C,
             T=self.num_steps, STATIC=self.static, NORM=scale is not None, LEAKY=rule.leaky, HARD=rule.hard,
             DETACH=rule.detach, SHAPE=surrogate.IN_KERNELS.index(rule.shape), PEAK=rule.scale == "peak",
-            FROM_STATE=v is not None, TO_STATE=grad_last is not None, COUNT=tally is not None,
+            FROM_STATE=v is not None, TO_STATE=grad_last is not None, COUNT=counted,
             BLOCK_R=block_r, BLOCK_C=block_c,
         )  # fmt: skip
-        if tally is not None:
-            tally.grad_sq.add_(partial[0].sum(dtype=torch.float64))
-        grad_leak = None if self.leak is None else partial[1].sum(dtype=torch.float64).to(self.leak.dtype)
+        totals = partial.sum(1, dtype=torch.float64) if counted or self.leak is not None else None
+        counts = totals[: len(COUNTED)] if counted else None
+        grad_leak = None if self.leak is None else totals[-1].to(self.leak.dtype)
         if isinstance(sums, torch.Tensor):
             sums = sums.sum(1, dtype=torch.float64)
-        return grad_x, grad_first, grad_leak, sums
+        return grad_x, grad_first, grad_leak, sums, counts
 
     @staticmethod
     def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

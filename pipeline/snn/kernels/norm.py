@@ -6,7 +6,7 @@
 
 Between BN and neurons the current x is fp32 even where y is bf16. `run_reference` is the definition. The twins keep y
 alone, as BN would, and recompute x and h in the backward pass. Where y can be recomputed (packing.py) they do not keep
-it either. They keep the statistics of each channel, so that neither these nor the spikes are counted
+it either. They keep the statistics of each channel, so that these are not counted
 twice.
 
 With `Ranks` the mean and variance are over the y of all ranks. This costs one sum over ranks, of two numbers a channel,
@@ -24,7 +24,8 @@ from pipeline.snn.kernels import dispatch, reference
 from pipeline.snn.kernels.chunked import Chunks, in_chunks
 from pipeline.snn.kernels.dispatch import Call
 from pipeline.snn.kernels.packing import Again
-from pipeline.snn.kernels.reference import Rule, Tally
+from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.kernels.tally import Tally, meter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,7 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, bn, call: Call | Chunks, again, ranks):
+    def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, meter, bn, call: Call | Chunks, again, ranks):
         mean, var = _statistics(y, bn, call, ranks)
         rstd = (var + bn.eps).rsqrt()
         scale = gamma * rstd
@@ -147,7 +148,8 @@ class _Fused(torch.autograd.Function):
             rows = _rows(ctx.make(rows).contiguous(memory_format=torch.channels_last), ctx.call)
         grad_out = grad_out.contiguous(memory_format=torch.channels_last)
         grads = grad_out.permute(0, 2, 3, 1)
-        grad, _, grad_leak, sums = ctx.call.backward(grads, None, rows, scale, shift, mean, None)
+        counted = ctx.needs_input_grad[7]
+        grad, _, grad_leak, sums, counts = ctx.call.backward(grads, None, rows, scale, shift, mean, None, counted)
         grad_beta, grad_product = sums[0], sums[1]
         grad_gamma, grad_shift = grad_product * rstd, grad_beta  # of this rank's loss alone, as for any parameter
         a, b, d = scale, torch.zeros_like(scale), torch.zeros_like(scale)
@@ -162,7 +164,7 @@ class _Fused(torch.autograd.Function):
         ctx.call.affine(rows, grad, a, b, d)
         grad_y = grad.view(n, h, w, c).permute(0, 3, 1, 2)
         shortcut = grad_out if ctx.add else None
-        return grad_y, grad_gamma.float(), grad_shift.float(), shortcut, grad_leak, *[None] * 6
+        return grad_y, grad_gamma.float(), grad_shift.float(), shortcut, grad_leak, None, None, counts, *[None] * 4
 
 
 def _rows(y: torch.Tensor, call: Call | Chunks) -> torch.Tensor:
@@ -242,13 +244,13 @@ def run(
             width=width,
             amplitude=amplitude,
             leak=leak,
-            tally=tally,
         )
         y = y.contiguous(memory_format=torch.channels_last)
         if shortcut is not None:
             shortcut = shortcut.to(y.dtype).contiguous(memory_format=torch.channels_last)
         gamma, beta = bn.weight.float(), bn.bias.float()
-        return _Fused.apply(y, gamma, beta, shortcut, leak, width, amplitude, bn, in_chunks(call), again, ranks)
+        counts = meter(tally, y, gamma, beta, leak)
+        return _Fused.apply(y, gamma, beta, shortcut, leak, width, amplitude, counts, bn, in_chunks(call), again, ranks)
     return run_reference(y, bn, rule, width, amplitude, **arguments)
 
 

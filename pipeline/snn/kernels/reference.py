@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.snn import surrogate
+from pipeline.snn.kernels.tally import Tally, meter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,25 +44,13 @@ class Rule:
         return self.shape in surrogate.BOUNDED
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tally:
-    """One layer's counters in device memory: 0-d views, added to in place."""
-
-    spikes: torch.Tensor
-    """Number of spikes; int64, added to by the forward pass."""
-    covered: torch.Tensor
-    """Neuron-steps with |h - v_th| < w; int64, added to by the backward pass, bounded shapes only."""
-    grad_sq: torch.Tensor
-    """Sum of g(h - v_th)^2; fp64, added to by the backward pass."""
-
-
 class _Spike(torch.autograd.Function):
     """`1[u >= 0]` in the forward pass, the surrogate in the backward pass."""
 
     @staticmethod
-    def forward(ctx, u, width, amplitude, rule: Rule, tally: Tally | None):
+    def forward(ctx, u, width, amplitude, meter, rule: Rule):
         ctx.save_for_backward(u, width, amplitude)
-        ctx.rule, ctx.tally = rule, tally
+        ctx.rule = rule
         return (u >= 0).to(u.dtype)
 
     @staticmethod
@@ -69,16 +58,20 @@ class _Spike(torch.autograd.Function):
     def backward(ctx, grad):
         u, width, amplitude = ctx.saved_tensors
         g = surrogate.derivative(u, width, amplitude, shape=ctx.rule.shape, scale=ctx.rule.scale)
-        if ctx.tally is not None:
-            ctx.tally.grad_sq.add_((g * g).sum(dtype=ctx.tally.grad_sq.dtype))
-            if ctx.rule.bounded:
-                ctx.tally.covered.add_(surrogate.covered(u, width).sum())
-        return grad * g, None, None, None, None
+        counts = _counts(u, width, g, ctx.rule) if ctx.needs_input_grad[3] else None
+        return grad * g, None, None, counts, None
+
+
+def _counts(u: torch.Tensor, width: torch.Tensor, g: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """One call's counts, in the order of `tally.COUNTED`."""
+    inside = surrogate.covered(u, width) if rule.bounded else torch.zeros_like(u, dtype=torch.bool)
+    terms = (torch.full((), u.numel(), device=u.device), (u >= 0).sum(), inside.sum(), (g * g).sum(dtype=torch.float64))
+    return torch.stack([term.double() for term in terms])
 
 
 def spike(u: torch.Tensor, width: torch.Tensor, amplitude: torch.Tensor, rule: Rule, tally: Tally | None):
-    """`1[u >= 0]`, (...) in u's dtype, with the surrogate as derivative; the backward pass counts coverage and Σg²."""
-    return _Spike.apply(u, width, amplitude, rule, tally)
+    """`1[u >= 0]`, (...) in u's dtype, with the surrogate as derivative; the backward pass counts."""
+    return _Spike.apply(u, width, amplitude, meter(tally, u), rule)
 
 
 def potential_dtype(x: torch.Tensor) -> torch.dtype:
@@ -129,7 +122,4 @@ def run(
         s_reset = s.detach() if rule.detach else s
         potential = h * (1 - s_reset) + rule.v_reset * s_reset if rule.hard else h - rule.v_th * s_reset
         spikes.append(s)
-    s_all = torch.stack(spikes)
-    if tally is not None:
-        tally.spikes.add_(s_all.detach().sum(dtype=torch.float64).long())
-    return s_all.to(x.dtype), potential
+    return torch.stack(spikes).to(x.dtype), potential
