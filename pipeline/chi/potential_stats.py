@@ -58,7 +58,8 @@ class PotentialStats:
     def share(self, counts: Tensor) -> Tensor:
         """What this rank adds to the step's all-reduce, float32, each part only where a setting needs it.
 
-        Means of (h - v_th)², `(L,)`, zeros where it did not probe; then sums of g², `(L,)`, from `NeuronState.counts()`.
+        Means of (h - v_th)², `(L,)`, zeros where it did not probe; then sums of g², `(L,)`, from `counts`, which are
+        `NeuronState.counts()`.
         """
         parts = [self._squares[:0]]
         if self._looks:

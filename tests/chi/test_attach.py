@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline import chi
-from pipeline.chi.attach import feeding_layers
+from pipeline.chi.attach.pilot import feeding_layers
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import losses, sew_resnet
