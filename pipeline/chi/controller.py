@@ -39,9 +39,12 @@ class ControllerState:
     log_width: Tensor
     """`(L,)` float64, ln w_ℓ."""
     total: Tensor
-    """`(3, L)` float64, sums of indicator, coverage and firing rate since the last decision."""
+    """`(3, L)` float64, sums of indicator, coverage and firing rate since the last decision, of the steps that have
+    them: a layer may get no gradient in a step."""
+    read: Tensor
+    """`(3, L)` float64, number of terms in `total`."""
     count: int
-    """Steps in `total`."""
+    """Steps since the last decision."""
 
     @property
     def widths(self) -> Tensor:
@@ -49,19 +52,23 @@ class ControllerState:
         return self.log_width.exp().float()
 
     def state_dict(self) -> dict:
-        tensors = {name: getattr(self, name).cpu() for name in ("start", "log_width", "total")}
+        tensors = {name: getattr(self, name).cpu() for name in ("start", "log_width", "total", "read")}
         return {**tensors, "count": self.count}
 
     @classmethod
     def from_state_dict(cls, state: dict, device: torch.device) -> "ControllerState":
         tensors = {name: state[name].to(device) for name in ("start", "log_width", "total")}
-        return cls(**tensors, count=int(state["count"]))
+        count = int(state["count"])
+        # Older states have no `read`: then every step had every term.
+        read = state["read"].to(device) if "read" in state else torch.full_like(tensors["total"], count)
+        return cls(**tensors, read=read, count=count)
 
 
 def start(widths: Tensor) -> ControllerState:
     """The state before the first step, from the layers' first `widths` `(L,)`."""
     log_width = widths.double().log()
-    return ControllerState(start=log_width, log_width=log_width, total=log_width.new_zeros(3, len(widths)), count=0)
+    nothing = log_width.new_zeros(3, len(widths))
+    return ControllerState(start=log_width, log_width=log_width, total=nothing, read=nothing, count=0)
 
 
 def targets_at(config: ChiConfig, progress: float, like: Tensor) -> Tensor:
@@ -83,14 +90,18 @@ def steer(
     """
     if evidence is None:
         return state, None
-    total = state.total + torch.stack((evidence.indicator, evidence.coverage, evidence.firing_rate))
-    state = replace(state, total=total, count=state.count + 1)
+    terms = torch.stack((evidence.indicator, evidence.coverage, evidence.firing_rate))
+    has = terms.isfinite()
+    total = state.total + torch.where(has, terms, 0.0)
+    state = replace(state, total=total, read=state.read + has, count=state.count + 1)
     if config.policy == "fixed" or state.count < config.interval:
         return state, None
-    indicator, coverage, firing_rate = state.total / state.count
+    indicator, coverage, firing_rate = state.total / state.read  # NaN where there was none
     mean = Evidence(indicator=indicator, coverage=coverage, firing_rate=firing_rate, spread=evidence.spread)
     log_width = decide(config, state.start, state.log_width, mean, progress)
-    return replace(state, log_width=log_width, total=torch.zeros_like(total), count=0), mean
+    return replace(
+        state, log_width=log_width, total=torch.zeros_like(total), read=torch.zeros_like(total), count=0
+    ), mean
 
 
 def decide(config: ChiConfig, start: Tensor, log_width: Tensor, mean: Evidence, progress: float) -> Tensor:

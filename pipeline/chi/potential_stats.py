@@ -2,16 +2,32 @@
 rival policies, and the mean square of the surrogate, which `model.scale=rms` keeps constant.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.chi.async_read import Constants
 from pipeline.chi.indicators import Indicators
 from pipeline.chi.policies import Evidence
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError
-from pipeline.snn.neurons import NeuronState
-from pipeline.snn.sew_resnet import SpikingLayer
+from pipeline.snn.external_neurons import Steered
+from pipeline.snn.neurons import Neuron, NeuronState
+
+
+class Layer(Protocol):
+    """A spiking layer, and the batch normalisation before it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def neuron(self) -> Steered: ...
+
+    @property
+    def norm(self) -> nn.Module | None: ...
 
 
 class PotentialStats:
@@ -21,7 +37,7 @@ class PotentialStats:
     second pass over every layer's current (snn/membrane_probe.py), in the training forward pass of each rank.
     """
 
-    def __init__(self, config: ChiConfig, layers: list[SpikingLayer], neurons: NeuronState) -> None:
+    def __init__(self, config: ChiConfig, layers: Sequence[Layer], neurons: NeuronState) -> None:
         self._config, self._layers, self._neurons = config, layers, neurons
         self._squares = torch.zeros(len(layers), dtype=torch.float64, device=neurons.widths.device)
         self._seen, self._looked = [0] * len(layers), Constants(neurons.widths.device)
@@ -31,9 +47,9 @@ class PotentialStats:
         self._grad_sq: tuple[Tensor, Tensor] | None = None
         if config.policy == "mpd_agl":
             for layer in layers:
-                if layer.norm is None:
-                    raise ConfigError(f"chi.policy='mpd_agl' needs a batch normalisation before {layer.name}; use "
-                                      "another policy")  # fmt: skip
+                if layer.norm is None or not isinstance(layer.neuron, Neuron):
+                    missing = "a batch normalisation before" if layer.norm is None else "the threshold and leak of"
+                    raise ConfigError(f"chi.policy='mpd_agl' needs {missing} {layer.name}; use another policy")
         self.prepare(0)
 
     def prepare(self, count: int) -> None:
@@ -48,7 +64,7 @@ class PotentialStats:
 
     def _see(self, layer: int):
         def see(u: Tensor) -> None:
-            if not self._neurons.neurons[layer].training:
+            if not (self._neurons.neurons[layer].training and torch.is_grad_enabled()):
                 return
             self._squares[layer] += u.square().mean(dtype=torch.float64)
             self._seen[layer] += 1
@@ -101,9 +117,9 @@ class PotentialStats:
         )
 
     @staticmethod
-    def _from_norm(layer: SpikingLayer) -> Tensor:
-        assert layer.norm is not None
+    def _from_norm(layer: Layer) -> Tensor:
+        assert isinstance(layer.norm, nn.modules.batchnorm._NormBase)
         rule = layer.neuron.rule
-        leak = layer.neuron.leak(layer.weight)
+        leak = layer.neuron.leak(layer.norm.weight)
         kept = 1.0 if leak is None else 1 - leak.double()
         return (1 + kept**2) ** 0.5 * layer.norm.weight.abs().mean().double() * rule.v_th

@@ -17,11 +17,10 @@ from pipeline.chi import controller
 from pipeline.chi.controller import ControllerState
 from pipeline.chi.indicators import Indicators
 from pipeline.chi.policies import Evidence
-from pipeline.chi.potential_stats import PotentialStats
+from pipeline.chi.potential_stats import Layer, PotentialStats
 from pipeline.config import ChiConfig
 from pipeline.snn.membrane_probe import probed
 from pipeline.snn.neurons import NeuronState
-from pipeline.snn.sew_resnet import SpikingLayer
 
 CALIBRATION_SAMPLES = 1 << 20
 """Most neuron-steps of a layer over which a calibration takes its quantile."""
@@ -47,9 +46,9 @@ class Widths:
         neurons: the vectors of these layers (`snn.neurons.bind`), with the widths to start from.
     """
 
-    def __init__(self, config: ChiConfig, layers: Sequence[SpikingLayer], neurons: NeuronState) -> None:
+    def __init__(self, config: ChiConfig, layers: Sequence[Layer], neurons: NeuronState) -> None:
         self.config, self.neurons = config, neurons
-        self.stats = PotentialStats(config, list(layers), neurons)
+        self.stats = PotentialStats(config, layers, neurons)
         """What the policy and the surrogate's scale need beside the indicators; the tap sends it along."""
         self.controller: ControllerState = controller.start(neurons.widths)
 
@@ -119,7 +118,10 @@ def _quantiles(network: nn.Module, images: Tensor, neurons: NeuronState, targets
             buffer.copy_(kept[name])
         neurons.zero_counts()
     widths = []
-    for steps, target in zip(seen, targets.tolist(), strict=True):
+    for steps, target, width in zip(seen, targets.tolist(), neurons.widths, strict=True):
+        if not steps:  # this batch does not reach the layer
+            widths.append(width)
+            continue
         distances = torch.cat(steps)
         thinned = distances[:: -(-len(distances) // CALIBRATION_SAMPLES)]
         rank = max(1, round(target * len(thinned)))

@@ -37,6 +37,10 @@ class Steered(nn.Module):
         self.tally: Tally | None = None
         self.probe: Callable[[torch.Tensor], None] | None = None
         """Called with h - v_th (...) of every step, computed beside the layer's own pass; see membrane_probe.py."""
+        self.on_input: Callable[[torch.Tensor], None] | None = None
+        """Called with the input of a training pass through which a gradient will flow; not in a compiled model."""
+        self.traced = False
+        """Whether a pass of this layer was compiled by torch.compile."""
         self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def attach(self, width: torch.Tensor, amplitude: torch.Tensor, tally: Tally) -> None:
@@ -47,7 +51,7 @@ class Steered(nn.Module):
         """Keep the present width as the layer's own, and count no longer."""
         if self._scalars is not None:
             self.width = self._scalars[0].item()
-        self._scalars, self.tally, self.probe = None, None, None
+        self._scalars, self.tally, self.probe, self.on_input = None, None, None, None
 
     def leak(self, x: torch.Tensor) -> torch.Tensor | None:
         """1/tau as a 0-d tensor beside x; None without a leak, or where it is not known."""
@@ -68,9 +72,12 @@ class Steered(nn.Module):
                               f"{x.device}; move it first, then chi.attach (or bind) again")  # fmt: skip
         return self._scalars
 
-    @property
-    def counting(self) -> Tally | None:
-        """The tally of a layer in training mode."""
+    def begin(self, x: torch.Tensor) -> Tally | None:
+        """At the start of a pass with input x: the tally to count into, in training mode."""
+        if torch.compiler.is_compiling():
+            self.traced = True
+        elif self.on_input is not None and self.training and torch.is_grad_enabled() and x.requires_grad:
+            self.on_input(x)
         return self.tally if self.training else None
 
 
@@ -98,10 +105,11 @@ class Surrogate(Steered):
         if self.probe is not None:
             self.probe(u.detach().float())
         width, amplitude = self.scalars(u)
+        tally = self.begin(u)
         if dispatch.choose(u, self._step) is None:
             dtype = potential_dtype(u)
-            return reference.spike(u, width.to(dtype), amplitude.to(dtype), self._step, self.counting)
-        return dispatch.run(u[None], self._step, width, amplitude, tally=self.counting)[0][0]
+            return reference.spike(u, width.to(dtype), amplitude.to(dtype), self._step, tally)
+        return dispatch.run(u[None], self._step, width, amplitude, tally=tally)[0][0]
 
     def extra_repr(self) -> str:
         return f"{self.rule.shape}, scale={self.rule.scale}, width={self.width}"

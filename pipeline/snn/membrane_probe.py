@@ -46,7 +46,6 @@ def probed(neurons: Sequence[Probed], see: Callable[[int, torch.Tensor], None]) 
             neuron.probe = None
 
 
-@torch.no_grad()
 def look(
     see: Callable[[torch.Tensor], None],
     x: torch.Tensor,
@@ -56,7 +55,11 @@ def look(
     leak: torch.Tensor | None,
     v: torch.Tensor | None = None,
 ) -> None:
-    """Calls `see` with h - v_th of every step. Arguments as in `reference.run`; a static x holds one step."""
+    """Calls `see` with h - v_th of every step, in the caller's grad mode.
+
+    Arguments as in `reference.run`; a static x holds one step.
+    """
+    x, leak, v = (tensor if tensor is None else tensor.detach() for tensor in (x, leak, v))
     if num_steps is not None and x.shape[0] == 1:
         x = x.expand(num_steps, *x.shape[1:])
     one = torch.ones((), device=x.device)

@@ -91,7 +91,7 @@ class Neuron(Steered):
             num_steps=num_steps,
             leak=self.leak(x),
             v=v,
-            tally=self.counting,
+            tally=self.begin(x),
             want_state=want_state,
         )
         if self.watch is not None:
@@ -136,7 +136,7 @@ class Neuron(Steered):
             static=static,
             leak=self.leak(y),
             shortcut=shortcut,
-            tally=self.counting,
+            tally=self.begin(y),
             again=again,
             ranks=self.ranks,
         )

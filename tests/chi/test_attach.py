@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline import chi
-from pipeline.chi.attach.pilot import feeding_layers
+from pipeline.chi.attach.feeding import fed_layers
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import losses, sew_resnet
@@ -50,9 +50,8 @@ def test_the_indicators_are_those_of_the_gradient_that_the_optimizer_used():
     )
     step(model, optimizer, 0)
     assert pilot.indicators is not None
-    names = {id(p): name for name, p in model.named_parameters()}
     for layer, measured in zip(pilot.layers, pilot.indicators.chi.tolist(), strict=True):
-        gradient = used[names[id(layer.weight)]]
+        gradient = used[layer.parameters[0]]
         assert measured == (gradient != 0).sum().item() / gradient.numel()
     assert 0 < pilot.indicators.network_chi.item() < 1
     assert pilot.indicators.chi.min().item() == 0
@@ -133,7 +132,7 @@ def test_the_rivals_steer_too(policy, expected):
     step(model, optimizer, 0)
     widths = pilot.neurons.widths
     if expected is not None:
-        assert widths.tolist() == pytest.approx([expected] * 6)  # γ is 1 before the first update
+        assert widths.tolist() == pytest.approx([expected] * 6, rel=1e-3)  # γ is still near 1
     else:
         assert widths.unique().numel() == 6
 
@@ -194,7 +193,7 @@ def test_a_neuron_of_another_library_gets_our_gradient_and_counts():
     foreign = nn.Sequential(weight, Foreign(chi.Surrogate("triangle", width=0.8)))
     optimizer = sgd(foreign)
     pilot = chi.attach(foreign, optimizer, target=0.4, target_end=0.4, interval=1)
-    assert [layer.weight for layer in pilot.layers] == [weight.weight]
+    assert [layer.parameters for layer in pilot.layers] == [("0.weight",)]
     x = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
     current = weight(x).detach().requires_grad_()
     ours = sew_resnet.neurons.from_config(ModelConfig(width=0.8))
@@ -217,10 +216,12 @@ def test_a_neuron_of_another_library_gets_our_gradient_and_counts():
 def test_the_nearest_weight_before_a_neuron_feeds_it(monkeypatch):
     model = network()
     state = bind(model)
-    expected = [(layer.weight, layer.norm) for layer in model.spiking_layers()]  # pyright: ignore
+    expected = fed_layers(model, state)
     monkeypatch.delattr(sew_resnet.SEWResNet, "spiking_layers")
-    found = {id(layer.neuron): (layer.weight, layer.norm) for layer in feeding_layers(model, state)}
-    assert [found[id(neuron)] for neuron in state.neurons] == expected
+    found = {id(layer.neuron): layer for layer in fed_layers(model, state)}
+    for layer in expected:
+        same = found[id(layer.neuron)]
+        assert (same.parameters, same.norm) == (layer.parameters, layer.norm)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_the_nearest_weight_before_a_neuron_feeds_it(monkeypatch):
         ({"target": 0.5, "target_end": 0.3}, r"steps is missing.*give the optimizer steps"),
         ({"policy": "schedule"}, "steps is missing"),
         ({"steps": 3, "policy": "chy"}, r"chi.policy='chy' is not allowed; use one of fixed"),
-        ({"steps": 3, "etta": 1.0}, r"etta.*use the fields of pipeline.config.ChiConfig"),
+        ({"steps": 3, "etta": 1.0}, r"etta is no setting; use some of policy, indicator, target"),
     ],
 )
 def test_a_wrong_setting_is_refused(settings, said):
@@ -245,10 +246,7 @@ def test_what_cannot_be_steered_is_refused():
     with pytest.raises(ConfigError, match="use it with policy chi, indicator coverage"):
         chi.attach(model, sgd(model), policy="fixed").calibrate(torch.rand(4, 3, 8, 8))
     with pytest.raises(ValueError, match="no spiking layer"):
-        chi.attach(nn.Linear(1, 1), sgd(nn.Linear(1, 1)), steps=3)
-    orphan = nn.Sequential(Foreign(chi.Surrogate()), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="no weights feed"):
-        chi.attach(orphan, sgd(orphan), steps=3)
+        chi.attach(plain := nn.Linear(1, 1), sgd(plain), steps=3)
 
 
 def test_two_ranks_of_ddp_read_the_same_and_steer_alike():

@@ -1,60 +1,78 @@
-"""χ and its control for your own training script: plain PyTorch or DistributedDataParallel.
+"""χ and its control for your own training script: plain PyTorch, DistributedDataParallel or FSDP2.
 
     pilot = attach(model, optimizer, steps=num_steps)
 
 After that every `optimizer.step()` measures the gradient it is about to use and steers the widths for the next step;
-the script's loop stays as it is. Spiking layers are `snn.neurons.Neuron`, or any neuron that takes its spike from a
-`snn.external_neurons.Surrogate` (SpikingJelly's neurons can). Under DDP this rank's counts are appended to the last
-bucket of the gradient all-reduce, so all ranks read the same numbers and steer alike; no collective is added.
+the script's loop stays as it is. Spiking layers are `snn.neurons.Neuron`, or any neurons that take their spike from a
+`snn.external_neurons.Surrogate` (`prepare` gives one to those of other libraries).
 """
+
+import warnings
+import weakref
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.chi.comm_hook import pack, unpack
+from pipeline.chi.async_read import Constants
+from pipeline.chi.attach import checks
+from pipeline.chi.attach.feeding import FedLayer, fed_layers
+from pipeline.chi.attach.ranks import DdpRanks, OneRank
+from pipeline.chi.comm_hook import Share
 from pipeline.chi.indicators import Indicators, gradient_sums, indicators
 from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError
 from pipeline.snn.neurons import NeuronState, bind
-from pipeline.snn.sew_resnet import SpikingLayer
+
+_MISSED = 3
+"""Times that the weights may change without a step of our optimizer."""
 
 
 class Pilot:
     """Measures and steers at every optimizer step; made by `attach`."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: ChiConfig, steps: int) -> None:
-        network = model.module if isinstance(model, DistributedDataParallel) else model
-        self.config, self.num_steps, self.step, self._network = config, steps, 0, network
+    def __init__(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, config: ChiConfig, steps: int, ranks: OneRank
+    ) -> None:
+        self.config, self.num_steps, self.step = config, steps, 0
         self.neurons: NeuronState = bind(network)
         """Widths and counters of the spiking layers."""
-        for neuron in self.neurons.neurons:
-            if config.policy == "chi" and config.indicator == "coverage" and not neuron.rule.bounded:
-                raise ConfigError(f"chi.attach: coverage is undefined for the surrogate {neuron.rule.shape!r}, whose "
-                                  "support is unbounded; use triangle or rectangle, or policy fixed")  # fmt: skip
-        self.layers: list[SpikingLayer] = feeding_layers(network, self.neurons)
+        self.layers: list[FedLayer] = fed_layers(network, self.neurons)
         """The spiking layers with the weights that feed them, in forward order."""
         self.indicators: Indicators | None = None
-        """What the last step measured."""
+        """What the last step measured; NaN for a layer that got no gradient."""
         self.widths = Widths(config, self.layers, self.neurons)
-        self._parameters = [p for p in network.parameters() if p.requires_grad]
-        numbers = [layer.weight.numel() for layer in self.layers]
-        self._weights = torch.tensor(numbers, device=self.neurons.widths.device)
-        self._reduced: Tensor | None = None
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
-        if isinstance(model, DistributedDataParallel):
-            model.register_comm_hook(None, self._reduce)
-        self._is_reduced = isinstance(model, DistributedDataParallel)
+        self._network, self._optimizer, self._ranks = network, optimizer, ranks
+        self._known = set(dict(network.named_parameters()))
+        self._weights = Constants(self.neurons.widths.device)
+        self._measured = False
+        self._stepping = False
+        self._seen: list[tuple[int, int]] = [(-1, 0)] * len(self.layers)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            *(
+                tally.meter.register_post_accumulate_grad_hook(self._notice(row))
+                for row, tally in enumerate(self.neurons.tallies)
+            ),
+        ]
+        optimizer.zero_grad = self._forgetting(optimizer.zero_grad)
+        if isinstance(ranks, DdpRanks):
+            ranks.share, ranks.may_be_early = self._share, self._was_compiled
 
     def calibrate(self, images: Tensor) -> None:
-        """Before the first step: sets widths that put this batch's coverage at the target, the same on every rank."""
+        """Before the first step: sets widths that put this batch's coverage at the target, the same on every rank.
+
+        It runs `network(images)` once, in training mode; statistics of batch normalisation are put back. Reset the
+        state of neurons that keep one (SpikingJelly's) afterwards.
+        """
         if self.config.policy != "chi" or self.config.indicator != "coverage":
             raise ConfigError("chi.attach: calibrate() sets coverage to its target; use it with policy chi, indicator "
                               "coverage")  # fmt: skip
-        agree = (lambda widths: dist.broadcast(widths, 0)) if self._is_reduced else None
-        self.widths.calibrate(self._network, images, agree)
+        self.widths.calibrate(self._network, images, self._ranks.agree)
 
     def state_dict(self) -> dict:
         """What the script has to save in its checkpoint, for `load_state_dict`."""
@@ -67,124 +85,204 @@ class Pilot:
 
     def detach(self) -> None:
         """Stop measuring and steering; the widths stay. A DDP model keeps its hook, which then only averages."""
-        self._hook.remove()
-        self._is_reduced = False
+        for handle in self._handles:
+            handle.remove()
+        self._optimizer.__dict__.pop("zero_grad", None)
+        for neuron in self.neurons.neurons:
+            neuron.release()
+        if isinstance(self._ranks, DdpRanks):
+            self._ranks.share = None
+
+    # Around optimizer.step: measure the gradient that it uses, then steer.
+
+    def _before_step(self, _, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self._stepping = True
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._measure()
+            return None
+
+        def measured(*given, **named) -> object:
+            loss = closure(*given, **named)
+            self._measure()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": measured}
+        return (args[0], measured, *args[2:]), kwargs
+
+    def _after_step(self, *_) -> None:
+        self._stepping = False
+        self._seen = [(-1, 0)] * len(self.layers)
+        if not self._measured:
+            return
+        self._measured = False
+        self.step += 1
+        assert self.indicators is not None
+        self.widths.step(self.indicators, min(1.0, self.step / self.num_steps))
+        if self.step == 1:
+            self._tell_unread()
 
     @torch.no_grad()
-    def _before_step(self, *_) -> None:
-        counts, floats, num_ranks = self._counts(), self.widths.stats.share(self.neurons.counts()), 1
-        if self._is_reduced:
-            if self._reduced is None:
-                raise RuntimeError("chi.attach: the optimizer steps on a gradient that DDP has not reduced; leave one "
-                                   "backward pass before each step outside model.no_sync()")  # fmt: skip
-            limbs = 9 * len(self.layers)
-            counts, floats = unpack(self._reduced[:limbs]), self._reduced[limbs:]
-            num_ranks = dist.get_world_size()
-        neuron_steps, spikes, covered = counts.view(3, -1)
-        by_id = {id(p): gradient_sums(p.grad) for p in self._parameters if p.grad is not None}
-        nothing = torch.zeros(3, dtype=torch.float64, device=counts.device)
+    def _measure(self) -> None:
+        """Reads the gradient and the counts of this step, over all ranks."""
+        parameters = dict(self._network.named_parameters())
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        if all(parameter.grad is None for parameter in trained.values()):
+            return  # a step before the first backward pass, which changes nothing
+        checks.still_fits(self._network, self.neurons, parameters, self._known)
+        if type(self._ranks) is OneRank:
+            checks.alone_or_refuse()
+        if self._was_compiled() and self.config.policy == "ds_atgo":
+            raise ConfigError("chi.attach: policy ds_atgo looks into the neurons, which a compiled model does not "
+                              "allow; use another policy, or no torch.compile")  # fmt: skip
+        sums, share = self._ranks.total(self._gradient(trained), self._share())
+        neuron_steps, spikes, covered = share.counts.view(3, -1).double()
+        weights = [sum(parameters[name].numel() for name in layer.parameters) for layer in self.layers]
         self.indicators = indicators(
-            torch.stack([by_id.get(id(layer.weight), nothing) for layer in self.layers]),
-            torch.stack([nothing, *by_id.values()])[:, 0].sum(),
-            weights=self._weights,
-            parameters=sum(p.numel() for p in self._parameters),
+            sums[:-1],
+            sums[-1, 0],
+            weights=self._weights(weights),
+            parameters=sum(parameter.numel() for parameter in trained.values()),
             spikes=spikes,
             covered=covered if all(neuron.rule.bounded for neuron in self.neurons.neurons) else None,
             neuron_steps=neuron_steps,
         )
-        self.widths.stats.take(floats.double(), num_ranks=num_ranks, neuron_steps=neuron_steps)
-        self._steer()
+        self.widths.stats.take(share.floats.double(), num_ranks=self._ranks.count, neuron_steps=neuron_steps)
         self.neurons.zero_counts()
-        self._reduced = None
+        self._measured = True
 
-    def _steer(self) -> None:
-        self.step += 1
+    def _gradient(self, trained: dict[str, nn.Parameter]) -> Tensor:
+        """`(L + 1, 3)` float64, sums of every layer's gradient and of all: NaN for layers without one; unscaled."""
+        device = self.neurons.widths.device
+        by_name = {name: own_sums(p.grad) for name, p in trained.items() if p.grad is not None}
+        rows = []
+        for layer in self.layers:
+            parts = [by_name[name] for name in layer.parameters if name in by_name]
+            rows.append(sum(parts) if parts else torch.full((3,), float("nan"), dtype=torch.float64, device=device))
+        sums = torch.stack([*rows, torch.stack([*by_name.values()]).sum(0)])
+        # A fused optimizer unscales by itself, and skips the step where the GradScaler found an overflow.
+        scale, overflow = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if scale is not None:
+            inverse = scale.double().reciprocal()
+            sums = sums * torch.stack((torch.ones_like(inverse), inverse, inverse.square()))
+        return sums if overflow is None else torch.where(overflow > 0, float("nan"), sums)
+
+    def _share(self) -> Share:
+        counts = self.neurons.counts()
+        return Share(counts=counts[:3].flatten().long(), floats=self.widths.stats.share(counts))
+
+    def _was_compiled(self) -> bool:
+        return any(neuron.traced for neuron in self.neurons.neurons)
+
+    # What goes on beside the steps.
+
+    def _forgetting(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
+        """`zero_grad` that throws away the counts of the gradient too: that of a step which a GradScaler left out."""
+
+        def forgetting(*args, **kwargs) -> None:
+            self.neurons.zero_counts()
+            self._ranks.forget()
+            zero_grad(*args, **kwargs)
+
+        return forgetting
+
+    def _notice(self, row: int) -> Callable[[Tensor], None]:
+        """After backward passes of a layer: notices that another optimizer than ours changes its weights."""
+
+        def notice(_: Tensor) -> None:
+            names = self.layers[row].parameters
+            if self._stepping or not names:
+                return
+            version = self._network.get_parameter(names[0])._version
+            last, changes = self._seen[row]
+            changes += last not in (-1, version)
+            self._seen[row] = (version, changes)
+            if changes >= _MISSED:
+                raise RuntimeError(f"chi.attach: {names[0]} has changed {changes} times without a step of the "
+                                   "optimizer that was attached, so nothing was measured; attach to the optimizer "
+                                   "that makes the steps")  # fmt: skip
+
+        return notice
+
+    def _tell_unread(self) -> None:
+        """Says once which layers will not be steered; the host waits for it."""
         assert self.indicators is not None
-        self.widths.step(self.indicators, min(1.0, self.step / self.num_steps))
+        without = getattr(self.indicators, self.config.indicator).isnan().tolist()
+        names = [layer.name for layer, missing in zip(self.layers, without, strict=True) if missing]
+        if names and self.config.policy == "chi":
+            warnings.warn(
+                f"chi.attach: no reading of {self.config.indicator} for {', '.join(names)}: no gradient reached these "
+                "neurons in the first step (frozen, detached, in eval mode, or not used); their widths stay as they "
+                "are until one does",
+                stacklevel=4,
+            )
 
-    # Under DDP: this rank's counts are appended to the last bucket.
 
-    def _counts(self) -> Tensor:
-        return self.neurons.counts()[:3].flatten().long()
+def own_sums(gradient: Tensor) -> Tensor:
+    """`gradient_sums` of what this rank has of a gradient: all of it, the values of a sparse one, or its shard."""
+    if gradient.is_sparse:
+        return gradient_sums(gradient.coalesce().values())
+    if not hasattr(gradient, "placements"):
+        return gradient_sums(gradient)
+    shard: Tensor = gradient.to_local()  # pyright: ignore[reportCallIssue]
+    place = gradient.device_mesh.get_coordinate()  # pyright: ignore[reportAttributeAccessIssue]
+    # Ranks that hold the same shard: the first of them counts it.
+    copies = zip(place, gradient.placements, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+    first = all(at == 0 for at, placement in copies if placement.is_replicate())
+    return gradient_sums(shard if first else shard[:0])
 
-    def _reduce(self, _, bucket) -> torch.futures.Future[Tensor]:
-        gradient = bucket.buffer().div_(dist.get_world_size())
-        if not (bucket.is_last() and self._is_reduced):
-            return summed(gradient).then(lambda done: done.value()[0])
-        tail = torch.cat((pack(self._counts()), self.widths.stats.share(self.neurons.counts())))
-        size = gradient.numel()
-        if gradient.dtype not in (torch.float32, torch.float64):
-            # A half-precision bucket would round the counts: only in this case they get an all-reduce of their own.
-            dist.all_reduce(tail)
-            self._reduced = tail
-            return summed(gradient).then(lambda done: done.value()[0])
 
-        def split(done) -> Tensor:
-            self._reduced = done.value()[0][size:]
-            return done.value()[0][:size]
-
-        return summed(torch.cat((gradient, tail.to(gradient)))).then(split)
+_pilots: "weakref.WeakKeyDictionary[object, weakref.ref[Pilot]]" = weakref.WeakKeyDictionary()
+"""The pilot of each network and of each optimizer; their hooks keep it alive."""
+_hooked: "weakref.WeakKeyDictionary[DistributedDataParallel, DdpRanks]" = weakref.WeakKeyDictionary()
+"""A DDP model takes one hook in its life: the next pilot takes it over."""
 
 
 def attach(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int | None = None, **settings: object
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+    **settings: object,
 ) -> Pilot:
     """Measure χ at every step of `optimizer`, and steer the widths of the model's surrogates by it.
 
+    Attached again to the same model or optimizer, the new pilot replaces the old one, with a warning, and starts from
+    its widths.
+
     Args:
-        model: on its device; plain, or wrapped in DistributedDataParallel (before its first backward pass).
+        model: on its device; plain, compiled, wrapped in DistributedDataParallel (before its first backward pass), or
+            sharded by fully_shard (FSDP2).
         optimizer: a torch optimizer; each `step()` measures first.
         steps: optimizer steps in the run, over which a moving target or schedule is spread. None only where nothing
             moves (`target_end` equal to `target`, policy not schedule).
+        process_group: the ranks whose gradients the script averages by itself. Not for DDP and FSDP2, which have one.
         settings: fields of `pipeline.config.ChiConfig`: policy, indicator, target, target_end, eta, interval, …
 
     Returns:
         The pilot: `.indicators` of the last step, `.neurons.widths`, `state_dict()`.
 
     Raises:
-        ConfigError: a setting that does not exist or is out of range; steps missing; a sharded model.
+        ConfigError: a setting that does not exist or is out of range; steps missing; a model or an optimizer whose
+            numbers would be wrong.
         ValueError: the model has no spiking layer that can be steered.
     """
-    if type(model).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine") or hasattr(model, "unshard"):
-        raise ConfigError(f"chi.attach: {type(model).__name__} keeps gradients in pieces; use a plain module or "
-                          "DistributedDataParallel, or for DeepSpeed launch/train.py")  # fmt: skip
-    try:
-        config = ChiConfig(**settings)  # pyright: ignore[reportArgumentType]
-    except TypeError as error:
-        raise ConfigError(f"chi.attach: {error}; use the fields of pipeline.config.ChiConfig") from None
-    moves = config.policy == "schedule" or (config.policy == "chi" and config.target != config.target_end)
-    if moves and steps is None:
-        raise ConfigError(
-            f"chi.attach: steps is missing: policy={config.policy!r} moves over the run; give the optimizer steps "
-            "of the run, or a target_end equal to target"
-        )
-    return Pilot(model, optimizer, config, steps or 1)
-
-
-def summed(tensor: Tensor) -> torch.futures.Future:
-    """Starts the all-reduce of `tensor`; its future."""
-    work = dist.all_reduce(tensor, async_op=True)
-    assert work is not None
-    return work.get_future()
-
-
-def feeding_layers(network: nn.Module, neurons: NeuronState) -> list[SpikingLayer]:
-    """Every spiking layer with the weight that feeds it: the network's own list, or the nearest one before it.
-
-    "Before" is in the order of registration. The weight is a convolution's or linear layer's, the norm a BatchNorm2d.
-    """
-    if hasattr(network, "spiking_layers"):
-        return list(network.spiking_layers())  # pyright: ignore
-    layers, weight, norm = [], None, None
-    names = {id(neuron): name for name, neuron in zip(neurons.names, neurons.neurons, strict=True)}
-    for module in network.modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-            weight, norm = module.weight, None
-        elif isinstance(module, nn.BatchNorm2d):
-            norm = module
-        elif id(module) in names:
-            if weight is None:
-                raise ValueError(f"chi.attach: no weights feed {names[id(module)]}: no convolution or linear layer is "
-                                 "registered before it; register modules in forward order")  # fmt: skip
-            layers.append(SpikingLayer(names[id(module)], module, weight, norm))  # pyright: ignore
-    return layers
+    config = checks.settings(settings, steps)
+    wrapped = checks.unwrap(model)
+    checks.neurons_can_be_steered(wrapped.network, config)
+    checks.optimizer_fits(optimizer, wrapped.network)
+    ranks = checks.ranks_of(
+        wrapped, process_group, lambda ddp: _hooked.get(ddp) or _hooked.setdefault(ddp, DdpRanks(ddp))
+    )
+    for key in (wrapped.network, optimizer):
+        old = _pilots[key]() if key in _pilots else None
+        if old is not None:
+            old.detach()
+            del _pilots[old._network], _pilots[old._optimizer]
+            warnings.warn("chi.attach: this model or optimizer had a pilot already; it is replaced, and the new one "
+                          "starts from its widths", stacklevel=2)  # fmt: skip
+    pilot = Pilot(wrapped.network, optimizer, config, steps or 1, ranks)
+    _pilots[wrapped.network] = _pilots[optimizer] = weakref.ref(pilot)
+    return pilot

@@ -1,0 +1,122 @@
+"""Which weights feed a spiking layer, in any network.
+
+The network's own list (`spiking_layers()`) where it has one. Else autograd's graph tells, in the first training pass:
+the nearest convolution or linear layer behind the input of the neurons, without passing through another spiking layer.
+Where there is no graph to look at (a compiled model, weights outside a checkpointed block, FSDP2), it is the one that
+is registered last before the neurons.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pipeline.snn.external_neurons import Steered
+from pipeline.snn.neurons import NeuronState
+
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_WITHIN = ".parametrizations."
+LIBRARIES = ("spikingjelly", "snntorch", "norse")
+"""Libraries whose neurons hold a surrogate, and perhaps recurrent weights beside it."""
+
+
+@dataclass(slots=True, eq=False)
+class FedLayer:
+    """A spiking layer and what feeds it."""
+
+    name: str
+    """Dotted name of the neurons' module."""
+    neuron: Steered
+    parameters: tuple[str, ...]
+    """Names of the parameters that make its weight: one, or those of a parametrisation; empty where none is known."""
+    norm: nn.Module | None
+    """The batch normalisation between the two."""
+
+
+def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
+    """The spiking layers in forward order. Their `parameters` may change in the first training pass."""
+    owners = {id(module): name for name, module in network.named_modules()}
+    if hasattr(network, "spiking_layers"):
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        listed = network.spiking_layers()  # pyright: ignore
+        return [FedLayer(layer.name, layer.neuron, (names[id(layer.weight)],), layer.norm) for layer in listed]
+    of_neuron = {id(neuron): name for name, neuron in zip(neurons.names, neurons.neurons, strict=True)}
+    layers, parameters, norm = [], (), None
+    for module in network.modules():
+        if isinstance(module, _WEIGHTED):
+            parameters, norm = _weight_of(network, owners[id(module)]), None
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            norm = module
+        elif id(module) in of_neuron:
+            assert isinstance(module, Steered)
+            layers.append(FedLayer(of_neuron[id(module)], module, parameters, norm))
+    for layer in layers:
+        layer.neuron.on_input = _look(layer, network, neurons)
+    return layers
+
+
+def _look(layer: FedLayer, network: nn.Module, neurons: NeuronState) -> Callable[[Tensor], None]:
+    def look(x: Tensor) -> None:
+        layer.neuron.on_input = None
+        layer.parameters = nearest(x, network, layer.name, neurons) or layer.parameters
+
+    return look
+
+
+def nearest(x: Tensor, network: nn.Module, name: str, neurons: NeuronState) -> tuple[str, ...]:
+    """Names of the parameters of `network` that make the weight nearest behind `x`, the input of the neurons `name`.
+
+    Convolutions and linear layers come before other parameters of two dimensions, and these before what belongs to the
+    neurons themselves (recurrent weights). Empty where no such parameter is behind x.
+    """
+    names = {id(parameter): path for path, parameter in network.named_parameters() if parameter.dim() >= 2}
+    modules = dict(network.named_modules())
+    holder = name.rpartition(".")[0]
+    recurrent = holder + "." if type(modules[holder]).__module__.split(".")[0] in LIBRARIES else name + "."
+    reached = []
+    for distance, parameter in _behind(x, {id(tally.meter) for tally in neurons.tallies}):
+        path = names.get(id(parameter))
+        if path is not None:
+            owner = _owner(path)
+            weighted = isinstance(modules[owner], _WEIGHTED)
+            reached.append((path.startswith(recurrent), not weighted, distance, owner, path))
+    if not reached:
+        return ()
+    *_, owner, path = min(reached)
+    return _weight_of(network, owner) if isinstance(modules[owner], _WEIGHTED) else (path,)
+
+
+def _behind(x: Tensor, meters: set[int]) -> Iterator[tuple[int, Tensor]]:
+    """The leaves of the graph behind x, with their distance, up to the spiking layers before it."""
+    level, seen, distance = [x.grad_fn], set(), 0
+    while level:
+        following = []
+        for node in level:
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield distance, node.variable
+                continue
+            inputs = [function for function, _ in node.next_functions]
+            if not any(id(getattr(function, "variable", None)) in meters for function in inputs):
+                following += inputs
+        level, distance = following, distance + 1
+
+
+def _owner(path: str) -> str:
+    """Name of the module whose weight the parameter `path` is, or is a part of."""
+    return path.split(_WITHIN)[0] if _WITHIN in path else path.rpartition(".")[0]
+
+
+def _weight_of(network: nn.Module, owner: str) -> tuple[str, ...]:
+    """Names of the parameters that make the weight of the module `owner`: `weight`, or what it is computed from."""
+    prefix = owner + "." if owner else ""
+    named = {id(parameter): path for path, parameter in network.named_parameters()}
+    module = network.get_submodule(owner)
+    if isinstance(module._parameters.get("weight"), nn.Parameter):
+        return (named[id(module.weight)],)  # shared weights have the name of their first owner
+    made = [path for path, _ in network.named_parameters() if path.startswith(prefix + _WITHIN[1:] + "weight.")]
+    if not made:  # torch.nn.utils.weight_norm and spectral_norm, the older forms
+        made = [prefix + part for part in ("weight_g", "weight_v", "weight_orig") if part in module._parameters]
+    return tuple(made)
