@@ -53,6 +53,17 @@ class Steered(nn.Module):
             self.width = self._scalars[0].item()
         self._scalars, self.tally, self.probe, self.on_input = None, None, None, None
 
+    def __getstate__(self) -> dict:
+        """A copy has the present width as its own, and counts for nobody."""
+        copied = {"tally": None, "probe": None, "on_input": None, "_scalars": None}
+        width = self.width if self._scalars is None else self._scalars[0].item()
+        return {**self.__dict__, **copied, "width": width}
+
+    @property
+    def counted(self) -> int:
+        """Neuron-steps of training passes since the last optimizer step (`NeuronState.zero_counts`); the host waits."""
+        return 0 if self.tally is None else int(self.tally.counts[0])
+
     def leak(self, x: torch.Tensor) -> torch.Tensor | None:
         """1/tau as a 0-d tensor beside x; None without a leak, or where it is not known."""
         return None

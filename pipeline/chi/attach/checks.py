@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.chi.attach import foreign
+from pipeline.chi.attach.feeding import FedLayer
 from pipeline.chi.attach.ranks import DdpRanks, GroupRanks, OneRank
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError
@@ -183,6 +184,19 @@ def still_fits(network: nn.Module, neurons: NeuronState, parameters: dict[str, n
     if not measured and not any(neuron.training for neuron in neurons.neurons):
         raise ConfigError("chi.attach: the optimizer steps, but all spiking layers are in eval mode, where nothing is "
                           "measured; call model.train() before training")  # fmt: skip
+
+
+def weights_are_known(layers: list[FedLayer], neurons: NeuronState) -> None:
+    """Raises ConfigError where the order of registration does not tell which weights feed which layer."""
+    guessed: dict[tuple[str, ...], str] = {}
+    for layer, tally in zip(layers, neurons.tallies, strict=True):
+        if layer.known or not tally.any:
+            continue
+        other = guessed.setdefault(layer.parameters, layer.name)
+        if other != layer.name:
+            raise ConfigError(f"chi.attach: it cannot be told which weights feed {other} and {layer.name}: both are "
+                              "registered after the same layer, and a compiled or checkpointed pass hides what it "
+                              "does; register modules in forward order, or make the first step without")  # fmt: skip
 
 
 def _kind(thing: object) -> str:

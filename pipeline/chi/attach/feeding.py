@@ -29,8 +29,16 @@ class FedLayer:
     neuron: Steered
     parameters: tuple[str, ...]
     """Names of the parameters that make its weight: one, or those of a parametrisation; empty where none is known."""
+    known: bool
+    """The network or the graph says so; else it is a guess from the order of registration."""
     norm: nn.Module | None
     """The batch normalisation between the two."""
+    network: nn.Module
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The weight, or the first of the parameters that make it; None where none is known."""
+        return self.network.get_parameter(self.parameters[0]) if self.parameters else None
 
 
 def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
@@ -39,7 +47,10 @@ def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
     if hasattr(network, "spiking_layers"):
         names = {id(parameter): name for name, parameter in network.named_parameters()}
         listed = network.spiking_layers()  # pyright: ignore
-        return [FedLayer(layer.name, layer.neuron, (names[id(layer.weight)],), layer.norm) for layer in listed]
+        return [
+            FedLayer(layer.name, layer.neuron, (names[id(layer.weight)],), True, layer.norm, network)
+            for layer in listed
+        ]
     of_neuron = {id(neuron): name for name, neuron in zip(neurons.names, neurons.neurons, strict=True)}
     layers, parameters, norm = [], (), None
     for module in network.modules():
@@ -49,7 +60,7 @@ def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
             norm = module
         elif id(module) in of_neuron:
             assert isinstance(module, Steered)
-            layers.append(FedLayer(of_neuron[id(module)], module, parameters, norm))
+            layers.append(FedLayer(of_neuron[id(module)], module, parameters, False, norm, network))
     for layer in layers:
         layer.neuron.on_input = _look(layer, network, neurons)
     return layers
@@ -58,7 +69,8 @@ def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
 def _look(layer: FedLayer, network: nn.Module, neurons: NeuronState) -> Callable[[Tensor], None]:
     def look(x: Tensor) -> None:
         layer.neuron.on_input = None
-        layer.parameters = nearest(x, network, layer.name, neurons) or layer.parameters
+        found = nearest(x, network, layer.name, neurons)
+        layer.parameters, layer.known = found or layer.parameters, bool(found)
 
     return look
 

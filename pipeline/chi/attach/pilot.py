@@ -130,14 +130,19 @@ class Pilot:
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         if all(parameter.grad is None for parameter in trained.values()):
             return  # a step before the first backward pass, which changes nothing
+        if self._measured and not any(tally.any for tally in self.neurons.tallies):
+            return  # a step within a step: of an optimizer that calls its base class's
         checks.still_fits(self._network, self.neurons, parameters, self._known)
         if type(self._ranks) is OneRank:
             checks.alone_or_refuse()
         if self._was_compiled() and self.config.policy == "ds_atgo":
             raise ConfigError("chi.attach: policy ds_atgo looks into the neurons, which a compiled model does not "
                               "allow; use another policy, or no torch.compile")  # fmt: skip
+        checks.weights_are_known(self.layers, self.neurons)
         sums, share = self._ranks.total(self._gradient(trained), self._share())
         neuron_steps, spikes, covered = share.counts.view(3, -1).double()
+        # Neurons that got no gradient: nor did their weights by them, whichever they are.
+        sums[:-1] = torch.where(neuron_steps[:, None] > 0, sums[:-1], float("nan"))
         weights = [sum(parameters[name].numel() for name in layer.parameters) for layer in self.layers]
         self.indicators = indicators(
             sums[:-1],
