@@ -50,6 +50,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
 
+# The libraries whose neurons χ steers too. --no-deps: their torchvision does not load beside a CPU build of torch.
+PEERS := spikingjelly snntorch norse loguru nir nirtorch h5py
+
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps $(PEERS)
 	@touch $@

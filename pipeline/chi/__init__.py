@@ -1,6 +1,6 @@
 """Gradients → χ → widths. In your own training script: `from pipeline import chi; chi.attach(model, optimizer)`."""
 
-from pipeline.chi.attach import Pilot, attach
+from pipeline.chi.attach import Pilot, attach, prepare
 from pipeline.snn.external_neurons import Surrogate
 
-__all__ = ["Pilot", "Surrogate", "attach"]
+__all__ = ["Pilot", "Surrogate", "attach", "prepare"]

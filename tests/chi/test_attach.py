@@ -289,13 +289,3 @@ def test_the_example_of_the_documentation_learns_and_steers():
     accuracy = float(done.stdout.split()[1])
     assert accuracy > 85
     assert len((ROOT / "docs/attach_example.py").read_text().splitlines()) <= 40
-
-
-def test_spikingjelly_s_neurons_are_steered():
-    peer = ROOT / "build/peer/bin/python"
-    if not peer.exists():
-        pytest.skip("no build/peer with spikingjelly 2.0.0; python -m benchmarks.train_step --quick makes it")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([peer, "tests/chi/chi_peer.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "steered" in done.stdout

@@ -21,6 +21,10 @@ def snntorch() -> ModuleType:
     return _module("snntorch")
 
 
+def norse() -> ModuleType:
+    return _module("norse.torch")
+
+
 def _module(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)

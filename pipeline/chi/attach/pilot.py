@@ -7,6 +7,7 @@ the script's loop stays as it is. Spiking layers are `snn.neurons.Neuron`, or an
 `snn.external_neurons.Surrogate` (`prepare` gives one to those of other libraries).
 """
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.chi.async_read import Constants
 from pipeline.chi.attach import checks
@@ -28,7 +30,7 @@ from pipeline.errors import ConfigError
 from pipeline.snn.neurons import NeuronState, bind
 
 _MISSED = 3
-"""Times that the weights may change without a step of our optimizer."""
+"""Steps that another optimizer may make on our parameters without one of ours."""
 
 
 class Pilot:
@@ -50,14 +52,10 @@ class Pilot:
         self._weights = Constants(self.neurons.widths.device)
         self._measured = False
         self._stepping = False
-        self._seen: list[tuple[int, int]] = [(-1, 0)] * len(self.layers)
+        self._missed = 0
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            *(
-                tally.meter.register_post_accumulate_grad_hook(self._notice(row))
-                for row, tally in enumerate(self.neurons.tallies)
-            ),
         ]
         optimizer.zero_grad = self._forgetting(optimizer.zero_grad)
         if isinstance(ranks, DdpRanks):
@@ -92,6 +90,9 @@ class Pilot:
             neuron.release()
         if isinstance(self._ranks, DdpRanks):
             self._ranks.share = None
+        _live.discard(self)
+        for key in (self._network, self._optimizer):
+            _pilots.pop(key, None)
 
     # Around optimizer.step: measure the gradient that it uses, then steer.
 
@@ -113,7 +114,7 @@ class Pilot:
 
     def _after_step(self, *_) -> None:
         self._stepping = False
-        self._seen = [(-1, 0)] * len(self.layers)
+        self._missed = 0
         if not self._measured:
             return
         self._measured = False
@@ -192,23 +193,19 @@ class Pilot:
 
         return forgetting
 
-    def _notice(self, row: int) -> Callable[[Tensor], None]:
-        """After backward passes of a layer: notices that another optimizer than ours changes its weights."""
-
-        def notice(_: Tensor) -> None:
-            names = self.layers[row].parameters
-            if self._stepping or not names:
-                return
-            version = self._network.get_parameter(names[0])._version
-            last, changes = self._seen[row]
-            changes += last not in (-1, version)
-            self._seen[row] = (version, changes)
-            if changes >= _MISSED:
-                raise RuntimeError(f"chi.attach: {names[0]} has changed {changes} times without a step of the "
-                                   "optimizer that was attached, so nothing was measured; attach to the optimizer "
-                                   "that makes the steps")  # fmt: skip
-
-        return notice
+    def notice(self, other: torch.optim.Optimizer) -> None:
+        """Before a step of any optimizer: raises RuntimeError if others train our parameters in the place of ours."""
+        if other is self._optimizer or self._stepping:
+            return
+        ours = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in ours for group in other.param_groups for parameter in group["params"]):
+            return
+        self._missed += 1
+        if self._missed >= _MISSED:
+            self._missed = 0
+            raise RuntimeError(f"chi.attach: another optimizer ({type(other).__name__}) has made {_MISSED} steps on "
+                               "these parameters, and the one that was attached none, so nothing was measured; attach "
+                               "to the optimizer that makes the steps")  # fmt: skip
 
     def _tell_unread(self) -> None:
         """Says once which layers will not be steered; the host waits for it."""
@@ -240,8 +237,20 @@ def own_sums(gradient: Tensor) -> Tensor:
 
 _pilots: "weakref.WeakKeyDictionary[object, weakref.ref[Pilot]]" = weakref.WeakKeyDictionary()
 """The pilot of each network and of each optimizer; their hooks keep it alive."""
+_live: "weakref.WeakSet[Pilot]" = weakref.WeakSet()
 _hooked: "weakref.WeakKeyDictionary[DistributedDataParallel, DdpRanks]" = weakref.WeakKeyDictionary()
 """A DDP model takes one hook in its life: the next pilot takes it over."""
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """From the first call on, every optimizer's step is shown to all pilots."""
+
+    def show(optimizer: torch.optim.Optimizer, *_) -> None:
+        for pilot in tuple(_live):
+            pilot.notice(optimizer)
+
+    register_optimizer_step_pre_hook(show)
 
 
 def attach(
@@ -285,9 +294,10 @@ def attach(
         old = _pilots[key]() if key in _pilots else None
         if old is not None:
             old.detach()
-            del _pilots[old._network], _pilots[old._optimizer]
             warnings.warn("chi.attach: this model or optimizer had a pilot already; it is replaced, and the new one "
                           "starts from its widths", stacklevel=2)  # fmt: skip
     pilot = Pilot(wrapped.network, optimizer, config, steps or 1, ranks)
+    _watch_optimizers()
+    _live.add(pilot)
     _pilots[wrapped.network] = _pilots[optimizer] = weakref.ref(pilot)
     return pilot
