@@ -13,6 +13,7 @@ def spikingjelly() -> SimpleNamespace:
     # It imports torchvision for a download helper, and torchvision's operators do not load beside a CPU build of torch.
     for name in ("torchvision", "torchvision.models", "torchvision.models.utils"):
         sys.modules.setdefault(name, ModuleType(name))
+    sys.modules["torchvision.models.utils"].load_state_dict_from_url = None  # pyright: ignore
     parts = ("functional", "layer", "neuron", "surrogate")
     return SimpleNamespace(**{part: _module(f"spikingjelly.activation_based.{part}") for part in parts})
 
