@@ -59,7 +59,7 @@ def look(
 
     Arguments as in `reference.run`; a static x holds one step.
     """
-    x, leak, v = (tensor if tensor is None else tensor.detach() for tensor in (x, leak, v))
+    x, leak, v = x.detach(), None if leak is None else leak.detach(), None if v is None else v.detach()
     if num_steps is not None and x.shape[0] == 1:
         x = x.expand(num_steps, *x.shape[1:])
     one = torch.ones((), device=x.device)

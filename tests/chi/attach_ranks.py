@@ -55,14 +55,14 @@ class Setting:
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        model = Ways(self.compiled)
+        model = Ways(self.compiled)  # pyright: ignore
         if not self.late:
             del model.never, model.late
         if self.by_hand:
             return model
         if self.sharded:
             fully_shard(model.net.a)
-            return fully_shard(model)
+            return fully_shard(model)  # pyright: ignore
         if self.compiled == "inside":
             model = torch.compile(model, backend="aot_eager")
         ddp = DistributedDataParallel(model, process_group=self.group, **self.ddp)
@@ -92,7 +92,7 @@ class Setting:
         given = {"process_group": group} if self.by_hand else {}
         # Under a compiled pass a hook would see tracing: counted by another network.
         plain = PlainCount(model) if attached and not self.compiled else None
-        pilot = chi.attach(model, optimizer, policy="fixed", **given) if attached else None
+        pilot = chi.attach(model, optimizer, policy="fixed", **given) if attached else None  # pyright: ignore
         calls = 0
         for step in range(STEPS):
             with torch.profiler.profile() as profile:
@@ -142,8 +142,8 @@ def settings(world: int) -> dict[str, Callable[[], Setting]]:
         mine = groups[dist.get_rank() // 2]
         return {
             "DDP": lambda: Setting(None),
-            "groups of two": lambda: Setting(mine),
-            "groups of two, averaged by hand": lambda: Setting(mine, by_hand=True),
+            "groups of two": lambda: Setting(mine),  # pyright: ignore
+            "groups of two, averaged by hand": lambda: Setting(mine, by_hand=True),  # pyright: ignore
             "FSDP2": lambda: Setting(None, sharded=True),
         }
     return {

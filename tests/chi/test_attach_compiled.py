@@ -72,7 +72,7 @@ def test_weights_that_a_compiled_pass_hides_are_not_guessed():
     net = Net("ours")  # both neurons are registered after all linear layers
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     model = torch.compile(net, backend="aot_eager")
-    chi.attach(model, optimizer, policy="fixed")
+    chi.attach(model, optimizer, policy="fixed")  # pyright: ignore
     model(torch.randn(4, 32)).sum().backward()
     with pytest.raises(ConfigError, match=r"which weights feed first and second.*register modules in forward order"):
         optimizer.step()
@@ -83,7 +83,7 @@ def test_a_policy_that_looks_into_the_neurons_is_refused_in_a_compiled_model():
     net = ordered("ours")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     model = torch.compile(net, backend="aot_eager")
-    chi.attach(model, optimizer, policy="ds_atgo", interval=100)
+    chi.attach(model, optimizer, policy="ds_atgo", interval=100)  # pyright: ignore
     model(torch.randn(4, 32)).sum().backward()
     with pytest.raises(ConfigError, match=r"ds_atgo looks into the neurons.*use another policy"):
         optimizer.step()

@@ -122,7 +122,7 @@ class Closure(Script):
             self.keep()
             return loss
 
-        self.optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+        self.optimizer.step(closure)  # pyright: ignore
 
 
 class ClosureByName(Closure):
@@ -152,14 +152,14 @@ class Lbfgs(Closure):
             self.keep()
             return loss
 
-        self.optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+        self.optimizer.step(closure)  # pyright: ignore
         assert len(self.gradients) > before + 1
         self.gradients[before:] = self.gradients[-1:]
 
 
 class WeightNorm(Script):
     def edit(self) -> None:
-        self.net.b = nn.utils.parametrizations.weight_norm(self.net.b)
+        self.net.b = nn.utils.parametrizations.weight_norm(self.net.b)  # pyright: ignore
 
 
 class OldWeightNorm(Script):
@@ -216,7 +216,7 @@ class LateParameters(Script):
     def backward(self, step: int) -> None:
         x, y = batch(step)
         logits = self.net(x)
-        functional.cross_entropy(self.net.late(logits) if step == 1 else logits, y).backward()
+        functional.cross_entropy(self.net.late(logits) if step == 1 else logits, y).backward()  # pyright: ignore
 
 
 class Groups(Script):

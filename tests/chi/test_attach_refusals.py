@@ -190,7 +190,7 @@ def test_a_model_that_was_moved_or_changed_is_refused():
         net(torch.randn(4, 32, device="meta"))
     net, optimizer, _ = pair()
     train(net, optimizer, 1)
-    net.b = nn.utils.parametrizations.weight_norm(net.b)
+    net.b = nn.utils.parametrizations.weight_norm(net.b)  # pyright: ignore
     backward(net)
     with pytest.raises(ConfigError, match=r"b.weight is gone from the model since chi.attach; attach again"):
         optimizer.step()

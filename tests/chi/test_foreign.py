@@ -56,7 +56,7 @@ SPIKINGJELLY: dict[str, dict] = {
 
 
 def run_spikingjelly(neuron: nn.Module, sequence: Tensor) -> Tensor:
-    neuron.step_mode = "m"
+    neuron.step_mode = "m"  # pyright: ignore
     return neuron(sequence)
 
 
@@ -211,7 +211,7 @@ def test_a_copy_of_a_prepared_norse_cell_calls_its_own_surrogate():
     model[0](x()[0])
     other = copy.deepcopy(model)
     seen: list[Tensor] = []
-    other[0].activation.surrogate.probe = seen.append
+    other[0].activation.surrogate.probe = seen.append  # pyright: ignore
     other[0](x()[0])
     assert len(seen) == 1
     model[0](x()[0])
@@ -236,7 +236,7 @@ def test_one_object_in_several_neurons_becomes_one_for_each():
     assert foreign.shared(model) == [["0", "1"]], "the same module used twice is one neuron"
     assert chi.prepare(model) == {"1": "a chi.Surrogate shared with 0 → its own"}
     assert foreign.shared(model) == []
-    assert (model[1].spike.rule, model[1].spike.width) == (one.rule, 0.25)
+    assert (model[1].spike.rule, model[1].spike.width) == (one.rule, 0.25)  # pyright: ignore
     assert chi.prepare(model) == {}
 
 

@@ -120,7 +120,7 @@ def main() -> None:
         network, neurons = peer(arch, shape)
         network.double()
         case.fill(network)
-        theirs = case.run(network, neurons, static=False)
+        theirs = case.run(network, neurons, static=False)  # pyright: ignore
         mine = run_ours(arch, shape)
         equal = all(torch.equal(a.reshape(b.shape), b) for a, b in zip(mine["spikes"], theirs["spikes"], strict=True))
         logits = relative(mine["logits"], theirs["logits"])

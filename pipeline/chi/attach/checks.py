@@ -152,8 +152,7 @@ def neurons_can_be_steered(network: nn.Module, config: ChiConfig) -> None:
                           "each neuron its own, or call chi.prepare(model)")  # fmt: skip
     for name, module in network.named_modules():
         rule = getattr(module, "rule", None)
-        unbounded = rule is not None and not rule.bounded
-        if unbounded and config.policy == "chi" and config.indicator == "coverage":
+        if rule is not None and not rule.bounded and config.policy == "chi" and config.indicator == "coverage":
             raise ConfigError(f"chi.attach: coverage is undefined for the surrogate {rule.shape!r} of {name}, whose "
                               "support is unbounded; use triangle or rectangle, or policy fixed")  # fmt: skip
 

@@ -108,7 +108,7 @@ def _behind(x: Tensor, meters: set[int]) -> Iterator[tuple[int, Tensor]]:
                 continue
             seen.add(node)
             if hasattr(node, "variable"):
-                yield distance, node.variable
+                yield distance, node.variable  # pyright: ignore
                 continue
             inputs = [function for function, _ in node.next_functions]
             if not any(id(getattr(function, "variable", None)) in meters for function in inputs):

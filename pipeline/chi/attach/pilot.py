@@ -110,7 +110,7 @@ class Pilot:
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": measured}
-        return (args[0], measured, *args[2:]), kwargs
+        return (args[0], measured, *args[2:]), kwargs  # pyright: ignore
 
     def _after_step(self, *_) -> None:
         self._stepping = False
@@ -227,7 +227,7 @@ def own_sums(gradient: Tensor) -> Tensor:
         return gradient_sums(gradient.coalesce().values())
     if not hasattr(gradient, "placements"):
         return gradient_sums(gradient)
-    shard: Tensor = gradient.to_local()  # pyright: ignore[reportCallIssue]
+    shard: Tensor = gradient.to_local()  # pyright: ignore
     place = gradient.device_mesh.get_coordinate()  # pyright: ignore[reportAttributeAccessIssue]
     # Ranks that hold the same shard: the first of them counts it.
     copies = zip(place, gradient.placements, strict=True)  # pyright: ignore[reportAttributeAccessIssue]

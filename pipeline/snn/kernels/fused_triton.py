@@ -284,7 +284,8 @@ class Call:
             FROM_STATE=v is not None, TO_STATE=grad_last is not None, COUNT=counted,
             BLOCK_R=block_r, BLOCK_C=block_c,
         )  # fmt: skip
-        totals = partial.sum(1, dtype=torch.float64) if counted or self.leak is not None else None
+        wanted = counted or self.leak is not None
+        totals = partial.sum(1, dtype=torch.float64) if wanted else partial[:, 0]
         counts = totals[: len(COUNTED)] if counted else None
         grad_leak = None if self.leak is None else totals[-1].to(self.leak.dtype)
         if isinstance(sums, torch.Tensor):
