@@ -209,6 +209,16 @@ def test_a_model_that_was_cast_is_measured_as_it_is():
     assert pilot.indicators.grad_norm[1].item() == pytest.approx(norm, rel=1e-12)
 
 
+def test_modules_of_others_may_have_names_that_ours_have():
+    net = Net("ours")
+    net.a.rule, net.b.tally = "local", 3  # pyright: ignore
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pilot = chi.attach(net, optimizer, **MILD)
+    train(net, optimizer, 1)
+    assert pilot.step == 1
+    assert chi.prepare(net) == {}
+
+
 def test_a_step_before_the_first_backward_pass_is_no_step():
     net, optimizer, pilot = pair()
     optimizer.step()  # as people do before a scheduler's first step

@@ -14,6 +14,7 @@ from pipeline.chi.attach.feeding import FedLayer
 from pipeline.chi.attach.ranks import DdpRanks, GroupRanks, OneRank
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError
+from pipeline.snn.external_neurons import Steered
 from pipeline.snn.neurons import NeuronState
 
 _NOT_HERE = {
@@ -151,7 +152,7 @@ def neurons_can_be_steered(network: nn.Module, config: ChiConfig) -> None:
         raise ConfigError(f"chi.attach: {', '.join(names)} share one chi.Surrogate object, which has one width; give "
                           "each neuron its own, or call chi.prepare(model)")  # fmt: skip
     for name, module in network.named_modules():
-        rule = getattr(module, "rule", None)
+        rule = module.rule if isinstance(module, Steered) else None
         if rule is not None and not rule.bounded and config.policy == "chi" and config.indicator == "coverage":
             raise ConfigError(f"chi.attach: coverage is undefined for the surrogate {rule.shape!r} of {name}, whose "
                               "support is unbounded; use triangle or rectangle, or policy fixed")  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
-from pipeline.snn.external_neurons import Surrogate
+from pipeline.snn.external_neurons import Steered, Surrogate
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def prepare(model: nn.Module, shape: str = "triangle", scale: str = "area", widt
         raise ConfigError(f"chi.prepare: these neurons cannot take our surrogate, and nothing was changed: "
                           f"{'; '.join(problems)}")  # fmt: skip
     groups = _shared(model)
-    if not found and not any(isinstance(module, Surrogate) or _is_ours(module) for module in model.modules()):
+    if not found and not any(isinstance(module, Steered) for module in model.modules()):
         raise ConfigError("chi.prepare: the model has no neurons of SpikingJelly, snnTorch or norse; give neurons of "
                           "your own chi.Surrogate() and call it on h - v_th")  # fmt: skip
     changes = {}
@@ -161,10 +161,6 @@ def _library(module: nn.Module) -> str:
 def _is_known(module: nn.Module, library: str) -> bool:
     theirs = next(base for base in type(module).__mro__ if base.__module__.split(".")[0] == library)
     return theirs.__name__ in _KNOWN[library].split()
-
-
-def _is_ours(module: nn.Module) -> bool:
-    return hasattr(module, "rule") and hasattr(module, "tally")
 
 
 def _is_spikingjelly_surrogate(module: nn.Module) -> bool:
