@@ -67,6 +67,7 @@ def test_spikingjelly_s_neurons_get_our_gradient(name):
     class Theirs(jelly.surrogate.PiecewiseQuadratic):  # a subclass: their fused form rounds in another order
         pass
 
+    torch.manual_seed(1)  # some have random weights: with these all spike
     plain = nn.Sequential(getattr(jelly.neuron, name)(surrogate_function=Theirs(alpha=1.0), **SPIKINGJELLY[name]))
     prepared = copy.deepcopy(plain)
     assert chi.prepare(prepared) == {"0": "Theirs(alpha=1) → triangle, width 1"}
@@ -255,6 +256,103 @@ def test_a_library_s_surrogate_in_a_hand_written_neuron_is_replaced():
 def test_a_model_without_neurons_is_refused():
     with pytest.raises(ConfigError, match="no neurons of SpikingJelly, snnTorch or norse"):
         chi.prepare(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"width": 0}, "width=0 is not allowed; use a number above 0"),
+        ({"width": float("nan")}, "width=nan is not allowed"),
+        ({"width": "wide"}, "width='wide' is not allowed"),
+        ({"shape": "tri"}, "shape='tri' is not allowed; use one of triangle, rectangle"),
+        ({"scale": "sum"}, "scale='sum' is not allowed; use one of area, peak"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_changes(settings, said):
+    model = nn.Sequential(peers.spikingjelly().neuron.IFNode())
+    with pytest.raises(ConfigError, match=f"chi.prepare: {said}"):
+        chi.prepare(model, **settings)
+    assert list(foreign.unsteered(model)) == ["0"]
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ConfigError, match=r"model is a list; use a torch\.nn\.Module"):
+        chi.prepare([nn.Linear(2, 2)])  # pyright: ignore[reportArgumentType]
+
+
+class Graded(nn.Module):
+    """Spikes of more than one size, as a user may write them."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u.clamp(0, 3).round()
+
+
+class Firing(nn.Module):
+    def forward(self, u: Tensor) -> Tensor:
+        return Triangle.apply(u)  # pyright: ignore[reportReturnType]
+
+
+def test_a_surrogate_that_is_no_step_or_has_weights_is_refused():
+    jelly = peers.spikingjelly()
+
+    class Counting(jelly.surrogate.SurrogateFunctionBase):
+        def forward(self, u: Tensor) -> Tensor:
+            return u.clamp(0, 3).round()
+
+    learned = jelly.surrogate.ATan(alpha=nn.Parameter(torch.tensor(2.0)))
+    for surrogate, said in ((Counting(), "is no step function"), (learned, "keeps alpha in the state dict")):
+        with pytest.raises(ConfigError, match=rf"0 \(IFNode\): its surrogate {said}"):
+            chi.prepare(nn.Sequential(jelly.neuron.IFNode(surrogate_function=surrogate)))
+    node = jelly.neuron.IFNode()
+    node._neuron_precision = (torch.float32, "fp32", "fp32")
+    with pytest.raises(ConfigError, match="leave the precision out"):
+        chi.prepare(nn.Sequential(node))
+
+
+def test_a_module_as_snntorch_s_spike_grad_is_replaced_too():
+    snn = peers.snntorch()
+    model = nn.Sequential(snn.Leaky(beta=0.9, spike_grad=Firing()), nn.Linear(2, 2), snn.Leaky(beta=0.9))
+    hand_written = nn.Module()
+    hand_written.spike_grad = snn.surrogate.atan()  # pyright: ignore
+    model.append(hand_written)
+    assert list(foreign.unsteered(model)) == ["0", "2", "3"]
+    assert list(chi.prepare(model)) == ["0", "2", "3"]
+    assert foreign.unsteered(model) == {}
+    with pytest.raises(ConfigError, match=r"0 \(Leaky\): its surrogate is no step function"):
+        chi.prepare(nn.Sequential(snn.Leaky(beta=0.9, spike_grad=Graded())))
+
+
+def test_a_layer_of_snntorch_that_emits_no_spikes_is_left_alone():
+    silent = peers.snntorch().StateLeaky(beta=0.9, channels=C, output=False)
+    with pytest.raises(ConfigError, match="no neurons"):
+        chi.prepare(nn.Sequential(silent))
+
+
+def test_sparse_input_of_a_norse_cell_meets_the_same_surrogate():
+    cell = peers.norse().LIFCell(dt=0.01)
+    chi.prepare(cell)
+    seen: list[Tensor] = []
+    cell.activation.surrogate.probe = seen.append
+    current = 30 * x()[0]
+    dense, sparse = cell(current)[0], cell(current.to_sparse())[0]
+    assert torch.equal(sparse.to_dense(), dense)
+    assert dense.sum() > 0
+    assert len(seen) == 2
+
+
+def test_a_norse_cell_can_be_compiled():
+    cell = peers.norse().LIFCell(dt=0.01)
+    chi.prepare(cell)
+    gradients = []
+    for step in (cell, torch.compile(cell, backend="eager")):
+        sequence, state, out = (3 * x()).requires_grad_(), None, []
+        for current in sequence:
+            spikes, state = step(current, state)
+            out.append(spikes)
+        (torch.stack(out) * torch.arange(1, 1 + C)).sum().backward()
+        gradients.append(sequence.grad)
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
 
 
 def test_a_backend_with_its_own_kernels_is_refused():

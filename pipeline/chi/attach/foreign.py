@@ -7,15 +7,19 @@
 They are known by the names of their classes: none of these libraries is imported here.
 """
 
+import dis
 import logging
+import math
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.snn.external_neurons import Steered, Surrogate
+from pipeline.snn.surrogate import SCALES, SHAPES
 
 log = logging.getLogger(__name__)
 
@@ -45,24 +49,38 @@ class Found:
 
 
 class Step(nn.Module):
-    """The step function of a norse cell with our surrogate for its threshold function."""
+    """The step function of a norse cell with our surrogate for its threshold function; `sparse` is for sparse input."""
 
-    def __init__(self, function: types.FunctionType, surrogate: Surrogate) -> None:
+    def __init__(self, function: types.FunctionType, sparse: types.FunctionType | None, surrogate: Surrogate) -> None:
         super().__init__()
-        self.surrogate, self._function = surrogate, function
-        self._ours: types.FunctionType | None = None
+        self.surrogate, self._functions = surrogate, (function, sparse)
+        self._bind()
+
+    def _bind(self) -> None:
+        # Here, and not in forward: torch.compile cannot trace it. By way of self: a copy calls its own surrogate.
+        def threshold(u: torch.Tensor, *_, **__) -> torch.Tensor:
+            return self.surrogate(u)
+
+        self._ours = tuple(theirs and _with_threshold(theirs, threshold) for theirs in self._functions)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_ours": None}  # a copy calls its own surrogate
+        return {name: value for name, value in self.__dict__.items() if name != "_ours"}
 
-    def forward(self, *args, **kwargs):
-        if self._ours is None:
-            theirs, surrogate = self._function, self.surrogate
-            names = {**theirs.__globals__, "threshold": lambda u, _method, _alpha: surrogate(u)}
-            self._ours = types.FunctionType(
-                theirs.__code__, names, theirs.__name__, theirs.__defaults__, theirs.__closure__
-            )
-        return self._ours(*args, **kwargs)
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._bind()
+
+    def forward(self, *args):
+        dense, sparse = self._ours
+        step = sparse if sparse is not None and args[0].is_sparse else dense
+        return step(*args)  # pyright: ignore[reportOptionalCall]
+
+
+def _with_threshold(theirs: types.FunctionType, threshold: Callable) -> types.FunctionType:
+    names = {**theirs.__globals__, "threshold": threshold}
+    ours = types.FunctionType(theirs.__code__, names, theirs.__name__, theirs.__defaults__, theirs.__closure__)
+    ours.__kwdefaults__ = theirs.__kwdefaults__
+    return ours
 
 
 def prepare(model: nn.Module, shape: str = "triangle", scale: str = "area", width: float = 1.0) -> dict[str, str]:
@@ -79,8 +97,10 @@ def prepare(model: nn.Module, shape: str = "triangle", scale: str = "area", widt
         What was replaced, by the name of the neuron.
 
     Raises:
-        ConfigError: a neuron that cannot take our surrogate, or none at all; the model is then unchanged.
+        ConfigError: a wrong argument; a neuron that cannot take our surrogate, or none at all. The model is then
+            unchanged.
     """
+    _check(model, shape, scale, width)
     found = _find(model)
     problems = [
         f"{one.name or 'the model'} ({type(one.module).__name__}): {one.problem}" for one in found if one.problem
@@ -97,7 +117,8 @@ def prepare(model: nn.Module, shape: str = "triangle", scale: str = "area", widt
         ours = Surrogate(shape, scale, width)
         place: nn.Module = ours
         if one.attribute == "activation":
-            place = Step(one.module.activation, ours)  # pyright: ignore[reportArgumentType]
+            place = Step(one.module.activation, one.module.activation_sparse, ours)  # pyright: ignore
+            one.module.activation_sparse = None  # pyright: ignore
         ours.train(one.module.training)
         setattr(one.module, one.attribute, place)
         changes[one.name] = f"{one.what} → {shape}, width {width:g}"
@@ -110,6 +131,16 @@ def prepare(model: nn.Module, shape: str = "triangle", scale: str = "area", widt
     for name, change in changes.items():
         log.info("chi.prepare: %s: %s", name, change)
     return changes
+
+
+def _check(model: object, shape: str, scale: str, width: float) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"chi.prepare: model is a {type(model).__name__}; use a torch.nn.Module")
+    for name, got, allowed in (("shape", shape, SHAPES), ("scale", scale, SCALES)):
+        if got not in allowed:
+            raise ConfigError(f"chi.prepare: {name}={got!r} is not allowed; use one of {', '.join(allowed)}")
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not (math.isfinite(width) and width > 0):
+        raise ConfigError(f"chi.prepare: width={width!r} is not allowed; use a number above 0")
 
 
 def unsteered(model: nn.Module) -> dict[str, str]:
@@ -140,12 +171,14 @@ def _find(model: nn.Module) -> list[Found]:
             if child is not None and _is_spikingjelly_surrogate(child):
                 problem = _spikingjelly_problem(module, child) if library else _no_step(child)
                 found.append(Found(name, module, attribute, _described(child), problem))
-        if library == "snntorch" and not isinstance(getattr(module, "spike_grad", module), nn.Module):
-            found.append(Found(name, module, "spike_grad", _function(module.spike_grad), _snntorch_problem(module)))
+        if _is_snntorch_s(module, library):
+            function = getattr(module, "spike_grad")  # noqa: B009
+            problem = _snntorch_problem(module) if library else ""
+            found.append(Found(name, module, "spike_grad", _function(function), problem or _no_step(function)))
         elif library == "norse" and _method(getattr(module, "p", None)):
             step = getattr(module, "activation", None)
             if not isinstance(step, Step):
-                found.append(Found(name, module, "activation", _method(module.p), _norse_problem(step)))  # pyright: ignore
+                found.append(Found(name, module, "activation", _method(module.p), _norse_problem(module)))  # pyright: ignore
         elif _spikes_without(module, library):
             found.append(Found(name, module, "", "a rule of its own", "its spikes come from no surrogate function that "
                                "could be replaced; use another neuron"))  # fmt: skip
@@ -156,6 +189,21 @@ def _library(module: nn.Module) -> str:
     """The library that a module's class, or a base class, comes from; empty for others."""
     roots = (base.__module__.split(".")[0] for base in type(module).__mro__)
     return next((root for root in roots if root in ("spikingjelly", "snntorch", "norse")), "")
+
+
+def _is_snntorch_s(module: nn.Module, library: str) -> bool:
+    """Whether a module takes its spikes from a `spike_grad` that is not ours: snnTorch's, or one like them."""
+    function = getattr(module, "spike_grad", None)
+    if not callable(function) or (isinstance(function, nn.Module) and _is_ours_or_spikingjelly_s(function)):
+        return False
+    if library == "snntorch":
+        silent = any(base.__name__ == "StateLeaky" for base in type(module).__mro__) and not module.output
+        return not silent
+    return str(getattr(function, "__module__", "")).startswith("snntorch.")
+
+
+def _is_ours_or_spikingjelly_s(surrogate: nn.Module) -> bool:
+    return isinstance(surrogate, Surrogate) or _is_spikingjelly_surrogate(surrogate)
 
 
 def _is_known(module: nn.Module, library: str) -> bool:
@@ -186,14 +234,26 @@ def _spikingjelly_problem(module: nn.Module, surrogate: nn.Module) -> str:
     backend = getattr(module, "backend", "torch")
     if backend != "torch":
         return f"backend {backend!r} has kernels for the library's own surrogates only; use backend='torch'"
+    if getattr(module, "_neuron_precision", None) is not None:
+        return "its explicit neuron precision takes the library's own surrogates only; leave the precision out"
     return _no_step(surrogate)
 
 
-def _no_step(surrogate: nn.Module) -> str:
+def _no_step(surrogate: Callable) -> str:
     if any(base.__name__ in _NO_STEP for base in type(surrogate).__mro__):
         return f"{type(surrogate).__name__} is no step function; use one, such as surrogate.ATan()"
     if not getattr(surrogate, "spiking", True):
         return "its surrogate has spiking=False, so it does not spike; use spiking=True"
+    if isinstance(surrogate, nn.Module) and (held := list(surrogate.state_dict())):
+        return f"its surrogate keeps {', '.join(held)} in the state dict, and ours keeps nothing; use fixed numbers"
+    u = torch.linspace(-2, 2, 64)  # without 0, where the libraries differ
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            spikes = surrogate(u)
+    except Exception as error:  # whatever a user's function may raise
+        return f"its surrogate does not answer to u from -2 to 2 ({first_line(error)}); use one that does"
+    if not (isinstance(spikes, torch.Tensor) and torch.equal(spikes, (u > 0).to(spikes.dtype))):
+        return "its surrogate is no step function: it gives more than 0 below the threshold and 1 above"
     return ""
 
 
@@ -215,9 +275,17 @@ def _method(parameters: object) -> str:
     return next((method for part in parts if (method := _method(part))), "")
 
 
-def _norse_problem(step: object) -> str:
-    plain = isinstance(step, types.FunctionType) and "threshold" in step.__code__.co_names
-    return "" if plain else "its step does not call threshold() itself; use a cell that does, such as LIFCell"
+def _norse_problem(cell: nn.Module) -> str:
+    sparse = getattr(cell, "activation_sparse", None)
+    if _has_one_threshold(getattr(cell, "activation", None)) and (sparse is None or _has_one_threshold(sparse)):
+        return ""
+    return "its step does not call threshold() itself, once; use a cell that does, such as LIFCell"
+
+
+def _has_one_threshold(step: object) -> bool:
+    if not isinstance(step, types.FunctionType):
+        return False
+    return [one.argval for one in dis.get_instructions(step) if one.opname == "LOAD_GLOBAL"].count("threshold") == 1
 
 
 def _described(surrogate: nn.Module) -> str:
