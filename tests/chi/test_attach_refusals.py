@@ -219,6 +219,13 @@ def test_modules_of_others_may_have_names_that_ours_have():
     assert chi.prepare(net) == {}
 
 
+def test_a_policy_that_would_see_the_reset_s_second_call_is_refused():
+    net = Net("snntorch")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match=r"ds_atgo averages over every call.*first \(snnTorch\).*use another policy"):
+        chi.attach(net, optimizer, policy="ds_atgo")
+
+
 def test_a_step_before_the_first_backward_pass_is_no_step():
     net, optimizer, pilot = pair()
     optimizer.step()  # as people do before a scheduler's first step

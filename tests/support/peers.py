@@ -3,6 +3,7 @@
 import importlib
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ def spikingjelly() -> SimpleNamespace:
     """`functional`, `layer`, `neuron` and `surrogate`; skips the test where the package is absent."""
     # It imports torchvision for a download helper, and torchvision's operators do not load beside a CPU build of torch.
     for name in ("torchvision", "torchvision.models", "torchvision.models.utils"):
-        sys.modules.setdefault(name, ModuleType(name))
+        stub = sys.modules.setdefault(name, ModuleType(name))
+        stub.__spec__ = stub.__spec__ or ModuleSpec(name, None)  # find_spec of other tests reads it
     sys.modules["torchvision.models.utils"].load_state_dict_from_url = None  # pyright: ignore
     parts = ("functional", "layer", "neuron", "surrogate")
     return SimpleNamespace(**{part: _module(f"spikingjelly.activation_based.{part}") for part in parts})

@@ -152,6 +152,9 @@ def neurons_can_be_steered(network: nn.Module, config: ChiConfig) -> None:
         raise ConfigError(f"chi.attach: {', '.join(names)} share one chi.Surrogate object, which has one width; give "
                           "each neuron its own, or call chi.prepare(model)")  # fmt: skip
     for name, module in network.named_modules():
+        if config.policy == "ds_atgo" and type(module).__module__.startswith("snntorch."):
+            raise ConfigError(f"chi.attach: policy ds_atgo averages over every call of the surrogate, and {name} "
+                              "(snnTorch) calls it once more for the reset; use another policy")  # fmt: skip
         rule = module.rule if isinstance(module, Steered) else None
         if rule is not None and not rule.bounded and config.policy == "chi" and config.indicator == "coverage":
             raise ConfigError(f"chi.attach: coverage is undefined for the surrogate {rule.shape!r} of {name}, whose "

@@ -65,7 +65,8 @@ class Pilot:
         """Before the first step: sets widths that put this batch's coverage at the target, the same on every rank.
 
         It runs `network(images)` once, in training mode; statistics of batch normalisation are put back. Reset the
-        state of neurons that keep one (SpikingJelly's) afterwards.
+        state of neurons that keep one (SpikingJelly's) afterwards. snnTorch's neurons call their surrogate once more
+        for the reset; there the first coverage comes near the target, not to it.
         """
         if self.config.policy != "chi" or self.config.indicator != "coverage":
             raise ConfigError("chi.attach: calibrate() sets coverage to its target; use it with policy chi, indicator "
