@@ -70,11 +70,12 @@ def look(
 @torch.no_grad()
 def normalised(y: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
     """bn(y) in the potential's dtype; its running statistics stay as they are."""
+    y = y.to(reference.potential_dtype(y))
+    # In fp16 DeepSpeed casts all of these but y; None stays None.
     running = (None, None) if bn.training else (bn.running_mean, bn.running_var)
+    mean, var, weight, bias = (x if x is None else x.to(y.dtype) for x in (*running, bn.weight, bn.bias))
     with torch.autocast(y.device.type, enabled=False):
-        return functional.batch_norm(
-            y.to(reference.potential_dtype(y)), *running, bn.weight, bn.bias, training=bn.training, eps=bn.eps
-        )
+        return functional.batch_norm(y, mean, var, weight, bias, training=bn.training, eps=bn.eps)
 
 
 @torch.no_grad()

@@ -117,6 +117,12 @@ def test_the_fused_op_agrees_with_its_definition(T, size, static, train, added, 
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_silent_channel_has_a_variance_of_zero_and_leaves_its_running_variance_finite():
+    variance = torch.tensor([0.0, 1e-12, 4.0])
+    rstd = torch.where(variance > 0, variance.rsqrt(), 0.0)  # what torch.batch_norm_stats gives on a GPU for eps 0
+    torch.testing.assert_close(kernels.variance_of(rstd), variance, rtol=1e-6, atol=0)
+
+
 def test_what_lies_outside_a_tensor_is_not_touched():
     buffer = torch.full((4 * 99 + 64,), float("nan"))
     x = buffer[32:-32].view(4, 99)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.config import ModelConfig
-from pipeline.snn import sew_resnet
+from pipeline.snn import membrane_probe, sew_resnet
 from pipeline.snn.kernels import compiled, norm, packing
 from pipeline.snn.kernels.chunked import CHUNK
 from pipeline.snn.kernels.reference import Rule
@@ -169,3 +169,20 @@ print(out.double().sum().item())
         outputs.append(float(done.stdout))
     # The same seed; the paths differ in the rounding of BN alone.
     assert outputs[0] == pytest.approx(outputs[1], rel=0.05)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_probe_normalises_where_deepspeed_has_cast_the_parameters_to_fp16(train):
+    bn = nn.BatchNorm2d(3).train(train)
+    with torch.no_grad():
+        bn.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
+        bn.bias.copy_(torch.tensor([0.25, 0.0, -1.0]))
+    y = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).half()
+    wanted = membrane_probe.normalised(y.float(), bn)
+    half = nn.BatchNorm2d(3).half().train(train)
+    half.load_state_dict(bn.state_dict())
+    got = membrane_probe.normalised(y, half)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)  # these parameters are exact in fp16
+    half.running_mean, half.running_var = torch.zeros(3), torch.ones(3)  # and where the statistics stay in fp32
+    torch.testing.assert_close(membrane_probe.normalised(y, half), wanted, rtol=0, atol=0)

@@ -226,6 +226,11 @@ def _sums(g_ptr, out_ptr, n, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + 2, tl.sum(square))
 
 
+def variance_of(rstd: torch.Tensor) -> torch.Tensor:
+    """The variances whose inverse deviations `torch.batch_norm_stats(…, 0.0)` gave: 0 for 0, which it gives for 0."""
+    return torch.where(rstd > 0, rstd.square().reciprocal(), torch.zeros_like(rstd))
+
+
 def gradient_sums(gradient: torch.Tensor) -> torch.Tensor:
     """As `sums.run_reference`, of a dense gradient."""
     n, rounds = gradient.numel(), 16
@@ -297,7 +302,7 @@ class Call:
         """Mean and biased variance of the channels of (N, C, H, W), in fp32."""
         if y.is_cuda:
             mean, rstd = torch.batch_norm_stats(y, 0.0)
-            return mean, rstd.square().reciprocal()
+            return mean, variance_of(rstd)
         var, mean = torch.var_mean(y.float(), (0, 2, 3), correction=0)
         return mean, var
 
