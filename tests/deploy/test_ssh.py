@@ -153,4 +153,6 @@ def test_a_signal_to_deepspeed_saves_a_checkpoint(hosts, words, tmp_path, number
 def test_one_node_of_the_hostfile(hosts, words):
     job = hosts.deepspeed(*words, "--train.epochs", "1", options=("--include", "node-1", "--force_multi"))
     assert job.ended(120) == 0, job.output
-    assert "digits: 1 rank on cpu" in job.output
+    assert "digits: 1 ranks on cpu" in job.output
+    assert "node-1: step" in job.output
+    assert "node-0: " not in job.output
