@@ -20,7 +20,7 @@ class ModelConfig:
     T: int = 4
     """Time steps, at least 1."""
     connect: str = "add"
-    """How a block joins its residual: add, and, iand."""
+    """How a block joins its residual: add, and, iand; none leaves the shortcut out, for a plain network."""
     neuron: str = "if"
     """Neuron model: if, lif, plif (lif whose tau is learned, one for each layer)."""
     tau: float = 2.0
@@ -48,7 +48,13 @@ class ModelConfig:
     def check(self) -> None:
         """Checks the section's own rules; raises ConfigError."""
         require(self.T >= 1, "model.T", self.T, "an integer of at least 1")
-        one_of("model.connect", self.connect, ("add", "and", "iand"))
+        one_of("model.connect", self.connect, ("add", "and", "iand", "none"))
+        require(
+            self.connect != "none" or not self.zero_init_residual,
+            "model.zero_init_residual",
+            self.zero_init_residual,
+            "false with model.connect none: a block without a shortcut would be silent",
+        )
         one_of("model.neuron", self.neuron, ("if", "lif", "plif"))
         one_of("model.reset", self.reset, ("hard", "soft"))
         one_of("model.surrogate", self.surrogate, tuple(SURROGATES))
