@@ -55,25 +55,6 @@ for kernel in (kernels._forward, kernels._backward):
 """
 
 
-def test_the_pass_over_a_gradient_compiles_for_gpus(tmp_path):
-    code = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import triton
-from pipeline.snn.kernels import fused_triton as kernels
-
-for dtype in ("*fp32", "*bf16", "*fp16"):
-    signature = dict(g_ptr=dtype, out_ptr="*fp64", n="i32", ROUNDS="constexpr", BLOCK="constexpr")
-    source = ASTSource(kernels._sums, signature, dict(ROUNDS=16, BLOCK=512))
-    for architecture in (80, 90):
-        triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize(("leaky", "shape", "norm"), [(False, 0, True), (True, 2, True), (False, 3, False)])
 def test_the_kernels_compile_for_gpus_without_spilling_their_potentials(leaky, shape, norm, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
