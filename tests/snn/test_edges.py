@@ -163,6 +163,8 @@ def test_deterministic_pooling_has_torchs_gradient_without_its_atomics(pool, siz
 
     with torch.profiler.profile() as profiler:
         (packing.max_pool2d(ours, pool) * weights).sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
     assert torch.equal(ours.grad, theirs.grad)
     called = {event.key for event in profiler.key_averages()}
     assert "aten::max_pool2d_with_indices" in called
