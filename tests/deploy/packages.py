@@ -27,7 +27,8 @@ TOOLS = {
     "debootstrap": "debootstrap",
     "glusterd": "glusterfs-server",
     "gluster": "glusterfs-server",
-    "mount.glusterfs": "glusterfs-client",
+    "glusterfs": "glusterfs-client",
+    "glusterfsd": "glusterfs-client",
     "ip": "iproute2",
     "unshare": "util-linux",
 }
