@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.conftest import ROOT
+from tests.support.namespaces import cores
 
 IMAGE = "chispike:deploy"
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
@@ -129,10 +129,7 @@ class Container:
 
     def __init__(self, engine: Engine, node: int, network: str, volumes: dict[Path, str], words: list[str]) -> None:
         self._engine, self.name = engine, f"node-{node}"
-        cores = sorted(os.sched_getaffinity(0))
-        half = len(cores) // 2
-        share = ",".join(map(str, cores[node * half : (node + 1) * half] or cores))
-        options = ["--network", f"ns:/run/netns/{network}", "--hostname", self.name, "--cpuset-cpus", share]
+        options = ["--network", f"ns:/run/netns/{network}", "--hostname", self.name, "--cpuset-cpus", cores(node)]
         options += ["--add-host", "node-0:10.77.0.1", "--add-host", "node-1:10.77.0.2", "--shm-size", "512m"]
         options += ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
         options += [f"--volume={source}:{target}" for source, target in volumes.items()]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.deploy.packages import tool
-from tests.support.namespaces import Nodes
+from tests.support.namespaces import APART, Nodes, cores
 
 _CONF = """\
 ClusterName=chispike
@@ -79,13 +79,11 @@ class Slurm:
         _until(lambda: (folder / "munge.socket").exists(), 20, "munged does not answer")
         for node, name in enumerate(self._nodes.names):
             (folder / f"node-{node}").mkdir()
-            share = ",".join(map(str, _share(node)))
-            daemons = f"taskset --cpu-list {share} {tool('slurmd')} -D -f {conf} &"
+            daemons = f"taskset --cpu-list {cores(node)} {tool('slurmd')} -D -f {conf} &"
             if node == 0:
                 daemons = f"{tool('slurmctld')} -D -f {conf} & {daemons}"
             script = _MOUNT + _NODE.format(name=f"node-{node}", group=name, daemons=daemons)
-            apart = ["unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-            self._start(node, [*apart, "sh", "-c", script])
+            self._start(node, [*APART, "sh", "-c", script])
         _until(self._idle, 60, "the nodes do not come up")
 
     def _start(self, node: int, command: list[str]) -> None:
@@ -142,13 +140,6 @@ class Slurm:
         """The ends of all logs."""
         logs = sorted(self._folder.glob("*.log"))
         return "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
-
-
-def _share(node: int) -> list[int]:
-    """A node's half of this machine's cores; all of them where there is only one."""
-    cores = sorted(os.sched_getaffinity(0))
-    half = len(cores) // 2
-    return cores[node * half : (node + 1) * half] or cores
 
 
 def _until(there, seconds: float, otherwise: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from pipeline.errors import EXIT_DONE, ConfigError
 from pipeline.run_dir import locks
 from tests.deploy.packages import need, tool
-from tests.support.namespaces import Nodes, two_nodes, unavailable
+from tests.support.namespaces import APART, Nodes, two_nodes, unavailable
 
 pytestmark = pytest.mark.deploy
 FROZEN_S = 30
@@ -38,10 +38,9 @@ class Server:
     def start(self) -> None:
         brick = self._folder / "brick"
         brick.mkdir()
-        apart = ["unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
         script = "hostname node-0" + _SERVER.format(glusterd=tool("glusterd"))
         log = (self._folder / "glusterd.log").open("wb")
-        command = ["ip", "netns", "exec", self._nodes.names[0], *apart, "sh", "-c", script]
+        command = ["ip", "netns", "exec", self._nodes.names[0], *APART, "sh", "-c", script]
         self._daemon = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         end = time.monotonic() + 60
         while self.gluster("pool", "list", check=False).returncode:

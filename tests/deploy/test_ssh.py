@@ -13,7 +13,7 @@ import pytest
 from pipeline.run_dir import locks
 from tests.conftest import ROOT
 from tests.deploy.packages import need, tool
-from tests.support.namespaces import Job, two_nodes, unavailable
+from tests.support.namespaces import Job, cores, two_nodes, unavailable
 from tests.support.supervised import NEUTRAL
 
 pytestmark = pytest.mark.deploy
@@ -101,11 +101,8 @@ class Hosts:
 
 def node_of(node: int) -> list[str]:
     """What comes before a command of a node: half of the cores, and a host name."""
-    cores = sorted(os.sched_getaffinity(0))
-    half = len(cores) // 2
-    share = ",".join(map(str, cores[node * half : (node + 1) * half] or cores))
     named = f'hostname node-{node}; exec "$@"'
-    return ["taskset", "--cpu-list", share, "unshare", "--uts", "sh", "-c", named, "sh"]
+    return ["taskset", "--cpu-list", cores(node), "unshare", "--uts", "sh", "-c", named, "sh"]
 
 
 @pytest.fixture(scope="module")
