@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -11,10 +12,17 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline import __version__
 from tests.conftest import ROOT
 from tests.support.namespaces import cores
 
-IMAGE = "chispike:deploy"
+IMAGE = f"chispike:{__version__}-cpu"
+"""The name that the overlay cpu-smoke has for it."""
+_HOSTS = """\
+127.0.0.1 localhost
+10.77.0.1 node-0 chispike-0 chispike-0.chispike
+10.77.0.2 node-1 chispike-1 chispike-1.chispike
+"""
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 _CONTEXT = ("Dockerfile", ".dockerignore", "constraints.txt", "pyproject.toml", "pipeline", "data_prep", "launch")
 _PIP = ("cert", "extra-index-url", "find-links", "index-url", "trusted-host")
@@ -28,6 +36,10 @@ class Engine:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        (folder / "hosts").write_text(_HOSTS)
+        # A pod's own container asks for more open files than root may have where the limit is below the kernel's.
+        limits = 'default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]'
+        (folder / "containers.conf").write_text(f'[containers]\nbase_hosts_file = "{folder}/hosts"\n{limits}\n')
         hide = f"umount {HYBRID}; " if HYBRID.is_dir() else ""
         self._holder = subprocess.Popen(
             ["unshare", "--mount", "--propagation", "slave", "sh", "-c", f"{hide}echo ready; exec sleep infinity"],
@@ -36,12 +48,14 @@ class Engine:
         assert self._holder.stdout
         assert self._holder.stdout.readline() == "ready\n"
 
-    def __call__(self, *words: str, check: bool = True, timeout: float = 120) -> str:
-        """What a podman command prints, errors too."""
+    def __call__(self, *words: str, check: bool = True, timeout: float = 120, network: str = "") -> str:
+        """What a podman command prints, errors too. `network` is the namespace that is the host's network to it."""
         storage = ["--root", str(self._folder / "storage"), "--runroot", str(self._folder / "run")]
         command = ["podman", *storage, "--runtime", "crun", "--cgroup-manager", "cgroupfs", *words]
+        within = ["nsenter", "--target", str(self._holder.pid), "--mount"]
+        within += [f"--net=/run/netns/{network}"] if network else []
         done = subprocess.run(
-            ["nsenter", "--target", str(self._holder.pid), "--mount", *command],
+            [*within, *command], env={**os.environ, "CONTAINERS_CONF": str(self._folder / "containers.conf")},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             timeout=timeout, check=False,
         )  # fmt: skip
@@ -130,8 +144,7 @@ class Container:
     def __init__(self, engine: Engine, node: int, network: str, volumes: dict[Path, str], words: list[str]) -> None:
         self._engine, self.name = engine, f"node-{node}"
         options = ["--network", f"ns:/run/netns/{network}", "--hostname", self.name, "--cpuset-cpus", cores(node)]
-        options += ["--add-host", "node-0:10.77.0.1", "--add-host", "node-1:10.77.0.2", "--shm-size", "512m"]
-        options += ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+        options += ["--shm-size", "512m", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
         options += [f"--volume={source}:{target}" for source, target in volumes.items()]
         options += ["--env", "DS_ACCELERATOR=cpu", "--env", "GLOO_SOCKET_IFNAME=eth0"]
         place = ["--nodes", "2", "--node-rank", str(node), "--master", "node-0", "--slots", "1"]

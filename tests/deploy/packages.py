@@ -24,6 +24,7 @@ TOOLS = {
     "podman": "podman",
     "buildah": "buildah",
     "crun": "crun",
+    "catatonit": "catatonit",
     "debootstrap": "debootstrap",
     "glusterd": "glusterfs-server",
     "gluster": "glusterfs-server",

@@ -123,9 +123,17 @@ class Slurm:
         _until(lambda: self.job(number)["JobState"] in states, seconds, f"job {number} is in none of {states}")
         return self.job(number)
 
-    def until_said(self, log: Path, pattern: str, seconds: float) -> None:
-        """Returns when a line of a job's log matches `pattern`."""
-        _until(lambda: log.exists() and re.search(pattern, log.read_text()), seconds, f"{log.name} has no {pattern!r}")
+    def until_said(self, log: Path, pattern: str, seconds: float, past: int = 0) -> int:
+        """Waits until `pattern` stands in a job's log behind the place `past`; the place where it ends."""
+        end = time.monotonic() + seconds
+        while True:
+            text = log.read_text() if log.exists() else ""
+            if match := re.compile(pattern).search(text, past):
+                return match.end()
+            assert time.monotonic() < end, (
+                f"no {pattern!r} within {seconds} s behind:\n{text[:past][-200:]}\nbut:\n{text[past:][-4000:]}"
+            )
+            time.sleep(0.5)
 
     def close(self) -> None:
         for daemon in self._daemons:
