@@ -104,10 +104,10 @@ class Engine:
         conf = self._folder / "pip.conf"
         conf.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
         folders = set()
-        for word in " ".join(settings.values()).split():
-            path = Path(word.removeprefix("file://"))
-            if path.is_absolute() and path.exists():
-                folders.add(path if path.name == "wheels" else path.parent)
+        for name, value in settings.items():
+            paths = [Path(word.removeprefix("file://")) for word in value.split()]
+            # The links of an index lead out of its folder.
+            folders |= {path if name == "find-links" else path.parent for path in paths if path.is_absolute()}
         return [f"--volume={path}:{path}:ro" for path in sorted(folders)] + [f"--volume={conf}:/etc/pip.conf:ro"]
 
     def size_bytes(self) -> int:
