@@ -23,7 +23,7 @@ from launch.cluster.health import NodeMetrics
 from launch.cluster.placement import MASTER_PORT, Placement, resolve
 from launch.cluster.processes import NOT_BEGUN, POLL_S, Processes, attend, why
 from launch.cluster.rendezvous import SHOWN_S, MissingNodesError, gather
-from launch.cluster.signals import Signals
+from launch.cluster.signals import STOPS, Signals
 from launch.command import Parser
 from launch.devices import TorchError
 from pipeline.config import Config
@@ -135,7 +135,8 @@ def verdict(ended: int, *, asked: bool, tries_left: bool) -> int | None:
     if ended in (EXIT_USAGE, EXIT_DATA, EXIT_STOPPED):
         return ended
     if asked:
-        return EXIT_STOPPED if ended == NOT_BEGUN else EXIT_INTERNAL
+        unsaved = ended == NOT_BEGUN or -ended in STOPS  # the launcher got the signal too: its ranks had not begun
+        return EXIT_STOPPED if unsaved else EXIT_INTERNAL
     return None if tries_left else EXIT_INTERNAL
 
 

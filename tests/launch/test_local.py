@@ -95,7 +95,7 @@ def test_ranks_whose_launcher_dies_save_before_the_command_ends(digits, tmp_path
     said = re.search(r"stopped on request after step (\d+), checkpoint saved", output)
     assert said, output
     assert (run_dir / "checkpoints" / f"step-{int(said[1]):08d}").exists()
-    assert process.returncode == (128 + signal.SIGTERM if victim == "group" else EXIT_INTERNAL), output
+    assert process.returncode == (EXIT_STOPPED if victim == "group" else EXIT_INTERNAL), output
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from tests.test_training import assert_same_result
         (EXIT_STOPPED, True, True, EXIT_STOPPED),
         (EXIT_STOPPED, False, False, EXIT_STOPPED),  # another node was asked
         (256 - signal.SIGTERM, True, True, EXIT_STOPPED),  # ended before it had a step to save
+        (-signal.SIGUSR1, True, True, EXIT_STOPPED),  # so did the launcher, which got the signal too
+        (-signal.SIGKILL, True, True, EXIT_INTERNAL),
         (128 + signal.SIGTERM, True, True, EXIT_INTERNAL),  # asked a second time: what it had not saved is lost
         (EXIT_DONE, True, True, EXIT_INTERNAL),
         (EXIT_INTERNAL, True, True, EXIT_INTERNAL),
@@ -115,6 +117,21 @@ def test_sigterm_saves_and_the_next_start_finishes_as_if_nothing_had_been(digits
     output, _ = again.communicate(timeout=200)
     assert again.returncode == EXIT_DONE, output
     assert_same_result(run_dir, straight)
+
+
+@pytest.mark.faults
+def test_a_stop_that_a_batch_system_sends_to_every_process_saves(digits, tmp_path):
+    run_dir = tmp_path / "run"
+    train = [*arguments(digits, run_dir), "--train.epochs", "30"]
+    process = supervise("--slots", "2", "--master-port", str(free_port()), "--", *train)
+    read_until(process, r"^step +6/")
+    for pid in sorted(processes_with(str(run_dir)), reverse=True):
+        os.kill(pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, output
+    stopped = re.search(r"stopped on request after step (\d+), checkpoint saved", output)
+    assert stopped, output
+    assert (run_dir / "checkpoints" / f"step-{int(stopped[1]):08d}").exists()
 
 
 def kill_rank(run_dir: Path, local_rank: int) -> None:
