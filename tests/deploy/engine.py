@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -169,9 +170,9 @@ class Container:
     def output(self) -> str:
         return self._engine("logs", self.name)
 
-    def until(self, text: str, seconds: float = 240, times: int = 1) -> None:
-        """Returns when it has written `text` so many times."""
+    def until(self, pattern: str, seconds: float = 240) -> None:
+        """Returns when a line of it begins with `pattern`."""
         end = time.monotonic() + seconds
-        while self.output.count(text) < times:
-            assert time.monotonic() < end, f"{self.name}: no {text!r} within {seconds} s\n{self.output[-4000:]}"
+        while not re.search(f"^{pattern}", self.output, re.M):
+            assert time.monotonic() < end, f"{self.name}: no {pattern!r} within {seconds} s\n{self.output[-4000:]}"
             time.sleep(0.5)

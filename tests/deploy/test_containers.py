@@ -65,7 +65,7 @@ def test_the_image_says_what_it_runs_as_nobody_and_how_large_it_is(podman):
 def test_stop_of_one_container_stops_both_with_a_checkpoint_and_they_go_on(pair, tmp_path):
     for node in pair:
         node.start()
-    pair[0].until("step   25/")
+    pair[0].until("step +25/")
     pair[1].stop()
     assert [node.ended() for node in pair] == [EXIT_STOPPED] * 2, pair[0].output[-4000:]
     assert "stopped on request after step" in pair[0].output
@@ -80,7 +80,7 @@ def test_stop_of_one_container_stops_both_with_a_checkpoint_and_they_go_on(pair,
 def test_kill_of_a_container_that_is_started_again_costs_what_came_after_the_last_checkpoint(pair, killed, tmp_path):
     for node in pair:
         node.start()
-    pair[0].until("step   25/")
+    pair[0].until("step +25/")
     pair[killed].kill()
     pair[killed].start()
     assert [node.ended() for node in pair] == [EXIT_DONE] * 2, pair[0].output[-4000:]
