@@ -75,8 +75,8 @@ class Server:
     def brick(self) -> int:
         """The process that serves the volume, as this machine sees it."""
         for path in Path("/proc").glob("[0-9]*/cmdline"):
-            words = path.read_bytes().decode(errors="replace")
-            if words.startswith(tool("glusterfsd") or "") and str(self._folder) in words.replace("-", "/"):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if words[0] == tool("glusterfsd") and f"{self._folder}/brick" in words:
                 return int(path.parent.name)
         raise AssertionError("no brick runs")
 
