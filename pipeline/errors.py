@@ -15,27 +15,11 @@ EXIT_INTERNAL = 70
 EXIT_STOPPED = 75
 
 
-OUTAGES = frozenset(
-    number
-    for name in [
-        "ECONNABORTED",
-        "ECONNREFUSED",
-        "ECONNRESET",
-        "EHOSTDOWN",
-        "EHOSTUNREACH",
-        "EIO",
-        "ENETDOWN",
-        "ENETRESET",
-        "ENETUNREACH",
-        "ENOLINK",
-        "ENOTCONN",
-        "EREMOTEIO",
-        "ESHUTDOWN",
-        "ESTALE",
-        "ETIMEDOUT",
-    ]
-    if (number := getattr(errno, name, None)) is not None
+_OUTAGES = (
+    *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EIO", "ENETDOWN", "ENETRESET"),
+    *("ENETUNREACH", "ENOLINK", "ENOTCONN", "EREMOTEIO", "ESHUTDOWN", "ESTALE", "ETIMEDOUT"),
 )
+OUTAGES = frozenset(getattr(errno, name) for name in _OUTAGES if hasattr(errno, name))
 """What the kernel answers while storage is gone: a server that was restarted, a cable, a FUSE process that died."""
 
 

@@ -33,7 +33,7 @@ from pipeline.ranks.group import Place, join, of_rank_0
 from pipeline.ranks.replica_check import ReplicaCheck
 from pipeline.ranks.stop_requests import Watch
 from pipeline.ranks.straggler import Straggler
-from pipeline.run_dir import checkpoint_files, code_version, run_folder
+from pipeline.run_dir import checkpoint_files, code_version, locks, run_folder
 from pipeline.run_dir.checkpoint_writer import Writer
 from pipeline.snn import sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
@@ -129,6 +129,8 @@ def prepare(config: Config, watch: Watch) -> Run:
         device=place.device,
         dtype=IMAGES[config.train.precision],
     )
+    if place.local_rank == 0 and place.rank > 0:
+        locks.look_from_another_node(Path(config.run_dir))
     saved = checkpoint_files.load_to_resume(Path(config.run_dir))
     step = saved["step"] if saved else 0
     agree(config, step, loader.manifest.identity, place.device)

@@ -118,7 +118,10 @@ def finish(run: Run) -> None:
     last = report.last_training_record(run_dir)
     print(summary_table(run.widths.neurons.names, last), flush=True)
     summary = {"step": run.step, "eval_accuracy_ratio": result.accuracy, "eval_loss": result.loss}
-    outages.outlast(lambda: report.write(run_dir, summary), str(run_dir), was_writable=True)
-    run_folder.write_json(run_dir / "summary.json", summary)
+    for write in (
+        lambda: report.write(run_dir, summary),
+        lambda: run_folder.write_json(run_dir / "summary.json", summary),
+    ):
+        outages.outlast(write, str(run_dir), was_writable=True)
     run.log.finish()
     print(f"done: {100 * result.accuracy:.2f} % on {result.num_samples} samples; see {run_dir}/report.html", flush=True)

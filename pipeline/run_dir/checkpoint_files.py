@@ -174,8 +174,8 @@ def load_step(run_dir: Path, step: int) -> dict:
         DataError: it is damaged; a StoreError where its storage is gone, and did not come back.
     """
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    if not folder.is_dir():
-        there = ", ".join(map(str, saved_steps(run_dir))) or "none at all"
+    if step not in (steps := saved_steps(run_dir)):
+        there = ", ".join(map(str, steps)) or "none at all"
         raise ConfigError(f"{run_dir} has no checkpoint after step {step}; it has {there}")
     return _read(folder)
 

@@ -20,6 +20,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -159,6 +160,14 @@ def useless(path: Path, where: str) -> str:
         "this folder, or put it on a file system with locks (NFS 4 without the mount option nolock or local_lock, "
         "CephFS, Lustre with -o flock, GlusterFS)"
     )
+
+
+def look_from_another_node(run_dir: Path) -> None:
+    """Warns where this machine gets the lock that rank 0 holds on another one."""
+    path = run_dir / "lock"
+    with suppress(OSError):  # rank 0 has said what is wrong with it
+        if path.exists() and not excludes(path):
+            log.warning("%s", useless(path, "two nodes"))
 
 
 class Watch:

@@ -21,6 +21,8 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,13 +86,14 @@ def admit(config: Config, world_size: int, pause: Callable[[float], object] = ti
 def _admitted(config: Config, world_size: int) -> dict | None:
     folder = Path(config.run_dir)
     try:
+        with suppress(FileNotFoundError):
+            folder.stat()  # raises where the storage is gone; mkdir may say that the folder exists
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if is_outage(error):
             raise
         raise ConfigError(f"run_dir={config.run_dir!r} cannot be made ({error.strerror}); choose another") from None
     if not os.access(folder, os.W_OK):
-        folder.stat()  # raises where the storage is gone
         if os.statvfs(folder).f_flag & os.ST_RDONLY and os.path.exists(folder / "lock"):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
         raise ConfigError(f"run_dir={config.run_dir!r} is not writable; choose another, or change its permissions")
@@ -209,8 +212,8 @@ def describe(
         "cores": os.cpu_count(),
         "layers": list(layers),
     }
-    write_json(folder / "config.json", config.to_dict())
-    write_json(folder / "run.json", description)
+    for name, document in (("config.json", config.to_dict()), ("run.json", description)):
+        outages.outlast(partial(write_json, folder / name, document), str(folder / name), was_writable=True)
 
 
 def evaluation_path(folder: Path, step: int, split: str) -> Path:
@@ -224,14 +227,8 @@ def read_evaluation(folder: Path, step: int, split: str) -> dict | None:
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Atomically, so that a kill leaves the old file or the new one.
-
-    Raises:
-        StoreError: the storage is gone, and did not come back.
-        OSError: it cannot be written.
-    """
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    outages.outlast(lambda: atomic.write(path, text), str(path), was_writable=True)
+    """Atomically, so that a kill leaves the old file or the new one."""
+    atomic.write(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict | None:
