@@ -100,7 +100,7 @@ def hold(run_dir: str, patience_s: float = PATIENCE_S, pause: Callable[[float], 
 def _hold(path: Path, patience_s: float) -> IO[str]:
     was_there = os.path.exists(path)
     try:
-        file = path.open("a+")  # for writing, which NFS asks for
+        file = path.open("a+", errors="replace")  # for writing, which NFS asks for
     except OSError as error:
         if is_outage(error, was_writable=was_there):
             raise
@@ -212,6 +212,6 @@ class Watch:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except FileNotFoundError:
         return None
