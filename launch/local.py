@@ -26,8 +26,9 @@ from pipeline.errors import (
     EXIT_USAGE,
     ConfigError,
     DataError,
+    is_outage,
 )
-from pipeline.run_dir import caches
+from pipeline.run_dir import caches, outages
 
 SAID = (EXIT_USAGE, EXIT_DATA, EXIT_INTERNAL, EXIT_STOPPED)
 """Exit codes of ranks that have printed the reason themselves."""
@@ -63,6 +64,11 @@ def main(arguments: list[str]) -> int:
     except PermissionError as error:
         say(f"error: {not_permitted(error)}")
         return EXIT_USAGE
+    except OSError as error:
+        if not is_outage(error, was_writable=True):
+            raise
+        say(f"error: {outages.gone(error, error.filename or 'a file', 0)}")
+        return EXIT_INTERNAL
     finally:
         signals.close()
 
