@@ -13,10 +13,8 @@ JOBSET_NAME and REPLICATED_JOB_NAME are the pod's labels jobset.sigs.k8s.io/{job
 manifest puts into the environment by fieldRef; pod 0 of that job is then node 0.
 """
 
-import ipaddress
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
@@ -75,7 +73,7 @@ def resolve(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -
     return Placement(
         nodes=count,
         rank=_number(f"node-rank among {count} nodes", rank, 0, count - 1),
-        master=_host(str(master)),
+        master=str(master),
         port=_number("master-port", MASTER_PORT if said["port"] is None else said["port"], 1, 65535),
         slots=0 if said["slots"] is None else _number("slots", said["slots"], 1, 1024),
     )
@@ -122,19 +120,6 @@ def _number(what: str, value: str | int, low: int, high: int) -> int:
     if re.fullmatch(r"-?\d+", str(value)) and low <= int(value) <= high:
         return int(value)
     raise ConfigError(f"{what}: {value!r} is not allowed; use {low}" + (f" to {high}" if high > low else ""))
-
-
-def _host(master: str) -> str:
-    """A host name or an IP address, as it was given; what ssh or a URL adds to it would not be found in DNS."""
-    with suppress(ValueError):
-        ipaddress.ip_address(master)
-        return master
-    if re.fullmatch(r"\w[\w.-]*", master) and not re.fullmatch(r"\d+(\.\d+){3}", master):
-        return master
-    raise ConfigError(
-        f"master: {master!r} is not allowed; use a host name or an address alone, without user, brackets or port "
-        "(that is --master-port)"
-    )
 
 
 def fixed_size(nodes: str) -> str:

@@ -59,11 +59,6 @@ def test_the_place_from_every_source(given, environ, place):
         ({"nodes": 2, "master": "a"}, {}, "node-rank is missing for 2 nodes"),
         ({"nodes": 2, "rank": 1}, {}, "the master is missing for 2 nodes"),
         ({"nodes": 2, "rank": 2, "master": "a"}, {}, "node-rank among 2 nodes: 2 is not allowed; use 0 to 1"),
-        *(
-            ({"nodes": 2, "rank": 0, "master": master}, {}, f"master: {master!r} is not allowed; use a host name")
-            for master in ("me@a", "a:29500", "[::1]", "tcp://a", "", "a b", "-a", "10.0.0.300", "10.0.0.1:1", "a\n")
-        ),
-        ({}, {**INDEXED, "CHISPIKE_MASTER": "a:1"}, "master: 'a:1' is not allowed; use a host name"),
         ({"nodes": 0}, {}, "the number of nodes: 0 is not allowed"),
         ({"nodes": 1}, {"JOB_COMPLETION_INDEX": "3"}, "node-rank among 1 nodes: '3' is not allowed; use 0"),
         ({}, {**INDEXED, "CHISPIKE_NODES": "two"}, "the number of nodes: 'two' is not allowed"),
@@ -79,13 +74,6 @@ def test_a_contradiction_or_a_missing_part_is_refused_in_one_line(given, environ
     with pytest.raises(ConfigError, match=re.escape(message)) as refused:
         resolve({**NOTHING, **given}, environ)
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "master", ["a", "node_0.job.svc.cluster.local.", "7", "10.0.0.3", "::1", "fe80::1%eth0", "zoë"]
-)
-def test_a_master_is_taken_as_it_was_given(master):
-    assert resolve({**NOTHING, "nodes": 2, "rank": 0, "master": master}, {}).master == master
 
 
 @pytest.mark.parametrize(
