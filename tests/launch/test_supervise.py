@@ -12,10 +12,12 @@ import pytest
 
 from launch.cluster import rendezvous
 from launch.cluster.processes import ALONE_S
-from launch.supervise import FAREWELL_S, LEASE_S, command_line, main, verdict
+from launch.supervise import FAREWELL_S, LEASE_S, command_line, main, newest_checkpoint, verdict
 from launch.train import PATIENCE_S, refuse
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, LostRankError
+from pipeline.run_dir import outages
 from tests.conftest import free_port
+from tests.support.lost_storage import Lost, WhenWaited
 from tests.support.supervised import processes_with, supervise
 from tests.support.training_runs import arguments, read_until
 from tests.test_training import assert_same_result
@@ -69,6 +71,25 @@ def test_a_mistake_ends_with_64_and_one_line(words, message, capsys):
     assert message in output
     assert output.startswith("error: ")
     assert output.count("\n") == 1
+
+
+def test_storage_that_is_lost_for_a_while_takes_no_restart_and_a_stop_ends_the_waiting(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(outages, "POLL_S", 0.01)
+    folder = tmp_path / "disk"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/latest").write_text("step-00000005\n")
+    lost = Lost(folder)
+    try:
+        lost.go()
+        with WhenWaited(lost.come_back):
+            assert newest_checkpoint(folder) == "step-00000005"
+        lost.go()
+        with WhenWaited(lambda: signal.raise_signal(signal.SIGTERM)):
+            words = ["--slots", "2", "--", "--recipe", "digits", "--run_dir", str(folder), "--data.path", str(digits)]
+            assert main(words) == EXIT_STOPPED
+    finally:
+        lost.come_back()
+    assert newest_checkpoint(tmp_path) == ""
 
 
 @pytest.mark.parametrize(("local_rank", "waits"), [("1", True), ("0", False)])
