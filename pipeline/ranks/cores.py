@@ -17,11 +17,15 @@ def cores_per_rank() -> int:
     cores = float(len(os.sched_getaffinity(0)))
     if (quota := cpu_quota()) is not None:
         cores = min(cores, quota)
-    asked = re.match(
-        r"\s*([1-9]\d{0,5})\s*(?:,|$)", os.environ.get("OMP_NUM_THREADS", "")
-    )  # a list is by nesting level
-    share = min(int(asked[1]), cores) if asked else cores // local_ranks(1)
-    return max(1, int(share))
+    return max(1, int(min(_asked_threads() or cores // local_ranks(1), cores)))
+
+
+def _asked_threads() -> int:
+    """What OMP_NUM_THREADS says (the first of a list, which is by level of nesting); 0 where it says nothing."""
+    said = re.match(r"\s*([1-9]\d{0,5})\s*(?:,|$)", os.environ.get("OMP_NUM_THREADS", ""))
+    threads = int(said[1]) if said else 0
+    by_torchrun = threads == 1 and "TORCHELASTIC_RUN_ID" in os.environ  # it sets 1 where the user has set nothing
+    return 0 if by_torchrun else threads
 
 
 def cpu_quota(proc: Path = Path("/proc/self")) -> float | None:
@@ -45,7 +49,7 @@ def cpu_quota(proc: Path = Path("/proc/self")) -> float | None:
         first = kind == "cgroup" and "cpu" in options.split(",")
         if not first and kind != "cgroup2":
             continue
-        for _, controllers, path in (group for group in groups if len(group) == 3):
+        for _, controllers, path in (group for group in groups if len(group) == 3 and group[2].startswith("/")):
             if ("cpu" in controllers.split(",")) if first else not controllers:
                 # In a container the mount shows the container's own group; its path may be as the host sees it.
                 below = os.path.relpath(path, root) if os.path.commonpath([path, root]) == root else "."

@@ -38,6 +38,8 @@ def _plain(monkeypatch) -> None:
         (8, None, {"OMP_NUM_THREADS": ""}, 8),
         (8, None, {"OMP_NUM_THREADS": "-1"}, 8),
         (2, None, {"LOCAL_SIZE": "8"}, 1),
+        (8, None, {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 1),
+        (8, None, {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}, 4),
     ],
 )
 def test_threads_of_a_rank(cpus, quota, environ, threads, monkeypatch):
@@ -62,7 +64,10 @@ def process(folder: Path, cgroup: str, mounts: str, files: dict[str, str]) -> Pa
 
 
 V2 = "31 23 0:28 / MOUNT rw,relatime - cgroup2 cgroup2 rw,nsdelegate\n"
-V1 = "32 31 0:29 {root} MOUNT rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n40 31 0:3 / /none rw - cgroup cgroup rw,memory\n"
+V1 = (
+    "32 31 0:29 {root} MOUNT rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
+    "40 31 0:3 / /none rw - cgroup cgroup rw,memory\n"
+)
 DOCKER = "/docker/0123abcd"
 
 
@@ -89,7 +94,7 @@ DOCKER = "/docker/0123abcd"
             0.5,
         ),
         ("4:cpu:/a\n", V1.format(root="/"), {"a/cpu.cfs_quota_us": "-1\n", "a/cpu.cfs_period_us": "100000\n"}, None),
-        ("garbage\n\n", "garbage\n" + V2, {"cpu.max": "\n"}, None),
+        ("garbage\n\n0::\n", "garbage\n" + V2, {"cpu.max": "\n"}, None),
     ],
 )
 def test_the_quota_of_a_process_and_of_the_groups_above_it(cgroup, mounts, files, quota, tmp_path):
