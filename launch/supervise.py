@@ -86,7 +86,7 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job [what the environment says, else 1]")
     parser.add_argument("--node-rank", dest="rank", type=int, metavar="K", help="this node, from 0")
-    parser.add_argument("--master", metavar="HOST", help="name or address of node 0")
+    parser.add_argument("--master", metavar="HOST[:PORT]", help="name or address of node 0")
     parser.add_argument("--master-port", dest="port", type=int, help=f"a free port of node 0 [{MASTER_PORT}]")
     parser.add_argument("--slots", type=int, metavar="S", help="ranks on each node [its GPUs, or 2 without one]")
     parser.add_argument(
