@@ -72,8 +72,8 @@ def check_address() -> None:
                 return
     raise ConfigError(
         f"MASTER_ADDR={address} is not this machine ({socket.gethostname()}), on which all ranks were started: "
-        "deepspeed does so where --include, --exclude or --num_nodes leaves a single host of the hostfile; add --force_multi, or "
-        "run the command on that host without --hostfile"
+        "deepspeed does so where --include, --exclude or --num_nodes leaves a single host of the hostfile; add "
+        "--force_multi, or run the command on that host without --hostfile"
     )
 
 
