@@ -91,7 +91,7 @@ def conv2d(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d) -> tor
     address = x.data_ptr()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor | Packed:
-        return packed if tensor.data_ptr() == address and tensor.dtype == packed.meta.dtype else tensor
+        return packed if tensor.data_ptr() == address and tensor.shape == packed.meta.shape and tensor.dtype == packed.meta.dtype else tensor
 
     def restore(kept: torch.Tensor | Packed) -> torch.Tensor:
         return kept.unpack() if isinstance(kept, Packed) else kept
