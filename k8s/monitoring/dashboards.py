@@ -21,7 +21,7 @@ NODE = f'{RUN}, instance=~"$node"'
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH = 24
 """Columns of Grafana's grid."""
-LAYERED = {"mode": "continuous-viridis"}
+LAYERED = {"mode": "continuous-BlYlRd"}
 
 
 def metrics_of(expression: str) -> list[str]:
