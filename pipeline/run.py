@@ -78,7 +78,7 @@ class Run:
         """Everything that a checkpoint holds, by its key there; saving and resuming iterate over it."""
         return {
             "loader": self.loader,
-            "model": EngineState(self.engine),
+            "model": EngineState(self.engine, keeps=self.place.rank == 0),
             "ema": self.ema,
             "widths": self.widths,
             "nonfinite": self.nonfinite,
@@ -230,7 +230,7 @@ def assembled(
         schedule=schedule,
         loader=loader,
         engine=engine,
-        ema=Ema(engine, config.train.ema_decay),
+        ema=Ema(engine, config.train.ema_decay, keeps=place.rank == 0),
         nonfinite=nonfinite,
         widths=widths,
         stats=StepStats(tap, nonfinite, flags),

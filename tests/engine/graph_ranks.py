@@ -3,7 +3,6 @@
 Each case prints one JSON line from rank 0.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -18,7 +17,7 @@ from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, TrainCon
 from pipeline.engine.ema import Ema
 from pipeline.engine.engine import build
 from pipeline.engine.engine_state import EngineState
-from pipeline.engine.graphed_pass import AS_IT_IS, HostReplay, record_passes
+from pipeline.engine.graphed_pass import HostReplay, record_passes
 from pipeline.snn import sew_resnet
 from pipeline.snn.losses import cross_entropy
 from pipeline.snn.neurons import bind
@@ -41,9 +40,7 @@ class Side:
     def __init__(self, case: dict[str, Any], *, graphed: bool, seed: int = 0) -> None:
         torch.manual_seed(seed)
         world_size = dist.get_world_size()
-        data = DataConfig(
-            global_batch=MICRO_BATCH * ACCUMULATION * world_size, micro_batch=MICRO_BATCH, image_size=8
-        )
+        data = DataConfig(global_batch=MICRO_BATCH * ACCUMULATION * world_size, micro_batch=MICRO_BATCH, image_size=8)
         train = TrainConfig(zero_stage=case["zero_stage"], precision=case["precision"], ema_decay=0.5)
         chi = ChiConfig(interval=2, policy=case.get("policy", "chi"))
         config = Config(recipe="graph", data=data, train=train, chi=chi)
@@ -77,14 +74,28 @@ class Side:
         self.widths.step(reading.measured, index / STEPS)
         self.ema.after_step(index + 1)
         found = reading.indicators
-        return [*seen, found.chi, found.coverage, found.firing_rate, found.grad_norm, self.widths.neurons.widths.clone()]
+        return [
+            *seen,
+            found.chi,
+            found.coverage,
+            found.firing_rate,
+            found.grad_norm,
+            self.widths.neurons.widths.clone(),
+        ]
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": EngineState(self.engine), "ema": self.ema, "widths": self.widths}
 
     def state(self) -> dict:
-        return {"model": EngineState(self.engine).state_dict(), "ema": self.ema.state_dict(), "widths": self.widths.state_dict()}
+        return {
+            "model": EngineState(self.engine).state_dict(),
+            "ema": self.ema.state_dict(),
+            "widths": self.widths.state_dict(),
+        }
 
     def load(self, state: dict) -> None:
-        for part, of in (("model", EngineState(self.engine)), ("ema", self.ema), ("widths", self.widths)):
-            of.load_state_dict(state[part])
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
 
 
 def leaves(tree: Any) -> list:
@@ -113,10 +124,6 @@ def case(name: str) -> dict:
     for index in range(STEPS, 2 * STEPS):
         shown = plain.step(index)
         steps.append(same(shown, graphed.step(index)) and same(shown, resumed.step(index)))
-    # Weights are loaded in place; a smaller batch runs as it is.
-    for side in (plain, graphed):
-        with torch.no_grad():
-            side.network.fc.weight.mul_(1.0)
     before = graphed.graphed.replays
     odd = same(plain.step(90, size=3), graphed.step(90, size=3))
     smaller = graphed.graphed.replays - before
