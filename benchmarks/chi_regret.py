@@ -94,15 +94,21 @@ def regrets(records: list[dict]) -> Mapping[str, dict[str, list[float]]]:
     return found
 
 
+def missing(records: list[dict]) -> int:
+    """Runs of the protocol that are not among these."""
+    done = {(record["where"], record["arm"], record["seed"]) for record in records}
+    return sum((setting.where, setting.arm, setting.seed) not in done for setting in settings())
+
+
 def rows(records: list[dict]) -> list[dict]:
-    """The table: regret by arm, and χ against each untuned choice."""
+    """The table: regret by arm, and χ against each untuned choice; goals only where no run is missing."""
     by_arm = regrets(records)
-    lines = []
+    lines, judged = [], not missing(records)
 
     def add(
         name: str, value: "float | np.floating", goal: float | None = None, better: str = "lower", unit: str = "points"
     ) -> None:
-        lines.append(table.row(name, float(value), unit, goal, better))
+        lines.append(table.row(name, float(value), unit, goal if judged else None, better))
 
     for arm in (*SWEEP, *UNTUNED):
         means = {where: float(np.mean(values)) for where, values in by_arm.get(arm, {}).items()}
@@ -175,6 +181,8 @@ def main() -> None:
     lines = rows(records)
     if not lines:
         raise SystemExit(f"{RUNS} has no setting with a whole sweep on two seeds; do more runs first")
+    if left := missing(records):
+        print(f"{left} runs are missing, so no goal is judged")
     table.show(lines)
     if arguments.json:
         table.write(

@@ -211,7 +211,7 @@ class TrainConfig:
     loss scale and fp32 master weights; membranes and batch normalisation stay fp32); fp64 (everything in doubles, with
     the reference kernels and zero_stage 0: for results that must not depend on the machine)."""
     tf32: bool = False
-    """With precision fp32, let a GPU multiply in TF32, which rounds factors to 11 bits and is several times faster."""
+    """With precision fp32, let a GPU multiply in TF32, which rounds factors to 11 bits, for speed."""
     deterministic: bool = False
     """Use only operations that give the same bits in every run on one kind of GPU, so that a resumed run repeats the
     same losses there; convolutions may be slower. On a CPU they do so without it."""

@@ -25,10 +25,9 @@ def choose(train: TrainConfig) -> None:
     Raises:
         ConfigError: the environment holds a value of `WORKSPACE` that train.deterministic cannot keep its word with.
     """
-    precision = "tf32" if train.tf32 else "ieee"
-    # torch's newer switches only: after a mix with allow_tf32, reading either raises an error.
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]
+    # Not torch's newer fp32_precision: torch 2.13 itself, as in torch.export, then raises an error at reading these.
+    torch.backends.cuda.matmul.allow_tf32 = train.tf32
+    torch.backends.cudnn.allow_tf32 = train.tf32
     # Else cuBLAS may add parts of a sum in fp16, which ends at 65504, or in bf16, which has 8 bits.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

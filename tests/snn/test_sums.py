@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.snn.kernels import compiled, sums
-from tests.support.snn_twins import require_compiler
+from tests.support.snn_twins import require_compiler, run_in_interpreter
 
 ROOT = Path(__file__).parents[2]
 PART = 1 << 15  # of cpu.cpp
@@ -68,17 +68,7 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 def test_the_gpu_kernels_agree_with_the_reference_in_the_interpreter():
-    cases = Path(__file__).with_name("snn_sums_cases.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CHISPIKE_TEST_INTERPRETER": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    run_in_interpreter(Path(__file__).with_name("snn_sums_cases.py"), CHISPIKE_TEST_INTERPRETER="1")
 
 
 COMPILE = """

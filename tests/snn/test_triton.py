@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.snn_twins import run_in_interpreter
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed; triton==3.7.1 fits torch 2.13", allow_module_level=True)
 
@@ -15,17 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_kernels_agree_with_the_reference_in_the_interpreter():
-    cases = Path(__file__).with_name("snn_triton_cases.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=cases.parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    run_in_interpreter(Path(__file__).with_name("snn_triton_cases.py"))
 
 
 COMPILE = """
