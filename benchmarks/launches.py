@@ -86,7 +86,11 @@ def noted() -> Iterator[list[Launch]]:
     ]
     choose, gpu_kernels, library = dispatch.choose, dispatch.gpu_kernels, packing.compiled.library
     meta = torch.library.Library("aten", "IMPL", "Meta")
-    for name, shapes in (("batch_norm_stats", _statistics), ("convolution", _convolution), ("convolution_backward", _gradients)):
+    for name, shapes in (
+        ("batch_norm_stats", _statistics),
+        ("convolution", _convolution),
+        ("convolution_backward", _gradients),
+    ):
         meta.impl(name, shapes)
     try:
         for module, name, value in kernels:
@@ -171,7 +175,9 @@ def main() -> None:
         ]
     table.show(lines)
     for name, one in zip(("forward", "backward"), passes, strict=True):
-        print(f"{name}:", dict(Counter(launch.name for launch in one.launches)), dict(one.calls.launching.most_common(12)))
+        print(
+            f"{name}:", dict(Counter(launch.name for launch in one.launches)), dict(one.calls.launching.most_common(12))
+        )
     if arguments.json:
         table.write(
             arguments.json,

@@ -41,7 +41,7 @@ _SCALARS = ("width_ptr", "amplitude_ptr", "leak_ptr", "partial_ptr", "sum_ptr", 
 
 
 @triton.jit
-def _tile(C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def tile_of(C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Rows and channels of this program's tile, in 64 bits: T R C passes 2^31 at batch 670 in ImageNet's stem."""
     program = tl.program_id(0)
     across = tl.cdiv(C, BLOCK_C)
@@ -77,7 +77,7 @@ def _forward(
     HARD: tl.constexpr, FROM_STATE: tl.constexpr, TO_STATE: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    r, c = _tile(C, BLOCK_R, BLOCK_C)
+    r, c = tile_of(C, BLOCK_R, BLOCK_C)
     inside = (r < R)[:, None] & (c < C)[None, :]
     at = r[:, None] * C + c[None, :]
     step = tl.cast(R, tl.int64) * C
@@ -112,7 +112,7 @@ def _backward(
     DETACH: tl.constexpr, SHAPE: tl.constexpr, PEAK: tl.constexpr, FROM_STATE: tl.constexpr, TO_STATE: tl.constexpr,
     COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    r, c = _tile(C, BLOCK_R, BLOCK_C)
+    r, c = tile_of(C, BLOCK_R, BLOCK_C)
     inside = (r < R)[:, None] & (c < C)[None, :]
     at = r[:, None] * C + c[None, :]
     step = tl.cast(R, tl.int64) * C
@@ -191,7 +191,7 @@ def _backward(
 def _affine(
     y_ptr, grad_ptr, a_ptr, b_ptr, d_ptr, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    r, c = _tile(C, BLOCK_R, BLOCK_C)
+    r, c = tile_of(C, BLOCK_R, BLOCK_C)
     inside = (r < R)[:, None] & (c < C)[None, :]
     at = r[:, None] * C + c[None, :]
     a = tl.load(a_ptr + c, mask=c < C, other=0.0)[None, :]
