@@ -124,7 +124,7 @@ def test_what_a_replay_would_leave_out_runs_as_it_is(what, caplog):
     if what == "probe":
         neurons.neurons[0].probe = seen.append
     elif what == "watch":
-        neurons.neurons[0].watch = seen.append  # pyright: ignore[reportAttributeAccessIssue]
+        neurons.neurons[0].watch = seen.append  # pyright: ignore[reportArgumentType]
     elif what == "module":
         module.fc.register_forward_hook(lambda *_: seen.append(1))
     elif what == "parameter":
