@@ -92,7 +92,7 @@ class Lines:
     Args:
         path: of the file; a file that is there is appended to.
         begin: called before the file is opened, and again while its storage is gone.
-        lossy: a log: an outage never raises, and of more than MOST_BYTES the oldest are lost.
+        lossy: a log: no error ends what is logged, and of more than MOST_BYTES that wait the oldest are lost.
 
     Raises:
         StoreError: as `outlast`.
@@ -126,14 +126,14 @@ class Lines:
             try:
                 self._flush()
             except OSError as error:
-                if not is_outage(error, was_writable=True):
+                if self._lossy:
+                    self._waiting = self._waiting[-self.MOST_BYTES :]
+                elif is_outage(error, was_writable=True):
+                    self._gone(error)
+                else:
                     raise
-                self._keep(error)
 
-    def _keep(self, error: OSError) -> None:
-        if self._lossy:
-            self._waiting = self._waiting[-self.MOST_BYTES :]
-            return
+    def _gone(self, error: OSError) -> None:
         now = time.monotonic()
         if self._gone_at is None:
             self._gone_at = now
