@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int:
             from launch.dry_run import show
 
             return show(config, dry_run or place.slots)
-        if finished := preflight(config, place.slots):
+        with outages.paused_by(signals.pause):
+            finished = preflight(config, place.slots)
+        if finished:
             say_finished(config, finished)
             return EXIT_DONE
         signals.wait(0)
@@ -64,6 +66,8 @@ def main(arguments: list[str]) -> int:
     except PermissionError as error:
         say(f"error: {not_permitted(error)}")
         return EXIT_USAGE
+    except InterruptedError:
+        return stopped_early()
     except OSError as error:
         if not is_outage(error, was_writable=True):
             raise

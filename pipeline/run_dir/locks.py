@@ -19,7 +19,6 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -80,13 +79,10 @@ def claim(text: str) -> Claim | None:
     return None if said is None else Claim(said[1], int(said[2]), said[3])
 
 
-def hold(run_dir: str, patience_s: float = PATIENCE_S, pause: Callable[[float], object] = time.sleep) -> IO[str]:
+def hold(run_dir: str, patience_s: float = PATIENCE_S) -> IO[str]:
     """Takes the lock of a run, RUN/lock, for its rank 0, until the file returned is closed or the process ends.
 
     A file system without locks, or whose locks exclude nobody, is used without one, with a warning.
-
-    Args:
-        pause: waits for the folder's storage, as in `outages.outlast`.
 
     Raises:
         ConfigError: another process has it for `patience_s` or longer; the message names its pid and host.
@@ -94,7 +90,7 @@ def hold(run_dir: str, patience_s: float = PATIENCE_S, pause: Callable[[float], 
     """
     path = Path(run_dir) / "lock"
     what = f"run_dir={run_dir!r}"
-    return outages.outlast(lambda: _hold(path, patience_s), what, was_writable=os.path.exists(path), pause=pause)
+    return outages.outlast(lambda: _hold(path, patience_s), what, was_writable=os.path.exists(path))
 
 
 def _hold(path: Path, patience_s: float) -> IO[str]:

@@ -10,8 +10,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ def outlast(
     what: str,
     *,
     was_writable: bool = False,
-    pause: Callable[[float], object] = time.sleep,
+    pause: Callable[[float], object] | None = None,
 ) -> Result:
     """The result of `do`, which is called again while the storage that it uses is gone.
 
@@ -38,7 +38,7 @@ def outlast(
         do: may be called several times; its other errors pass through.
         what: what it uses, for messages: `run_dir='runs/digits'`.
         was_writable: as for `is_outage`.
-        pause: waits for so many seconds, or less; what it raises ends the waiting.
+        pause: waits for so many seconds, or less; what it raises ends the waiting. By default as `paused_by` says.
 
     Raises:
         StoreError: the storage was gone for PATIENCE_S.
@@ -56,11 +56,25 @@ def outlast(
                 log.warning("%s cannot be used (%s): waiting up to %g s", what, error.strerror, PATIENCE_S)
             if now - began >= PATIENCE_S:
                 raise gone(error, what, now - began) from None
-            pause(POLL_S)
+            (pause or _pause)(POLL_S)
         else:
             if began is not None:
                 log.warning("%s can be used again, after %.0f s", what, time.monotonic() - began)
             return result
+
+
+_pause: Callable[[float], object] = time.sleep
+
+
+@contextmanager
+def paused_by(pause: Callable[[float], object]) -> Iterator[None]:
+    """How this process waits meanwhile: a supervisor has to notice signals while it waits."""
+    global _pause
+    before, _pause = _pause, pause
+    try:
+        yield
+    finally:
+        _pause = before
 
 
 def gone(error: OSError, what: str, seconds: float) -> StoreError:
@@ -78,7 +92,7 @@ class Lines:
     Args:
         path: of the file; a file that is there is appended to.
         begin: called before the file is opened, and again while its storage is gone.
-        lossy: a log: an outage never raises, and of more than MOST_BYTES the oldest are lost.
+        lossy: a log: no error ends what is logged, and of more than MOST_BYTES that wait the oldest are lost.
 
     Raises:
         StoreError: as `outlast`.
@@ -112,14 +126,14 @@ class Lines:
             try:
                 self._flush()
             except OSError as error:
-                if not is_outage(error, was_writable=True):
+                if self._lossy:
+                    self._waiting = self._waiting[-self.MOST_BYTES :]
+                elif is_outage(error, was_writable=True):
+                    self._gone(error)
+                else:
                     raise
-                self._keep(error)
 
-    def _keep(self, error: OSError) -> None:
-        if self._lossy:
-            self._waiting = self._waiting[-self.MOST_BYTES :]
-            return
+    def _gone(self, error: OSError) -> None:
         now = time.monotonic()
         if self._gone_at is None:
             self._gone_at = now

@@ -19,8 +19,7 @@ import json
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -69,18 +68,15 @@ PACKAGES = ("torch", "deepspeed", "nvidia-dali", "webdataset", "numpy", "prometh
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # DALI has a package for each CUDA version; one is installed
 
 
-def admit(config: Config, world_size: int, pause: Callable[[float], object] = time.sleep) -> dict | None:
+def admit(config: Config, world_size: int) -> dict | None:
     """Checks that `config` may run in its folder on `world_size` ranks; returns the summary if it has finished there.
-
-    Args:
-        pause: waits for the folder's storage, as in `outages.outlast`.
 
     Raises:
         ConfigError: the folder holds a run of another configuration, or cannot be written.
         StoreError: its storage is gone, and did not come back.
     """
     what = f"run_dir={config.run_dir!r}"
-    return outages.outlast(lambda: _admitted(config, world_size), what, was_writable=True, pause=pause)
+    return outages.outlast(lambda: _admitted(config, world_size), what, was_writable=True)
 
 
 def _admitted(config: Config, world_size: int) -> dict | None:

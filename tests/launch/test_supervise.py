@@ -6,16 +6,19 @@ import signal
 import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from launch.cluster import rendezvous
 from launch.cluster.processes import ALONE_S
-from launch.supervise import FAREWELL_S, LEASE_S, command_line, main, verdict
+from launch.supervise import FAREWELL_S, LEASE_S, command_line, main, newest_checkpoint, verdict
 from launch.train import PATIENCE_S, refuse
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, LostRankError
+from pipeline.run_dir import outages
 from tests.conftest import free_port
+from tests.support.lost_storage import Lost, WhenWaited
 from tests.support.supervised import processes_with, supervise
 from tests.support.training_runs import arguments, read_until
 from tests.test_training import assert_same_result
@@ -71,6 +74,25 @@ def test_a_mistake_ends_with_64_and_one_line(words, message, capsys):
     assert output.count("\n") == 1
 
 
+def test_storage_that_is_lost_for_a_while_takes_no_restart_and_a_stop_ends_the_waiting(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(outages, "POLL_S", 0.01)
+    folder = tmp_path / "disk"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/latest").write_text("step-00000005\n")
+    lost = Lost(folder)
+    try:
+        lost.go()
+        with WhenWaited(lost.come_back):
+            assert newest_checkpoint(folder) == "step-00000005"
+        lost.go()
+        with WhenWaited(lambda: signal.raise_signal(signal.SIGTERM)):
+            words = ["--slots", "2", "--", "--recipe", "digits", "--run_dir", str(folder), "--data.path", str(digits)]
+            assert main(words) == EXIT_STOPPED
+    finally:
+        lost.come_back()
+    assert newest_checkpoint(tmp_path) == ""
+
+
 @pytest.mark.parametrize(("local_rank", "waits"), [("1", True), ("0", False)])
 def test_only_ranks_beside_rank_0_give_it_time_to_speak(local_rank, waits, monkeypatch, capsys):
     """The signal that ends the wait is already pending; without a wait it stays pending."""
@@ -108,7 +130,12 @@ def test_sigterm_saves_and_the_next_start_finishes_as_if_nothing_had_been(digits
     assert status == 200
     assert 'snn_run_restarts_total{node="0",run="run"} 0.0' in metrics
     assert re.search(r'^snn_train_last_step_timestamp_seconds{rank="1",run="run"} ', metrics, re.MULTILINE)
+    assert 'snn_run_stopped{run="run"} 0.0' in metrics
     process.send_signal(signal.SIGTERM)
+    with suppress(OSError):  # until it is gone, as a Prometheus that comes often
+        while True:
+            _, metrics = answer(address[1] + "/metrics")
+    assert 'snn_run_stopped{run="run"} 1.0' in metrics
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_STOPPED, output
     assert "stopped on request after step" in output

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch import local, train
+from launch import command, evaluate, export, local, train
 from launch.options import parse
 from pipeline.data.manifest import check_splits
 from pipeline.data.remote import ClosedError
@@ -275,3 +276,28 @@ def test_closing_a_run_hides_no_earlier_error_and_closes_every_part():
     assert closed == ["a", "b", "c", "d"]
     with pytest.raises(OSError, match="io"), run:
         pass
+
+
+@pytest.mark.parametrize("name", ["export", "evaluate"])
+def test_commands_on_a_run_whose_storage_is_lost_end_with_70_and_one_line(name, lost, monkeypatch, capsys):
+    monkeypatch.setattr(outages, "PATIENCE_S", 0.0)
+    main = {"export": export.main, "evaluate": evaluate.main}[name]
+    monkeypatch.setattr(
+        sys, "argv", [name, str(lost.folder / "run"), *(["net.safetensors"] if name == "export" else [])]
+    )
+    lost.go()
+    assert command.run(main) == EXIT_INTERNAL
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "Transport endpoint is not connected" in said
+    assert said.count("\n") == 1
+
+
+def test_a_full_disk_ends_no_log(tmp_path):
+    lines = Lines(tmp_path / "log", lossy=True)
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), lines._file)
+    lines.write("first\n")
+    lines.write("second\n")
+    lines.close()
+    assert (tmp_path / "log").read_text() == "first\nsecond\n"
