@@ -153,3 +153,11 @@ def test_one_node_of_the_hostfile(hosts, words):
     assert "digits: 1 ranks on cpu" in job.output
     assert "node-1: step" in job.output
     assert "node-0: " not in job.output
+
+
+def test_one_other_node_alone_without_force_multi_is_refused(hosts, words):
+    """DeepSpeed then starts the ranks here and not there."""
+    job = hosts.deepspeed(*words, "--train.epochs", "1", options=("--include", "node-1"))
+    job.ended(120)
+    assert "add --force_multi" in job.output
+    assert "step " not in job.output
