@@ -45,7 +45,7 @@ def pair(podman, nodes, digits, tmp_path) -> Iterator[list[Container]]:
     runs.mkdir()
     os.chown(runs, USER, USER)
     subprocess.run(["chmod", "-R", "a+rX", digits], check=True)
-    small = "--data.image_size 8 --train.log_every 1 --train.checkpoint_every 20 --train.epochs 40"
+    small = "--data.image_size 8 --train.log_every 1 --train.checkpoint_every 20 --train.epochs 20"
     words = ["--recipe", "digits", "--data.path", "/data/digits", "--run_dir", "/runs/digits", *small.split()]
     volumes = {digits: "/data/digits:ro", runs: "/runs"}
     made = [Container(podman, node, nodes.names[node], volumes, words) for node in (0, 1)]
