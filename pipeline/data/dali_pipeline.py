@@ -46,7 +46,9 @@ class Graph:
         self._pipeline = _pipeline(data, device, source, batch_size, ahead)
 
     def run(self) -> Tensor:
-        """The next batch: `(n, 3, H, W)` float32 in channels-last memory; the caller may keep it.
+        """The next batch: `(n, 3, H, W)` float32 in channels-last memory.
+
+        The caller may keep it. On a GPU it must not drop it before it has been read; see device_copies.py.
 
         Raises:
             RuntimeError: DALI could not process one of the batches fed so far.
