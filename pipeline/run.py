@@ -21,7 +21,6 @@ from pipeline.engine.ema import Ema
 from pipeline.engine.engine import build, loss_scale, normalise_as_one
 from pipeline.engine.engine_state import EngineState
 from pipeline.engine.flags import Flags
-from pipeline.engine.graphed_pass import record_passes, require_graphs
 from pipeline.engine.profiler import Profiler
 from pipeline.engine.schedule import Schedule
 from pipeline.engine.step_stats import NonFinite, StepStats
@@ -36,6 +35,7 @@ from pipeline.ranks.straggler import Straggler
 from pipeline.run_dir import checkpoint_files, code_version, run_folder
 from pipeline.run_dir.checkpoint_writer import Writer
 from pipeline.snn import sew_resnet
+from pipeline.snn.graphed_pass import record_passes, require_graphs
 from pipeline.snn.neurons import NeuronState, bind
 from pipeline.snn.sew_resnet import SpikingLayer
 

@@ -226,7 +226,8 @@ class TrainConfig:
     Costs 4 bytes per parameter, partitioned over the ranks from ZeRO-1 on."""
     cuda_graph: bool = False
     """On a GPU, launch a micro-batch's forward and backward pass as one CUDA graph each: less work for the host where
-    layers or batches are small. Costs a copy of all gradients. Not with sync_bn or zero_stage 3."""
+    layers or batches are small. Costs a copy of all gradients, which ranks then exchange after the backward pass, not
+    during it. Not with sync_bn or zero_stage 3. Not yet tried on a GPU."""
     profile_steps: int = 0
     """Optimizer steps that rank 0 records with torch's profiler into RUN/profile, after the first five
     of each process. Recorded steps are slower. 0 records none."""

@@ -90,31 +90,25 @@ class HostReplay:
     def __init__(self, run: Callable[[Tensor], Tensor], images: Tensor, inputs: Sequence[Tensor]) -> None:
         self._run, self._inputs = run, inputs
         self._out: Tensor | None = None
-        self._known = [False, False]
         self.images = torch.empty_like(images)
         self.logits = self.grad_logits = torch.empty(0)
         self.grads: list[Tensor | None] = []
 
     def forward(self) -> None:
         self._out = self._run(self.images)
-        if not self._known[0]:
+        if not self.logits.numel():
             self.logits, self.grad_logits = torch.empty_like(self._out), torch.empty_like(self._out)
-            self._known[0] = True
         self.logits.detach().copy_(self._out.detach())
 
     def backward(self) -> None:
         assert self._out is not None
         grads = torch.autograd.grad(self._out, self._inputs, self.grad_logits, allow_unused=True)
-        if not self._known[1]:
-            self.grads = [None if grad is None else torch.empty_like(like) for grad, like in self._pairs(grads)]
-            self._known[1] = True
+        pairs = zip(grads, self._inputs, strict=True)
+        self.grads = self.grads or [None if grad is None else torch.empty_like(like) for grad, like in pairs]
         for static, grad in zip(self.grads, grads, strict=True):
             if static is not None and grad is not None:
                 static.detach().copy_(grad)
         self._out = None
-
-    def _pairs(self, grads: Sequence[Tensor | None]):
-        return zip(grads, self._inputs, strict=True)
 
 
 def laid_out(grad: Tensor | None, like: Tensor) -> Tensor | None:

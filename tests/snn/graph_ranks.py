@@ -17,8 +17,8 @@ from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, TrainCon
 from pipeline.engine.ema import Ema
 from pipeline.engine.engine import build
 from pipeline.engine.engine_state import EngineState
-from pipeline.engine.graphed_pass import HostReplay, record_passes
 from pipeline.snn import sew_resnet
+from pipeline.snn.graphed_pass import HostReplay, record_passes
 from pipeline.snn.losses import cross_entropy
 from pipeline.snn.neurons import bind
 from tests.support.rank_lines import leave, tell

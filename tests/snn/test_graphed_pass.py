@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, ModelConfig, TrainConfig
-from pipeline.engine.graphed_pass import AS_IT_IS, CudaReplay, GraphedPass, HostReplay, record_passes, require_graphs
 from pipeline.errors import ConfigError
 from pipeline.snn import sew_resnet
+from pipeline.snn.graphed_pass import AS_IT_IS, CudaReplay, GraphedPass, HostReplay, record_passes, require_graphs
 from pipeline.snn.losses import cross_entropy
 from pipeline.snn.neurons import NeuronState, bind
 from tests.conftest import launch
-from tests.engine.graph_ranks import ACCUMULATION, CASES, STEPS
+from tests.snn.graph_ranks import ACCUMULATION, CASES, STEPS
 from tests.support.rank_lines import told
 
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, dict]:
-    done = launch("tests/engine/graph_ranks.py", ranks=2)
+    done = launch("tests/snn/graph_ranks.py", ranks=2)
     assert done.returncode == 0, done.output
     return {line["case"]: line for line in told(done.output, "CASE")}
 
