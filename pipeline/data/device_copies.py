@@ -1,12 +1,12 @@
 """Decoded batches on their way from DALI's memory to tensors of our own on the training device.
 
-    decoder thread     DALI's images ─┐ side stream: copy, cast → images    event ──┐
-                       labels → pinned┘                          → labels           │
-    training loop                       its stream waits for the event ← ───────────┘ and then uses the tensors
+    decoder thread     DALI's images ─────┐ side stream: copy, cast → images  ─┐
+                       labels → pinned ───┘                         → labels  ─┤ event
+    training loop      its stream waits for the event ← ───────────────────────┘ and then uses the tensors
 
-DALI's default executor leaves an output alone while a tensor holds it. But it takes the memory back as soon as the host
-drops that tensor, and does not know of kernels that are queued in torch's streams and have yet to read it. So on a GPU
-each output is copied, and held until the copy is done. On the CPU nothing is queued: the output itself is handed out.
+DALI's dynamic executor leaves an output alone while a tensor holds it. But it takes the memory back as soon as the host
+drops that tensor, and does not know of kernels that wait in torch's streams and have yet to read it. So on a GPU each
+output is copied, and held until the copy is done. On the CPU nothing waits: the output itself is handed out.
 """
 
 from typing import NamedTuple, Protocol
@@ -19,14 +19,20 @@ from torch import Tensor
 class Mark(Protocol):
     """A point in a queue of copies, such as a CUDA event."""
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """The host waits until all copies before this point are done."""
+        ...
 
 
 class Queue(Protocol):
-    """A queue in which a device copies, while the host goes on."""
+    """A queue in which a device copies while the host goes on."""
 
     def copy(self, source: Tensor, dtype: torch.dtype) -> Tensor:
-        """Queues a copy; the source must not change before it is done."""
+        """Queues a copy within the device; `source` must stay as it is until the copy is done."""
+        ...
+
+    def send(self, array: np.ndarray) -> Tensor:
+        """Queues a copy from the host to the device; the caller may change `array` at once."""
         ...
 
     def mark(self) -> Mark:
@@ -34,21 +40,24 @@ class Queue(Protocol):
         ...
 
     def hand_over(self, mark: Mark, tensors: tuple[Tensor, ...]) -> None:
-        """Lets the caller's stream use these tensors: what it queues from now on comes after `mark`."""
+        """Lets the caller's stream use `tensors`: what it queues from now on runs after `mark`."""
         ...
 
 
 class SideStream:
-    """A CUDA stream for copies, apart from the one that trains."""
+    """A CUDA stream for copies, beside the one that trains."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def copy(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.cuda.stream(self._stream):
-            if not source.is_cuda:
-                source = source.pin_memory()  # torch keeps it until the copy is done
             return source.to(self._device, dtype, non_blocking=True, copy=True)
+
+    def send(self, array: np.ndarray) -> Tensor:
+        with torch.cuda.stream(self._stream):
+            pinned = torch.from_numpy(array).pin_memory()  # torch does not use it again before the copy is done
+            return pinned.to(self._device, non_blocking=True)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -59,7 +68,7 @@ class SideStream:
         assert isinstance(mark, torch.cuda.Event)
         current = torch.cuda.current_stream(self._device)
         current.wait_event(mark)
-        for tensor in tensors:  # so that their memory, which is the side stream's, is not used again too early
+        for tensor in tensors:  # their memory is the side stream's, which must not use it again too early
             tensor.record_stream(current)
 
 
@@ -73,12 +82,12 @@ class Copied(NamedTuple):
 
 
 class DeviceCopies:
-    """Copies for one decoder thread.
+    """The copies of one decoder thread.
 
     Args:
         device: of the tensors.
         dtype: of the images.
-        queue: where a GPU copies; None copies nothing that is in place already.
+        queue: where the device copies; None takes a side stream on a GPU, and copies nothing on the CPU.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, queue: Queue | None = None) -> None:
@@ -87,19 +96,15 @@ class DeviceCopies:
         self._held: tuple[Mark, Tensor] | None = None
 
     def take(self, images: Tensor, labels: np.ndarray, valid: np.ndarray) -> Copied:
-        """Called in the decoder thread with DALI's output, which is held until it has been read."""
-        flags, numbers = torch.from_numpy(valid), torch.from_numpy(labels)
-        if self._queue is None:  # the cast runs in this thread, ahead of the loop
-            return Copied(images.to(self._dtype), numbers, flags, None)
+        """Called in the decoder thread with an output of DALI that is ready; it is held until it has been read."""
+        queue = self._queue
+        if queue is None:  # the cast runs in this thread, ahead of the loop
+            return Copied(images.to(self._dtype), torch.from_numpy(labels), torch.from_numpy(valid), None)
         self.release()
-        copied = (
-            self._queue.copy(images, self._dtype),
-            self._queue.copy(numbers, numbers.dtype),
-            self._queue.copy(flags, flags.dtype),
-        )
-        mark = self._queue.mark()
+        tensors = queue.copy(images, self._dtype), queue.send(labels), queue.send(valid)
+        mark = queue.mark()
         self._held = (mark, images)
-        return Copied(*copied, mark)
+        return Copied(*tensors, mark)
 
     def release(self) -> None:
         """Gives the last output back to DALI, once it has been read."""
@@ -107,8 +112,8 @@ class DeviceCopies:
             self._held[0].synchronize()
             self._held = None
 
-    def received(self, copied: Copied) -> Copied:
-        """Called in the training loop's thread: its stream waits for the copies."""
+    def received(self, copied: Copied) -> tuple[Tensor, Tensor, Tensor]:
+        """Called in the training loop's thread: its stream waits for the copies. Images, labels, valid."""
         if self._queue is not None and copied.mark is not None:
             self._queue.hand_over(copied.mark, copied[:3])
-        return copied
+        return copied[:3]

@@ -145,7 +145,7 @@ class _Decoder:
         if isinstance(item, BaseException):
             raise item
         copied, request = item
-        images, labels, valid, _ = self._copies.received(copied)
+        images, labels, valid = self._copies.received(copied)
         return Batch(images, labels, valid, request.position), request.bad
 
     @property
@@ -184,8 +184,8 @@ class _Decoder:
         except BaseException as error:  # the training loop raises it, in its own thread
             self._done.put(error)
         finally:
-            self._copies.release()
             self._done.put(ClosedError("the loader was closed"))  # so that a waiting `next` ends
+            self._copies.release()
 
     def _graph(self) -> Graph:
         return Graph(self._data, self._device, self._feed, batch_size=self._data.micro_batch, ahead=self._ahead)
