@@ -14,6 +14,7 @@ from pipeline.config import ModelConfig
 from pipeline.snn import sew_resnet
 from pipeline.snn.kernels import compiled, dispatch
 from pipeline.snn.losses import cross_entropy
+from pipeline.snn.sew_resnet import SEWResNet
 from tests.support.snn_twins import require_compiler
 
 MICRO_BATCHES = 3
@@ -30,22 +31,23 @@ def images(what: str, when: str) -> list[Tensor]:
     return batches
 
 
-def only_red(network: nn.Module) -> None:
+def only_red(network: SEWResNet) -> None:
     """Lets the stem's first filter see the red channel alone."""
     with torch.no_grad():
         network.conv1.weight[0, 1:] = 0
 
 
-def trained(start: nn.Module, batches: list[Tensor], dtype: torch.dtype) -> tuple[nn.Module, set[int]]:
+def trained(start: SEWResNet, batches: list[Tensor], dtype: torch.dtype) -> tuple[SEWResNet, set[int]]:
     """A copy of the network after one update; and in which micro-batches the stem's first channel was silent."""
     network = copy.deepcopy(start)
-    silent = set()
+    variance, silent = network.bn1.running_var, set()
+    assert variance is not None
     for at, batch in enumerate(batches):
-        before = network.bn1.running_var[0].clone()
+        before = variance[0].clone()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = network(batch)
         cross_entropy(logits, torch.tensor([1, 4])).backward()
-        if network.bn1.running_var[0] == before.lerp(torch.zeros(()), network.bn1.momentum):
+        if variance[0] == before.lerp(torch.zeros(()), 0.1):  # BN's momentum
             silent.add(at)
     torch.optim.SGD(network.parameters(), lr=0.1).step()
     return network, silent
@@ -68,7 +70,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, start: nn.Module, dtype: tor
         torch.testing.assert_close(change, expected, rtol=0, atol=share * expected.abs().max().item(), msg=name)
 
 
-def start_of(connect: str, neuron: str) -> nn.Module:
+def start_of(connect: str, neuron: str) -> SEWResNet:
     torch.manual_seed(0)
     model = ModelConfig(arch="sew_tiny", connect=connect, neuron=neuron, T=2, v_th=0.5)
     network = sew_resnet.build(model, num_classes=5, image_size=6)
@@ -81,7 +83,7 @@ def start_of(connect: str, neuron: str) -> nn.Module:
     return network
 
 
-def compare(start: nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def compare(start: SEWResNet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for what, when in itertools.product(("channel", "batch"), SILENT):
         batches = images(what, when)
         ours, silent = trained(start, batches, dtype)
