@@ -21,8 +21,7 @@ from torch import Tensor
 from pipeline.config import DataConfig
 from pipeline.data.augment import Windows
 from pipeline.data.background import Background
-from pipeline.data.dali_pipeline import Graph, undecodable
-from pipeline.data.device_copies import Copied, DeviceCopies
+from pipeline.data.dali_pipeline import Copied, DeviceCopies, Graph, undecodable
 from pipeline.data.remote import ClosedError
 from pipeline.data.samples import UNDECODABLE, BadSamples, Samples
 
