@@ -191,18 +191,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     arguments = parser.parse_args()
     passes = trace(network(torch.bfloat16), torch.empty(arguments.batch, 3, 224, 224, device="meta").bfloat16())
-    lines = []
+    lines, by_name = [], {}
     for name, one in zip(("forward", "backward"), passes, strict=True):
+        by_name[name] = Counter(launch.name for launch in one.launches) + one.calls.launching
         lines += [
             table.row(f"{name}: Triton kernels", len(one.launches), "launches"),
             table.row(f"{name}: torch operators", one.calls.launching.total(), "calls"),
             table.row(f"{name}: views and empty tensors", one.calls.free.total(), "calls"),
         ]
     table.show(lines)
-    for name, one in zip(("forward", "backward"), passes, strict=True):
-        print(
-            f"{name}:", dict(Counter(launch.name for launch in one.launches)), dict(one.calls.launching.most_common(12))
-        )
     if arguments.json:
         table.write(
             arguments.json,
@@ -211,7 +208,7 @@ def main() -> None:
             versions={"torch": torch.__version__},
             command="python -m benchmarks.launches",
             setting=f"SEW-ResNet34, T=4, batch {arguments.batch}, 224 x 224, bf16 convolutions, one micro-batch",
-            operators=[dict(one.calls.launching) for one in passes],
+            calls={name: dict(counted.most_common()) for name, counted in by_name.items()},
         )
 
 
