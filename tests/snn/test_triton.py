@@ -20,6 +20,10 @@ def test_the_kernels_agree_with_the_reference_in_the_interpreter():
     run_in_interpreter(Path(__file__).with_name("snn_triton_cases.py"))
 
 
+def test_every_launch_at_sizes_past_2_31_is_allowed_and_stays_within_its_tensors():
+    run_in_interpreter(Path(__file__).with_name("snn_launch_cases.py"))
+
+
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
