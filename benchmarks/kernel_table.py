@@ -11,7 +11,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def noted(dtype: torch.dtype, batch: int, *, T: int = 4, frames: bool = False, *
     return [*passes[0].launches, *passes[1].launches, *of_sums]
 
 
-def variants(noted: dict[int, Iterable[Launch]], capability: int) -> list[Variant]:
+def variants(noted: Mapping[int, Iterable[Launch]], capability: int) -> list[Variant]:
     """What is compiled for these launches, by batch, in the order of their first launch."""
     backend = make_backend(GPUTarget("cuda", capability, 32))
     found: dict[str, Variant] = {}

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +41,7 @@ _MODULES = tuple(
 class Launch:
     """One launch of a kernel."""
 
-    kernel: object
+    kernel: Any
     """The `triton.jit` function."""
     grid: tuple[int, ...]
     arguments: dict
@@ -50,19 +51,19 @@ class Launch:
 
     @property
     def name(self) -> str:
-        return self.kernel.__name__.lstrip("_")  # pyright: ignore[reportAttributeAccessIssue]
+        return self.kernel.__name__.lstrip("_")
 
 
 @dataclass(frozen=True, slots=True)
 class _Noted:
     """Stands for a kernel; a launch of it is put into a list."""
 
-    kernel: object
+    kernel: Any
     into: list[Launch]
 
     def __getitem__(self, grid: tuple[int, ...]):
         def launch(*args, **kwargs) -> None:
-            signature = inspect.signature(self.kernel.fn)  # pyright: ignore[reportAttributeAccessIssue]
+            signature = inspect.signature(self.kernel.fn)
             options = {name: kwargs.pop(name) for name in [*kwargs] if name not in signature.parameters}
             bound = signature.bind(*args, **kwargs)
             self.into.append(Launch(self.kernel, tuple(grid), dict(bound.arguments), options))
@@ -82,7 +83,7 @@ def kernels() -> list:
     return [one for one in found if not any(re.search(rf"\b{one.fn.__name__}\(", body) for body in bodies)]
 
 
-def _is_kernel(value: object) -> bool:
+def _is_kernel(value: Any) -> bool:
     return hasattr(value, "fn") and hasattr(value, "__getitem__")
 
 

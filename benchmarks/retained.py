@@ -12,7 +12,7 @@ need a GPU, it saves 2 bytes, the charged potentials in bf16.)
 import argparse
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from pipeline.snn.kernels import packing
 
 T, N, C, SIDE = 4, 8, 64, 56
 BF16 = torch.bfloat16
-Expected = dict[str, tuple[str, float]]
+Expected = Mapping[str, tuple[str, float]]
 """Bytes a neuron-step of each tensor, with its dtype, by what it is."""
 
 OURS: dict[str, Expected] = {
@@ -181,8 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     arguments = parser.parse_args()
+    try:
+        counts = ours(), peer()
+    except ImportError as error:
+        raise SystemExit(f"{error}; install spikingjelly==2.0.0 and triton") from None
     rows = []
-    for side, expected, counted in (("ours", OURS, ours()), ("peer", PEER, peer())):
+    for side, expected, counted in (("ours", OURS, counts[0]), ("peer", PEER, counts[1])):
         for name, (by_dtype, sizes) in compared(expected, counted).items():
             rows += [
                 table.row(f"{name}: {side}, expected", sum(by_dtype.values()), "bytes", None, "lower"),
