@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks import table
 from benchmarks.table import row
 from pipeline.chi import comm_hook
-from pipeline.chi.comm_hook import pack
+from pipeline.chi.comm_hook import Limbs
 from pipeline.chi.tap import Tap
 from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, TrainConfig
@@ -47,8 +47,8 @@ class Side:
         if with_chi:
             self.neurons, layers = bind(network), network.spiking_layers()
             self.tap = Tap(self.engine, layers, self.neurons)
-            sums = comm_hook.gradient_sums
-            comm_hook.gradient_sums = lambda gradient: self.timed(sums, gradient)
+            sums = comm_hook.sums_of_each
+            comm_hook.sums_of_each = lambda gradients: self.timed(sums, gradients)
             self.widths = Widths(config.chi, layers, self.neurons)
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(MICRO, 3, image_size, image_size, generator=generator).bfloat16()
@@ -138,7 +138,7 @@ def rows_of(seconds: dict[str, list[float]], own: float, added: Counter, side: S
         return 100 * (statistics.median(ratios) - 1)
 
     collectives = sum(count for name, count in added.items() if name.startswith("c10d::"))
-    tail = 4 * (pack(side.tap._share().counts).numel() + 1)  # the counts' limbs, and the loss
+    tail = 4 * (Limbs(1).pack(side.tap._share().counts).numel() + 1)  # the counts' limbs, and the loss
     return [
         row("overhead of χ over a whole training step", against_without("with chi"), "%", 1.0, "lower"),
         row("… of nothing, measured in the same way", against_without("without, again"), "%"),

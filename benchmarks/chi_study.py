@@ -11,15 +11,10 @@ benchmarks/results/chi_study_runs.jsonl.
 """
 
 import argparse
-import hashlib
-import json
-import math
-import os
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks import study_runs
 from benchmarks import table as results
 from benchmarks.chi_study_arms import STAGES
 
@@ -27,52 +22,9 @@ RUNS = Path(__file__).parent / "results/chi_study_runs.jsonl"
 PICTURE = Path(__file__).parents[1] / "docs/chi-starts.png"
 
 
-def key_of(setting: dict) -> str:
-    return hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def finished() -> list[dict]:
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-
-
-def rounded(value):
-    """`value` with its floats rounded to four digits, so that people can read the file."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [rounded(element) for element in value]
-    return {name: rounded(element) for name, element in value.items()} if isinstance(value, dict) else value
-
-
-def free(settings: list, claims: Path) -> Iterator:
-    """Each setting that is neither done nor being done by another process."""
-    claims.mkdir(parents=True, exist_ok=True)
-    for setting in settings:
-        key = key_of(asdict(setting))
-        if any(record["key"] == key for record in finished()):
-            continue
-        try:
-            os.close(os.open(claims / key, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            continue
-        yield setting
-
-
-def do(stage: str, scratch: Path, limit: int | None) -> int:
-    """Does at most `limit` runs; returns the number done."""
-    from benchmarks.chi_study_run import run
-
-    done = 0
-    for setting in free(STAGES[stage], scratch / "claims"):
-        record = {"key": key_of(asdict(setting)), "stage": stage, **run(setting, scratch / "cifar10", scratch)}
-        record["course"] = rounded(record["course"])
-        with RUNS.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(f"{setting.arm:32} lr {setting.lr:<5} seed {setting.seed}: {100 * record['accuracy']:.2f} %", flush=True)
-        done += 1
-        if done == limit:
-            break
-    return done
+    """Every run of the study so far."""
+    return study_runs.finished(RUNS)
 
 
 def table(stage: str) -> None:
@@ -131,7 +83,9 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(arguments.threads)
-        raise SystemExit(0 if do(arguments.stage, arguments.scratch, arguments.limit) else 3)
+        settings = STAGES[arguments.stage]
+        done = study_runs.do(settings, RUNS, arguments.scratch, arguments.limit, stage=arguments.stage)
+        raise SystemExit(0 if done else 3)
     if arguments.what == "table":
         table(arguments.stage)
     if arguments.what == "report":

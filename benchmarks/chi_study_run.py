@@ -1,8 +1,8 @@
-"""One run of the χ study: a small SEW-ResNet on CIFAR-10, its widths set by one policy.
+"""One run of the χ studies: a small SEW-ResNet on images of one data set, its widths set by one policy.
 
 This project's loader decodes and scales the images of the shards once; they then stay in memory. `chi.attach` steers
-the widths. Training images are numbered in the shards' order, which data_prep has shuffled: the first
-40,000 are for training, the last 10,000 for choosing. The test split is read only where `split` is "test".
+the widths. Training images are numbered in the shards' order, which data_prep has shuffled: the first are for training,
+the rest for choosing (of CIFAR-10's 50,000 the last 10,000). The test split is read only where `split` is "test".
 """
 
 import math
@@ -19,7 +19,8 @@ from pipeline.data.loader import evaluation_batches
 from pipeline.snn import sew_resnet
 from pipeline.snn.losses import cross_entropy
 
-NUM_TRAIN = 40_000
+DATA = {"cifar10": (40_000, 10), "cifar100": (20_000, 100), "digits": (1_078, 10)}
+"""By data set: the number of images for training, and of classes."""
 MOMENTUM = 0.9
 START = (0.25, 4.0)
 """Range of random starting widths, drawn log-uniformly for each layer."""
@@ -62,9 +63,19 @@ class Varied(Setting):
     """bf16 by autocast, or fp32."""
 
 
-def images_of(shards: Path, split: str, image_size: int, cache: Path) -> tuple[Tensor, Tensor]:
-    """Every image of a split, `(n, 3, S, S)` bf16, normalised, and labels `(n,)`; decoded once, kept in `cache`."""
-    kept = cache / f"{split}-{image_size}.pt"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Elsewhere(Varied):
+    """Settings in which users differ; `where` names their combination."""
+
+    where: str
+    data: str = "cifar10"
+    connect: str = "add"
+    v_th: float = 1.0
+
+
+def images_of(shards: Path, split: str, image_size: int) -> tuple[Tensor, Tensor]:
+    """Every image of a split, `(n, 3, S, S)` bf16, normalised, and labels `(n,)`; decoded once, kept beside it."""
+    kept = shards / f"{split}-{image_size}.pt"
     if not kept.exists():
         data = DataConfig(path=str(shards), image_size=image_size, global_batch=500, micro_batch=500, threads=2)
         batches = evaluation_batches(data, rank=0, world_size=1, device=torch.device("cpu"), split=split)
@@ -112,18 +123,18 @@ def start_widths(seed: int, num_layers: int) -> list[float]:
     return [START[0] * (START[1] / START[0]) ** u for u in drawn.tolist()]
 
 
-def run(setting: Setting, shards: Path, cache: Path) -> dict:
-    """Trains one network; returns the setting with the results."""
+def run(setting: Setting, scratch: Path) -> dict:
+    """Trains one network on the shards in `scratch`; returns the setting with the results."""
     began = time.monotonic()
-    images, labels = images_of(shards, "train", setting.image_size, cache)
+    varied = Elsewhere(**{"where": "", **asdict(setting)})
+    num_train, num_classes = DATA[varied.data]
+    images, labels = images_of(scratch / varied.data, "train", setting.image_size)
     generator = torch.Generator().manual_seed(setting.seed)
-    drawn = torch.randperm(NUM_TRAIN, generator=torch.Generator().manual_seed(0))[: setting.num_images]
+    drawn = torch.randperm(num_train, generator=torch.Generator().manual_seed(0))[: setting.num_images]
     torch.manual_seed(setting.seed)
-    varied = setting if isinstance(setting, Varied) else Varied(**asdict(setting))
-    model = ModelConfig(
-        arch=setting.arch, T=setting.T, surrogate=setting.surrogate, scale=setting.scale, neuron=varied.neuron
-    )
-    network = sew_resnet.build(model, num_classes=10, image_size=setting.image_size)
+    names = ("arch", "T", "surrogate", "scale", "neuron", "connect", "v_th")
+    model = ModelConfig(**{name: getattr(varied, name) for name in names})
+    network = sew_resnet.build(model, num_classes=num_classes, image_size=setting.image_size)
     layers = network.spiking_layers()
     for layer, width in zip(layers, start_widths(setting.seed, len(layers)), strict=True):
         layer.neuron.width = width if setting.width is None else setting.width
@@ -154,9 +165,9 @@ def run(setting: Setting, shards: Path, cache: Path) -> dict:
             norms = [layer.weight.norm().item() for layer in layers]
             course.append({"step": step + 1, "widths": pilot.neurons.widths.tolist(), "weight_norms": norms, **at})
     if setting.split == "held_out":
-        measured = images[NUM_TRAIN:], labels[NUM_TRAIN:]
+        measured = images[num_train:], labels[num_train:]
     else:
-        measured = images_of(shards, "val", setting.image_size, cache)
+        measured = images_of(scratch / varied.data, "val", setting.image_size)
     return {
         **asdict(setting),
         "accuracy": accuracy(network, *measured, varied.precision),

@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> None:
     result = evaluated(checkpoint, config, manifest, options)
     if options.json:
         write(options.json, result)
-    if config == stored.config and checkpoint.weights == config.evaluated_weights:
+    as_run = config == stored.config and result["precision"] == config.train.precision
+    if as_run and checkpoint.weights == config.evaluated_weights:
         keep(result, options.run)
     print(table(result))
 
@@ -78,7 +79,8 @@ def override(config: Config, options) -> Config:
     if options.T is not None:
         model = dataclasses.replace(model, T=options.T)
     if options.precision is not None:
-        train = dataclasses.replace(train, precision=options.precision)
+        tf32 = train.tf32 and options.precision == "fp32"
+        train = dataclasses.replace(train, precision=options.precision, tf32=tf32)
     return dataclasses.replace(config, data=data, model=model, train=train)
 
 
@@ -109,18 +111,25 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
     import torch
 
     from pipeline.data.loader import evaluation_batches
+    from pipeline.engine import load_network
     from pipeline.engine.evaluate import evaluate_in_detail
+    from pipeline.ranks import arithmetic
     from pipeline.ranks.cores import cores_per_rank
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(cores_per_rank())
     precision = config.train.precision
-    if precision == "fp16" and device.type == "cpu":
-        print("the CPU does not compute in fp16: fp32 is used", file=sys.stderr)
+    if precision == "fp16" and device.type == "cpu" and options.precision is None:
+        print(
+            "fp16 is slow on a CPU: fp32 is used, and the result is not kept with the run; --precision fp16 computes "
+            "as the run did",
+            file=sys.stderr,
+        )
         precision = "fp32"
-    weights = {"fp16": torch.float16, "fp64": torch.float64}.get(precision, torch.float32)
-    network = checkpoint.network.to(device, weights)
+    arithmetic.choose(config.train)
+    network = checkpoint.network.to(device)
+    load_network.cast(network, precision)
     total, began = manifest.num_samples, time.monotonic()
     where = f"{join(config.data.path, options.split)}: {total} samples, {precision} on {device.type}"
     print(f"evaluating {options.run} after step {checkpoint.step} on {where}", file=sys.stderr, flush=True)

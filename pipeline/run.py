@@ -27,6 +27,7 @@ from pipeline.engine.step_stats import NonFinite, StepStats
 from pipeline.errors import ConfigError
 from pipeline.metrics.rank_metrics import RankMetrics
 from pipeline.metrics.run_log import RunLog
+from pipeline.ranks import arithmetic
 from pipeline.ranks.group import Place, join, of_rank_0
 from pipeline.ranks.replica_check import ReplicaCheck
 from pipeline.ranks.stop_requests import Watch
@@ -106,6 +107,7 @@ class Run:
 
 def prepare(config: Config, watch: Watch) -> Run:
     """Builds every part and loads the newest checkpoint; from then on, a request seen by `watch` stops the run."""
+    arithmetic.choose(config.train)
     place = join(config)
     loader = Loader(
         config.data,

@@ -12,6 +12,7 @@ from pipeline.engine import engine_state
 from pipeline.engine.evaluate import Evaluation, evaluate
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NonFiniteError
 from pipeline.metrics.run_log import summary_table
+from pipeline.ranks import arithmetic
 from pipeline.ranks.group import answered, leave, of_rank_0
 from pipeline.ranks.stop_requests import Watch
 from pipeline.report import report
@@ -22,7 +23,7 @@ from pipeline.snn import losses
 
 def train(config: Config, watch: Watch) -> int:
     """Trains the run of `config` to its end, from its newest checkpoint if there is one; returns the exit code."""
-    with answered(config):
+    with answered(config), arithmetic.explained():
         run = prepare(config, watch)
         try:
             catch_up(run)

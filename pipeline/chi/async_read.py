@@ -43,14 +43,22 @@ class AsyncRead:
 
 
 class Constants:
-    """Python numbers as a tensor on the device, made again only when they have changed."""
+    """Python numbers as a tensor on the device, made once for each of the last `MOST` different ones.
+
+    They are copied from pinned memory, so the host does not wait even then.
+    """
+
+    MOST = 64
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._values, self._tensor = device, None, torch.empty(0)
+        self._device, self._made = device, {}
 
     def __call__(self, values: Sequence[int]) -> Tensor:
-        """The `n` values as `(n,)` int64 on the device."""
-        if self._values != tuple(values):
-            self._values = tuple(values)
-            self._tensor = torch.tensor(self._values, dtype=torch.int64, device=self._device)
-        return self._tensor
+        """The `n` values as `(n,)` int64 on the device; do not write to it."""
+        key = tuple(values)
+        if key not in self._made:
+            if len(self._made) >= self.MOST:
+                self._made.pop(next(iter(self._made)))
+            host = torch.tensor(key, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+            self._made[key] = host.to(self._device, non_blocking=True)
+        return self._made[key]

@@ -5,8 +5,9 @@ the engine (ZeRO-0) or of its optimizer (ZeRO-1). The carrier replaces that meth
 
     bucket  g_0 | g_1 | … | tail      the tail holds this rank's integers (neuron-steps, spikes, covered, flags) and
                                       the loss; ds_atgo and scale rms add 4 bytes a layer
-       ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 36 bytes a layer
-    reduced g_0 | g_1 | …  → gradient_sums, the same on every rank
+       ↓ all-reduce                   the one that DeepSpeed does anyway; the tail adds 36 bytes a layer, and
+                                      48 where there are more than 4,096 ranks
+    reduced g_0 | g_1 | …  → sums_of_each in one pass, the same on every rank
     summed  tail           → counts over all ranks, exact
 
 The gradient is seen before it is clipped.
@@ -15,26 +16,55 @@ The gradient is seen before it is clipped.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.chi.async_read import Constants
-from pipeline.chi.indicators import gradient_sums
+from pipeline.chi.indicators import sums_of_each
 from pipeline.errors import NonFiniteError
 
-LIMB_BITS, NUM_LIMBS, MAX_RANKS = 12, 3, 1024
+COUNT_BITS = 36
+"""Bits of one rank's count in a step."""
+MAX_RANKS, MAX_RANKS_FP64 = 1 << 15, 1 << (53 - COUNT_BITS)
+"""The most ranks whose counts are summed exactly, in any order: as `Limbs` in a bucket, and in float64."""
 
 
-def pack(counts: Tensor) -> Tensor:
-    """`(n,)` int64, each in [0, 2**36), as `(3n,)` float32 limbs."""
-    mask = (1 << LIMB_BITS) - 1
-    return torch.cat([(counts >> (LIMB_BITS * limb)) & mask for limb in range(NUM_LIMBS)]).float()
+class Limbs:
+    """Integers as floats of 24 bits, whose sum over ranks is exact in any order.
 
+    An integer is cut into limbs of b bits, the last one without its upper end; b is 12, or less where `ranks` limbs
+    would not fit into 24 bits: ranks (2**b - 1) < 2**24. Every partial sum is then an integer below 2**24, whether a
+    ring adds the ranks or a tree. DeepSpeed averages in ZeRO-0: it multiplies the sum S by c = 1/ranks, rounded to
+    fp32, and rounds the product. `unpack` divides by the same c in fp64. That gives S with an error below
+    ranks 2**(b-25), which is at most 1/2 (where ranks are a power of 2, no error at all), so rounding gives S back.
 
-def unpack(limbs: Tensor) -> Tensor:
-    """The inverse of `pack`, of one rank's limbs or of their sum over ranks: `(n,)` int64."""
-    rows = limbs.double().round().long().view(NUM_LIMBS, -1)
-    return sum((rows[limb] << (LIMB_BITS * limb) for limb in range(1, NUM_LIMBS)), start=rows[0])
+    Args:
+        ranks: 1 to MAX_RANKS. Up to 4,096 a count takes 3 limbs, above 4.
+
+    The counts of a rank may be anything below 2**COUNT_BITS; or more, while their sum over ranks is below 2**47.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.bits = min(12, 24 - (ranks - 1).bit_length())
+        self.per_count = -(-COUNT_BITS // self.bits)
+        self._inverse = 1.0 / ranks
+
+    def pack(self, counts: Tensor) -> Tensor:
+        """`(n,)` int64 as `(per_count n,)` float32."""
+        mask, last = (1 << self.bits) - 1, self.per_count - 1
+        rows = [(counts >> (self.bits * limb)) & mask for limb in range(last)]
+        return torch.cat([*rows, counts >> (self.bits * last)]).float()
+
+    def unpack(self, summed: Tensor) -> Tensor:
+        """The inverse of `pack`, of one rank's limbs or of their sum over ranks: `(n,)` int64."""
+        rows = summed.double().round().long().view(self.per_count, -1)
+        return sum((rows[limb] << (self.bits * limb) for limb in range(1, self.per_count)), start=rows[0])
+
+    def summed(self, averaged: Tensor) -> Tensor:
+        """Float64 sums over ranks from sums that were multiplied by 1/ranks in their own precision."""
+        single = averaged.dtype == torch.float32
+        return averaged.double() / (float(np.float32(self._inverse)) if single else self._inverse)
 
 
 class TapError(RuntimeError):
@@ -46,7 +76,7 @@ class Share:
     """What one rank saw during a step."""
 
     counts: Tensor
-    """`(n,)` int64, each in [0, 2**36)."""
+    """`(n,)` int64, each from 0 to below 2**36 (`Limbs` says when more is allowed)."""
     floats: Tensor
     """`(k,)` float32, other numbers to sum over ranks; k is the same in every step."""
 
@@ -56,7 +86,7 @@ class Total:
     """What all ranks saw during a step, the same on each."""
 
     sums: Tensor
-    """`(L, 3)` float64, `indicators.gradient_sums` of the layers' weights."""
+    """`(L, 3)` float64, `indicators.sums_of_each` of the layers' weights."""
     nnz: Tensor
     """0-d float64, non-zero gradients over all trainable parameters."""
     counts: Tensor
@@ -125,10 +155,13 @@ def numel(parameter: nn.Parameter) -> int:
 class BucketCarrier:
     """Counts the gradient where DeepSpeed reduces it; `share` gives what this rank adds to the bucket."""
 
+    max_ranks = MAX_RANKS
+
     def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool, skips: bool) -> None:
         self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
         self._sums = watched.zeros()
         self._rows = Constants(watched.device)
+        self._limbs = Limbs(engine.dp_world_size)
         self._tail: Tensor | None = None
         self._num_floats = 0
         self._skips, self._nonfinite = skips, ""
@@ -167,8 +200,8 @@ class BucketCarrier:
             nnz=self._sums[:, 0].sum(),
             skipped=bool(self._nonfinite),
             nonfinite=self._nonfinite,
-            counts=unpack(self._tail[: -self._num_floats]),
-            floats=self._tail[-self._num_floats :].double(),
+            counts=self._limbs.unpack(self._tail[: -self._num_floats]),
+            floats=self._tail[-self._num_floats :],
         )
         self._sums, self._tail, self._nonfinite = self._watched.zeros(), None, ""
         return total
@@ -205,14 +238,15 @@ class BucketCarrier:
                 reduced = reduce(bucket, *args, **kwargs)
             else:
                 share = self._share()
-                tail = torch.cat((pack(share.counts), share.floats)).to(bucket[0].dtype)
+                tail = torch.cat((self._limbs.pack(share.counts), share.floats)).to(bucket[0].dtype)
                 self._num_floats = share.floats.numel()
                 flat = reduce([*bucket, tail], *args, **kwargs)
                 reduced = flat[: -tail.numel()]
+                tail = flat[-tail.numel() :]
                 # A copy: DeepSpeed owns the flat bucket, and frees or reuses it after the step.
-                self._tail = flat[-tail.numel() :].clone().mul_(self._engine.dp_world_size if averages else 1)
+                self._tail = self._limbs.summed(tail) if averages else tail.to(torch.float64, copy=True)
             parts = reduced.split([p.numel() for p in owned])
-            self._sums[self._rows(self._watched.rows(owned))] = torch.stack([gradient_sums(part) for part in parts])
+            self._sums[self._rows(self._watched.rows(owned))] = sums_of_each(parts)
             return reduced
 
         return allreduce_bucket

@@ -14,6 +14,7 @@ it is the network's χ. The backward pass of BatchNorm makes gradients dense, so
 values underflow; participation and coverage are measured for that reason.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,12 @@ PER_LAYER = ("chi", "participation", "coverage", "firing_rate", "grad_norm")
 
 def gradient_sums(gradient: Tensor) -> Tensor:
     """`(3,)` float64: number of non-zero elements, Σ|g| and Σg² of a gradient of any shape."""
-    return sums.run(gradient)
+    return sums.run([gradient])[0]
+
+
+def sums_of_each(gradients: Sequence[Tensor]) -> Tensor:
+    """`(P, 3)` float64, `gradient_sums` of each of P gradients on one device, in one pass over all of them."""
+    return sums.run(gradients)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,13 +18,13 @@ training; only the layers' own weights move (not normalisation, classifier or ti
 what a whole run gains.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.chi.widths import in_training_mode
 from pipeline.snn.neurons import NeuronState
 
 EPSILON = 0.02
@@ -78,21 +78,25 @@ def measure(
         raise ValueError("model.scale='rms' is not allowed here: its amplitudes follow the widths only while training")
     descent = torch.empty(len(candidates), len(batches), dtype=torch.float64)
     cosine = torch.empty_like(descent)
-    with _left_as_it_was(network, neurons):
-        for c, widths in enumerate(candidates):
-            neurons.widths.copy_(widths)
-            first = before = None
-            for b, (seen, unseen) in enumerate(batches):
-                d = _direction(network, weights, seen, loss)
-                descent[c, b] = _descent(network, weights, d, unseen, loss, epsilon)
-                if before is None:
-                    first = d
-                else:
-                    cosine[c, b] = _cosine(before, d)
-                before = d
-            assert first is not None
-            assert before is not None
-            cosine[c, 0] = _cosine(before, first)
+    kept = neurons.widths.clone()
+    try:
+        with in_training_mode(network):
+            for c, widths in enumerate(candidates):
+                neurons.widths.copy_(widths)
+                first = before = None
+                for b, (seen, unseen) in enumerate(batches):
+                    d = _direction(network, weights, seen, loss)
+                    descent[c, b] = _descent(network, weights, d, unseen, loss, epsilon)
+                    if before is None:
+                        first = d
+                    else:
+                        cosine[c, b] = _cosine(before, d)
+                    before = d
+                assert first is not None
+                assert before is not None
+                cosine[c, 0] = _cosine(before, first)
+    finally:
+        neurons.widths.copy_(kept)
     return Quality(descent, cosine)
 
 
@@ -148,18 +152,3 @@ def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:
     product = sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
     squares = [sum(x.double().square().sum() for x in direction) for direction in (a, b)]
     return product / (squares[0] * squares[1]) ** 0.5  # pyright: ignore[reportReturnType]
-
-
-@contextmanager
-def _left_as_it_was(network: nn.Module, neurons: NeuronState) -> Iterator[None]:
-    """Training mode for the block; afterwards mode, buffers and widths are those of before."""
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    widths, training = neurons.widths.clone(), network.training
-    try:
-        network.train()
-        yield
-    finally:
-        network.train(training)
-        neurons.widths.copy_(widths)
-        for name, buffer in network.named_buffers():
-            buffer.copy_(buffers[name])

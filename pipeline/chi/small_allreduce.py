@@ -15,15 +15,16 @@ The optimizer's gradient is unscaled and, with `optim.clip`, clipped. Clipping m
 nnz and participation do not change, and the norms are reported as before clipping.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
-from pipeline.chi.comm_hook import Share, TapError, Total, Watched, numel
-from pipeline.chi.indicators import gradient_sums
+from pipeline.chi.async_read import Constants
+from pipeline.chi.comm_hook import MAX_RANKS_FP64, Share, TapError, Total, Watched, numel
+from pipeline.chi.indicators import sums_of_each
 from pipeline.errors import NonFiniteError
 
 
@@ -39,10 +40,13 @@ class Segment(NamedTuple):
 class PartitionCarrier:
     """Counts this rank's partition of the gradient when the optimizer steps; `share` gives what else is sent."""
 
+    max_ranks = MAX_RANKS_FP64
+
     def __init__(self, engine, watched: Watched, share: Callable[[], Share], *, self_check: bool, skips: bool) -> None:
         self._engine, self._watched, self._share, self._unchecked = engine, watched, share, self_check
         self._fp16 = engine.fp16_enabled()
         self._sums = watched.zeros()
+        self._rows = Constants(watched.device)
         self._expected: Tensor | None = None
         self._vector: Tensor | None = None
         self._num_floats = 0
@@ -101,13 +105,12 @@ class PartitionCarrier:
 
     def _on_step(self, optimizer, _args, _kwargs) -> None:
         # Only the group that is being updated holds its gradient.
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                if flat.grad is None:
-                    continue
-                for segment in self._segments.get(id(flat), ()):
-                    part = flat.grad.reshape(-1)[segment.start : segment.start + segment.length]
-                    self._sums[segment.row] += gradient_sums(part)
+        held = [flat for group in optimizer.param_groups for flat in group["params"] if flat.grad is not None]
+        parts = [(s.row, flat.grad.reshape(-1)[s.start :][: s.length]) for flat in held for s in self._of(flat)]
+        if parts:
+            rows, gradients = zip(*parts, strict=True)
+            # A parameter has one segment here, so the order of the additions does not matter.
+            self._sums.index_add_(0, self._rows(rows), sums_of_each(gradients))
         self._groups_left -= 1
         if self._groups_left:
             return
@@ -119,6 +122,9 @@ class PartitionCarrier:
             self._watched.compare(seen, self._expected)
             self._expected, self._unchecked = None, False
         self._send(self._sums)
+
+    def _of(self, flat: Tensor) -> Sequence[Segment]:
+        return self._segments.get(id(flat), ())
 
     @property
     def _replicated(self) -> bool:

@@ -84,7 +84,9 @@ class Tap:
         self._spread = spread
         self._has_coverage = has_coverage
         self._world_size = engine.dp_world_size
-        _refuse_unsupported(engine)
+        in_bucket = engine.zero_optimization_stage() in (0, 1) and not engine.fp16_enabled()
+        carrier = BucketCarrier if in_bucket else PartitionCarrier
+        _refuse_unsupported(engine, carrier.max_ranks)
         watched = Watched(engine.module, [layer.weight for layer in self._layers])
         self._num_parameters = int(watched.numel.sum())
         self._weights = watched.numel[watched.layers]
@@ -93,8 +95,6 @@ class Tap:
         self._loss = torch.zeros((), device=watched.device)
         self._correct = torch.zeros(1, dtype=torch.int64, device=watched.device)
         self._micro_batches = 0
-        in_bucket = engine.zero_optimization_stage() in (0, 1) and not engine.fp16_enabled()
-        carrier = BucketCarrier if in_bucket else PartitionCarrier
         self._carrier = carrier(engine, watched, self._share, self_check=self_check, skips=skips)
 
     # Each micro-batch: what this rank saw.
@@ -157,9 +157,14 @@ class Tap:
         return Share(counts=torch.cat(integers), floats=floats)
 
 
-def _refuse_unsupported(engine) -> None:
-    if engine.dp_world_size > MAX_RANKS:
-        raise ConfigError(f"world_size={engine.dp_world_size}: χ's counts are exact up to {MAX_RANKS} ranks; use fewer")
+def _refuse_unsupported(engine, max_ranks: int = MAX_RANKS) -> None:
+    if engine.dp_world_size > max_ranks:
+        more = PartitionCarrier.max_ranks
+        other = f", or train.zero_stage=2, which allows {more:,}" if max_ranks < engine.dp_world_size <= more else ""
+        raise ConfigError(
+            f"world_size={engine.dp_world_size}: χ's counts are exact up to {max_ranks:,} ranks at this ZeRO stage; "
+            f"use fewer{other}"
+        )
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
         raise ConfigError(
             f"torch_autocast with dtype=float16 in ZeRO-{engine.zero_optimization_stage()} is not allowed: its loss "

@@ -7,7 +7,8 @@ It also sets the amplitudes of `model.scale=rms`, which follow the widths, and h
 indicators (potential_stats.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -102,21 +103,28 @@ class Widths:
         self.stats.prepare(self.controller.count)
 
 
+@contextmanager
+def in_training_mode(network: nn.Module) -> Iterator[None]:
+    """For passes that measure: training mode, and afterwards the mode and the buffers of before."""
+    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    training = network.training
+    try:
+        network.train()  # a DeepSpeed engine's returns None
+        yield
+    finally:
+        network.train(training)
+        with torch.no_grad():
+            for name, buffer in network.named_buffers():
+                buffer.copy_(kept[name])
+
+
 @torch.no_grad()
 def _quantiles(network: nn.Module, images: Tensor, neurons: NeuronState, targets: Tensor) -> Tensor:
     """w `(L,)` fp32, the `targets[ℓ]`-quantile of |h - v_th| in layer ℓ over one forward pass of `images`."""
     seen: list[list[Tensor]] = [[] for _ in targets]
-    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    training = network.training
-    try:
-        with probed(neurons.neurons, lambda layer, u: seen[layer].append(u.abs().flatten())):
-            network.train()  # a DeepSpeed engine's returns None
-            network(images)
-    finally:
-        network.train(training)
-        for name, buffer in network.named_buffers():
-            buffer.copy_(kept[name])
-        neurons.zero_counts()
+    with in_training_mode(network), probed(neurons.neurons, lambda layer, u: seen[layer].append(u.abs().flatten())):
+        network(images)
+    neurons.zero_counts()
     widths = []
     for steps, target, width in zip(seen, targets.tolist(), neurons.widths, strict=True):
         if not steps:  # this batch does not reach the layer
@@ -125,5 +133,7 @@ def _quantiles(network: nn.Module, images: Tensor, neurons: NeuronState, targets
         distances = torch.cat(steps)
         thinned = distances[:: -(-len(distances) // CALIBRATION_SAMPLES)]
         rank = max(1, round(target * len(thinned)))
-        widths.append(thinned.kthvalue(rank).values)
+        # On a GPU kthvalue has no deterministic form. On a CPU it is several times faster than a sort.
+        chosen = thinned.sort().values[rank - 1] if thinned.is_cuda else thinned.kthvalue(rank).values
+        widths.append(chosen)
     return torch.stack(widths).float()

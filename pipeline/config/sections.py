@@ -20,7 +20,7 @@ class ModelConfig:
     T: int = 4
     """Time steps, at least 1."""
     connect: str = "add"
-    """How a block joins its residual: add, and, iand."""
+    """How a block joins its residual: add, and, iand; none leaves the shortcut out, for a plain network."""
     neuron: str = "if"
     """Neuron model: if, lif, plif (lif whose tau is learned, one for each layer)."""
     tau: float = 2.0
@@ -48,7 +48,13 @@ class ModelConfig:
     def check(self) -> None:
         """Checks the section's own rules; raises ConfigError."""
         require(self.T >= 1, "model.T", self.T, "an integer of at least 1")
-        one_of("model.connect", self.connect, ("add", "and", "iand"))
+        one_of("model.connect", self.connect, ("add", "and", "iand", "none"))
+        require(
+            self.connect != "none" or not self.zero_init_residual,
+            "model.zero_init_residual",
+            self.zero_init_residual,
+            "false with model.connect none: a block without a shortcut would be silent",
+        )
         one_of("model.neuron", self.neuron, ("if", "lif", "plif"))
         one_of("model.reset", self.reset, ("hard", "soft"))
         one_of("model.surrogate", self.surrogate, tuple(SURROGATES))
@@ -204,6 +210,11 @@ class TrainConfig:
     """Arithmetic of the forward and backward pass: fp32; bf16 (autocast; parameters stay fp32); fp16 (with a dynamic
     loss scale and fp32 master weights; membranes and batch normalisation stay fp32); fp64 (everything in doubles, with
     the reference kernels and zero_stage 0: for results that must not depend on the machine)."""
+    tf32: bool = False
+    """With precision fp32, let a GPU multiply in TF32, which rounds factors to 11 bits, for speed."""
+    deterministic: bool = False
+    """Use only operations that give the same bits in every run on one kind of GPU, so that a resumed run repeats the
+    same losses there; convolutions may be slower. On a CPU they do so without it."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, what it partitions: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     sync_bn: bool = False
@@ -248,6 +259,8 @@ class TrainConfig:
         require(0 <= got < 1, "train.label_smoothing", got, "a number in [0, 1)")
         require(0 <= self.seed < 2**63, "train.seed", self.seed, "an integer from 0 to 2**63 - 1")
         one_of("train.precision", self.precision, ("fp32", "bf16", "fp16", "fp64"))
+        fits = self.precision == "fp32" or not self.tf32
+        require(fits, "train.tf32", self.tf32, "it with train.precision fp32, the only one that TF32 changes")
         require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         fits = self.precision != "fp64" or self.zero_stage == 0
         require(fits, "train.zero_stage", self.zero_stage, "0 with train.precision fp64: DeepSpeed shards fp32 weights")

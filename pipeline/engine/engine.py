@@ -50,7 +50,26 @@ def build(config: Config, model: nn.Module, world_size: int) -> DeepSpeedEngine:
         reduce_in_doubles(engine)
     if config.train.precision == "fp16" and config.train.zero_stage == 0:
         scale_the_loss(engine)
+    if config.train.zero_stage == 3:
+        gather_after_skips(engine)
     return engine
+
+
+def gather_after_skips(engine) -> None:
+    """Lets ZeRO-3 gather the small parameters, which it keeps whole, after a step that it skips too.
+
+    DeepSpeed 0.19 cuts them into partitions before each step, and gathers them only after one that made an update. Our
+    layers read batch normalisations without calling them, so DeepSpeed would then fetch these in an order that differs
+    from the one that it has recorded, and end the run.
+    """
+    step = engine.optimizer.step
+
+    def step_and_gather(*args, **kwargs):
+        step(*args, **kwargs)
+        if engine.optimizer.overflow:  # the same on every rank
+            engine.optimizer.checkpoint_event_epilogue()
+
+    engine.optimizer.step = step_and_gather
 
 
 def scale_the_loss(engine) -> None:

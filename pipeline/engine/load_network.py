@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.run_dir import checkpoint_files
@@ -17,6 +19,24 @@ class Trained(NamedTuple):
     num_classes: int
     network: sew_resnet.SEWResNet
     """In evaluation mode, in fp32 (fp64 where the run trained in it), on the CPU."""
+
+
+PARAMETERS = {"fp16": torch.float16, "fp64": torch.float64}
+"""dtype of the parameters in each precision; fp32 in the others."""
+
+
+def cast(network: sew_resnet.SEWResNet, precision: str) -> None:
+    """Gives the network the dtypes that it has in a run of this precision.
+
+    In fp16 the parameters alone are cast, as DeepSpeed does: batch normalisation's statistics stay fp32.
+    """
+    dtype = PARAMETERS.get(precision, torch.float32)
+    if precision == "fp64":
+        network.double()  # the statistics too
+        return
+    network.float()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str | None = None) -> Trained:

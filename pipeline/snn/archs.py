@@ -23,6 +23,7 @@ _CIFAR = (16, 32, 64)
 TABLE: dict[str, Arch] = {
     "sew_tiny": Arch(stem="cifar", block="basic", blocks=(1, 1), channels=(16, 32)),
     "sew_cifar8": Arch(stem="cifar", block="basic", blocks=(1, 1, 1), channels=_CIFAR),
+    "sew_cifar14": Arch(stem="cifar", block="basic", blocks=(2, 2, 2), channels=_CIFAR),
     "sew_cifar20": Arch(stem="cifar", block="basic", blocks=(3, 3, 3), channels=_CIFAR),
     "sew_cifar26": Arch(stem="cifar", block="basic", blocks=(4, 4, 4), channels=_CIFAR),
     "sew_cifar32": Arch(stem="cifar", block="basic", blocks=(5, 5, 5), channels=_CIFAR),

@@ -60,7 +60,7 @@ def of(network: SEWResNet, images: tuple[int, ...], itemsize: int) -> Footprint:
             x = x if shortcut else output
             outputs += output.numel()
             layers.append(output.numel())
-        if block.connect != "add":
+        if block.connect in ("and", "iand"):
             kept += 2 * x.numel() * itemsize
     kept += 0 if network.checkpoint else outputs * itemsize
     kept += borders * 4 * sum(layers) // network.T

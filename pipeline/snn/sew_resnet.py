@@ -2,6 +2,7 @@
 
 Source: Fang et al., "Deep Residual Learning in Spiking Neural Networks", NeurIPS 2021. A block is
 `out = connect(spikes of the branch, shortcut)`; the shortcut of a block that changes shape is conv1x1, BN, neuron.
+With `connect` none there is no shortcut, so the network is plain.
 Parameter names are torchvision's, which SpikingJelly keeps; `state_dicts.py` reads and writes the original code's.
 """
 
@@ -32,14 +33,16 @@ class SpikingLayer:
 
 
 def connect(kind: str, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-    """Join a block's two paths: add `b + s`, and `b s`, iand `(1 - b) s`."""
+    """Join a block's two paths: add `b + s`, and `b s`, iand `(1 - b) s`, none `b`."""
+    if kind == "none":
+        return branch
     if kind == "add":
         return branch + shortcut
     if kind == "and":
         return branch * shortcut
     if kind == "iand":
         return (1 - branch) * shortcut
-    raise ConfigError(f"model.connect={kind!r} is not allowed; use one of add, and, iand")
+    raise ConfigError(f"model.connect={kind!r} is not allowed; use one of add, and, iand, none")
 
 
 class Block(nn.Module):
@@ -63,7 +66,7 @@ class Block(nn.Module):
             self.add_module(f"bn{i}", nn.BatchNorm2d(after))
             self.add_module(f"sn{i}", neurons.from_config(model))
         self.downsample = self.downsample_sn = None
-        if stride != 1 or c_in != self.c_out:
+        if self.connect != "none" and (stride != 1 or c_in != self.c_out):
             conv = nn.Conv2d(c_in, self.c_out, 1, stride, bias=False)
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(self.c_out))
             self.downsample_sn = neurons.from_config(model)

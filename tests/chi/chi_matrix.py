@@ -7,6 +7,7 @@ The engines and their network are chi_engines.py's. Each case prints one JSON li
 import contextlib
 import itertools
 import sys
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -296,16 +297,16 @@ def resumes(stage: int, precision: str, **optim: Any) -> dict:
 
 def one_too_many() -> contextlib.ExitStack:
     """While it is open, the first part of a gradient that is counted has one non-zero element too many."""
-    left, count, faults = [1], comm_hook.gradient_sums, contextlib.ExitStack()
+    left, count, faults = [1], comm_hook.sums_of_each, contextlib.ExitStack()
 
-    def wrong(gradient: torch.Tensor) -> torch.Tensor:
-        sums = count(gradient)
+    def wrong(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        sums = count(gradients)
         if left:
-            sums[0] += left.pop()
+            sums[0, 0] += left.pop()
         return sums
 
     for carrier in (comm_hook, small_allreduce):
-        faults.enter_context(mock.patch.object(carrier, "gradient_sums", wrong))
+        faults.enter_context(mock.patch.object(carrier, "sums_of_each", wrong))
     return faults
 
 

@@ -6,10 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pipeline.chi.comm_hook import MAX_RANKS, pack, unpack
 from pipeline.errors import EXIT_USAGE
 from tests.conftest import ROOT, launch
 from tests.support.rank_lines import told
@@ -204,18 +201,6 @@ def test_fp16_is_refused_where_it_would_not_train(output):
     assert by_autocast.startswith("torch_autocast with dtype=float16 in ZeRO-1 is not allowed: its loss scale does not")
     assert by_autocast.endswith("use the fp16 block (train.precision=fp16), or bf16")
     assert without_fp16.startswith("train.precision='fp16' is not allowed on this device")
-
-
-@given(st.lists(st.integers(0, 2**36 - 1), min_size=1, max_size=8), st.integers(1, MAX_RANKS))
-def test_packed_counts_survive_a_sum_and_an_average_over_ranks(counts, ranks):
-    limbs = pack(torch.tensor(counts))
-    expected = [count * ranks for count in counts]
-    assert unpack(limbs * ranks).tolist() == expected
-    averaged = torch.zeros_like(limbs)
-    for _ in range(min(ranks, 50)):
-        averaged += limbs / ranks
-    averaged += limbs / ranks * (ranks - min(ranks, 50))
-    assert unpack(averaged * ranks).tolist() == expected
 
 
 def test_a_version_of_deepspeed_that_was_not_tested_is_refused(digits, tmp_path):

@@ -172,10 +172,11 @@ def test_another_number_of_nodes_or_another_code_on_one_node_is_refused(case, tm
 def test_other_data_on_one_node_are_refused(case, digits, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(digits, other)
-    manifest = other / "train" / "manifest.json"
-    document = json.loads(manifest.read_text())
-    document["classes"].reverse()
-    manifest.write_text(json.dumps(document))
+    for split in ("train", "val"):  # in one alone the splits would not fit each other, which is told first
+        manifest = other / split / "manifest.json"
+        document = json.loads(manifest.read_text())
+        document["classes"].reverse()
+        manifest.write_text(json.dumps(document))
     jobs = [*case.start(0), case.nodes.start(1, train=[*case.train, "--data.path", str(other)])]
     both_end(jobs, EXIT_USAGE)
     for job in jobs:

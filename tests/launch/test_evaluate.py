@@ -14,7 +14,7 @@ from launch.evaluation_table import grid, table
 from pipeline.config import ModelConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.prefetcher import Batch
-from pipeline.engine.evaluate import evaluate_in_detail
+from pipeline.engine.evaluate import _answers, evaluate_in_detail
 from pipeline.errors import ConfigError, DataError
 from pipeline.snn import energy, sew_resnet
 from tests.conftest import ROOT
@@ -40,8 +40,9 @@ def test_the_newest_checkpoint_gives_the_figures_of_the_run(run, digits, tmp_pat
     summary = json.loads((run / "summary.json").read_text())
     assert result["step"] == summary["step"] == STEPS
     assert result["eval_accuracy_ratio"] == summary["eval_accuracy_ratio"]
-    # The run's two ranks add the same losses in another order.
-    assert result["eval_loss"] == pytest.approx(summary["eval_loss"], rel=1e-12)
+    assert result["eval_loss"] == summary["eval_loss"], (
+        "also with two ranks, which add the same losses in another order"
+    )
     manifest = Manifest.load(digits / "val")
     confusion = torch.tensor(result["confusion"])
     assert confusion.sum() == result["num_samples"] == manifest.num_samples
@@ -97,6 +98,18 @@ def test_samples_that_are_not_valid_count_nowhere():
     part = evaluate_in_detail(network, batches, num_classes=4, measure_every=2)
     assert part.num_measured == 4 + 2
     assert torch.equal(part.confusion, expected)
+
+
+def test_the_sum_of_losses_does_not_depend_on_the_order_of_the_samples():
+    generator = torch.Generator().manual_seed(0)
+    logits_TNK = 30 * torch.randn(1, 4096, 3, generator=generator)  # losses from 1e-7 to 100
+    labels = torch.randint(3, (4096,), generator=generator)
+    batch = Batch(torch.empty(0), labels, torch.ones(4096, dtype=torch.bool), 0)
+    losses = _answers(logits_TNK, batch)[1]
+    exact = torch.nn.functional.cross_entropy(logits_TNK[0], labels, reduction="none").double()
+    torch.testing.assert_close(losses, exact, rtol=0, atol=2**-29)
+    sums = {sum(losses[torch.randperm(4096, generator=generator)].tolist()) for _ in range(20)}
+    assert len(sums) == 1
 
 
 def test_classes_are_shown_as_they_are_called():

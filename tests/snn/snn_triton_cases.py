@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.snn.kernels import dispatch, norm, packing, reference, sums
+from pipeline.snn.kernels import dispatch, norm, packing, reference
 from pipeline.snn.kernels import fused_triton as kernels
 from pipeline.snn.kernels.chunked import CHUNK
 from pipeline.snn.kernels.reference import Rule
@@ -146,16 +146,3 @@ def test_packing_is_lossless(bits):
     assert packed.data is not None
     assert packed.data.numel() * 8 == x.numel() * bits
     assert torch.equal(packed.unpack(), x)
-
-
-@pytest.mark.parametrize("n", [1, 511, 512 * 16, 512 * 16 * 3 + 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_pass_over_a_gradient_gives_the_reference_sums(n, dtype):
-    gradient = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(dtype)
-    gradient[::3] = 0
-    ours, theirs = kernels.gradient_sums(gradient), sums.run_reference(gradient)
-    assert ours[0] == theirs[0]
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-    if n > 2:
-        gradient[2] = float("nan")
-        assert not torch.isfinite(kernels.gradient_sums(gradient)).all()

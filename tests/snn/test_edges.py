@@ -148,3 +148,24 @@ def test_shapes_that_do_not_fit_are_refused_by_name(dtype):
         neuron(y, num_steps=4)
     with pytest.raises(ValueError, match=re.escape("v of shape (1, 2, 2) is not allowed; use (4, 2, 2)")):
         neuron.step(y, torch.zeros(1, 2, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 8), (9, 7), (12, 12)])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 2), nn.MaxPool2d(3, 1, 1)], ids=str)
+def test_deterministic_pooling_has_torchs_gradient_without_its_atomics(pool, size, monkeypatch):
+    generator = torch.Generator().manual_seed(7)
+    spikes = (torch.rand(6, 3, *size, generator=generator) < 0.4).double()  # many windows with equal maxima
+    ours, theirs = (spikes.clone().requires_grad_() for _ in range(2))
+    expected = pool(theirs)
+    weights = torch.randint(-8, 9, expected.shape, generator=generator).double()
+    (expected * weights).sum().backward()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+
+    with torch.profiler.profile() as profiler:
+        (packing.max_pool2d(ours, pool) * weights).sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)
+    called = {event.key for event in profiler.key_averages()}
+    assert "aten::max_pool2d_with_indices" in called
+    assert "aten::max_pool2d_with_indices_backward" not in called

@@ -127,6 +127,7 @@ def test_a_backward_pass_frees_what_was_kept_while_the_loss_lives():
         ("sew_cifar20", torch.float32, {"T": 40, "checkpoint": True}),
         ("sew_resnet18", torch.bfloat16, {}),
         ("sew_tiny", torch.bfloat16, {"connect": "iand"}),
+        ("sew_cifar14", torch.float32, {"connect": "none"}),
     ],
 )
 def test_the_footprint_by_shapes_is_what_a_step_keeps(arch, dtype, fields):

@@ -53,6 +53,24 @@ def test_an_unknown_name_lists_the_known_ones():
         build()(torch.zeros(2, 1, 16, 16))
 
 
+def test_a_plain_network_is_its_layers_in_a_row():
+    net = build("sew_cifar14", connect="none")
+    layers = net.spiking_layers()
+    assert [layer.name for layer in layers][-2:] == ["layer3.1.sn1", "layer3.1.sn2"]
+    assert len(layers) == 13, "the stem and two a block: no layer is for a shortcut"
+    images = torch.randn(2, 3, 16, 16)
+    x = images.repeat(net.T, 1, 1, 1)
+    for layer in layers:
+        name = layer.name.replace("sn", "{}")
+        conv, bn = (net.get_submodule(name.format(kind)) for kind in ("conv", "bn"))
+        spikes = layer.neuron(bn(conv(x)).unflatten(0, (net.T, -1)))
+        x = spikes.flatten(0, 1)
+    expected = net.fc(net.avgpool(x).flatten(1)).unflatten(0, (net.T, -1))
+    assert torch.allclose(net(images), expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="zero_init_residual"):
+        ModelConfig(connect="none", zero_init_residual=True).check()
+
+
 @pytest.mark.parametrize("connect", ["add", "and", "iand"])
 def test_zero_initialised_blocks_are_their_shortcuts(connect):
     net = build("sew_cifar20", connect=connect, zero_init_residual=True, v_th=0.5).eval()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.snn_twins import run_in_interpreter
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed; triton==3.7.1 fits torch 2.13", allow_module_level=True)
 
@@ -15,17 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_kernels_agree_with_the_reference_in_the_interpreter():
-    cases = Path(__file__).with_name("snn_triton_cases.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=cases.parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    run_in_interpreter(Path(__file__).with_name("snn_triton_cases.py"))
 
 
 COMPILE = """
@@ -53,25 +45,6 @@ for kernel in (kernels._forward, kernels._backward):
         text = built.asm["ptx"]
         print(kernel.__name__, architecture, len(built.asm["cubin"]), "st.local" in text)
 """
-
-
-def test_the_pass_over_a_gradient_compiles_for_gpus(tmp_path):
-    code = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import triton
-from pipeline.snn.kernels import fused_triton as kernels
-
-for dtype in ("*fp32", "*bf16", "*fp16"):
-    signature = dict(g_ptr=dtype, out_ptr="*fp64", n="i32", ROUNDS="constexpr", BLOCK="constexpr")
-    source = ASTSource(kernels._sums, signature, dict(ROUNDS=16, BLOCK=512))
-    for architecture in (80, 90):
-        triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("leaky", "shape", "norm"), [(False, 0, True), (True, 2, True), (False, 3, False)])

@@ -1,5 +1,10 @@
 """What tests of spiking layers share: counters, a check for the CPU twin, and memory that shows unwritten parts."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +27,20 @@ def new_tally() -> Counts:
 def require_compiler() -> None:
     if compiled.library(torch.zeros(1)) is None:
         pytest.skip(f"compiling does not work here: {compiled.why_not()}")
+
+
+def run_in_interpreter(cases: Path, **variables: str) -> None:
+    """Runs a file of tests in a process of its own, in Triton's interpreter; none may be skipped."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        env={**os.environ, "TRITON_INTERPRET": "1", **variables},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:

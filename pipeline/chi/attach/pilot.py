@@ -23,7 +23,7 @@ from pipeline.chi.attach import checks
 from pipeline.chi.attach.feeding import FedLayer, fed_layers
 from pipeline.chi.attach.ranks import DdpRanks, OneRank
 from pipeline.chi.comm_hook import Share
-from pipeline.chi.indicators import Indicators, gradient_sums, indicators
+from pipeline.chi.indicators import Indicators, indicators, sums_of_each
 from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError
@@ -49,7 +49,7 @@ class Pilot:
         self.widths = Widths(config, self.layers, self.neurons)
         self._network, self._optimizer, self._ranks = network, optimizer, ranks
         self._known = set(dict(network.named_parameters()))
-        self._weights = Constants(self.neurons.widths.device)
+        self._weights, self._rows = (Constants(self.neurons.widths.device) for _ in range(2))
         self._measured = False
         self._stepping = False
         self._missed = 0
@@ -161,13 +161,16 @@ class Pilot:
 
     def _gradient(self, trained: dict[str, nn.Parameter]) -> Tensor:
         """`(L + 1, 3)` float64, sums of every layer's gradient and of all: NaN for layers without one; unscaled."""
-        device = self.neurons.widths.device
-        by_name = {name: own_sums(p.grad) for name, p in trained.items() if p.grad is not None}
-        rows = []
-        for layer in self.layers:
-            parts = [by_name[name] for name in layer.parameters if name in by_name]
-            rows.append(sum(parts) if parts else torch.full((3,), float("nan"), dtype=torch.float64, device=device))
-        sums = torch.stack([*rows, torch.stack([*by_name.values()]).sum(0)])
+        gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+        names, each = list(gradients), sums_of_each([own_part(gradient) for gradient in gradients.values()])
+        # Layers by rows of `each`; shorter ones end in a row of zeros, and one without a gradient is a row of NaN.
+        zeros, nan = len(names), len(names) + 1
+        row_of = {name: row for row, name in enumerate(names)}
+        rows = [[row_of[name] for name in layer.parameters if name in row_of] or [nan] for layer in self.layers]
+        longest = max(map(len, rows))
+        index = self._rows([row for of_layer in rows for row in (*of_layer, *[zeros] * (longest - len(of_layer)))])
+        table = torch.cat((each, each.new_zeros(1, 3), each.new_full((1, 3), float("nan"))))
+        sums = torch.cat((table[index].view(len(rows), longest, 3).sum(1), each.sum(0)[None]))
         # A fused optimizer unscales by itself, and skips the step where the GradScaler found an overflow.
         scale, overflow = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if scale is not None:
@@ -222,18 +225,18 @@ class Pilot:
             )
 
 
-def own_sums(gradient: Tensor) -> Tensor:
-    """`gradient_sums` of what this rank has of a gradient: all of it, the values of a sparse one, or its shard."""
+def own_part(gradient: Tensor) -> Tensor:
+    """What this rank counts of a gradient: all of it, the values of a sparse one, or its shard."""
     if gradient.is_sparse:
-        return gradient_sums(gradient.coalesce().values())
+        return gradient.coalesce().values()
     if not hasattr(gradient, "placements"):
-        return gradient_sums(gradient)
+        return gradient
     shard: Tensor = gradient.to_local()  # pyright: ignore
     place = gradient.device_mesh.get_coordinate()  # pyright: ignore[reportAttributeAccessIssue]
     # Ranks that hold the same shard: the first of them counts it.
     copies = zip(place, gradient.placements, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
     first = all(at == 0 for at, placement in copies if placement.is_replicate())
-    return gradient_sums(shard if first else shard[:0])
+    return shard if first else shard[:0]
 
 
 _pilots: "weakref.WeakKeyDictionary[object, weakref.ref[Pilot]]" = weakref.WeakKeyDictionary()

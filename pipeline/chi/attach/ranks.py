@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.chi.comm_hook import MAX_RANKS, Share, pack, unpack
+from pipeline.chi.comm_hook import MAX_RANKS, MAX_RANKS_FP64, Limbs, Share
+from pipeline.errors import ConfigError
 
 
 class OneRank:
@@ -35,7 +36,7 @@ class OneRank:
 
 
 class GroupRanks(OneRank):
-    """One all-reduce of float64 when the optimizer steps; integers are exact up to 2**53.
+    """One all-reduce of float64 when the optimizer steps; integers are exact up to 2**53: 131,072 ranks.
 
     Args:
         group: the ranks; None: all.
@@ -44,6 +45,8 @@ class GroupRanks(OneRank):
 
     def __init__(self, group: dist.ProcessGroup | None, *, sharded: bool) -> None:
         self._group, self._sharded, self.count = group, sharded, dist.get_world_size(group)
+        if self.count > MAX_RANKS_FP64:
+            raise ConfigError(f"chi.attach: {self.count} ranks; counts are exact up to {MAX_RANKS_FP64:,}, use fewer")
 
     def total(self, sums: Tensor, share: Share) -> tuple[Tensor, Share]:
         parts = ([sums.flatten()] if self._sharded else []) + [share.counts.double(), share.floats.double()]
@@ -78,6 +81,7 @@ class DdpRanks(GroupRanks):
         self._tail: Tensor | None = None
         self._was_reduced = False
         self._has_hook = not model._comm_hooks and self.count <= MAX_RANKS
+        self._limbs = Limbs(min(self.count, MAX_RANKS))
         if self._has_hook:
             model.register_comm_hook(None, self._reduce)
 
@@ -89,8 +93,8 @@ class DdpRanks(GroupRanks):
         self.forget()
         if tail is None:
             return super().total(sums, share)
-        limbs = 3 * len(share.counts)
-        return sums, Share(counts=unpack(tail[:limbs]), floats=tail[limbs:].float())
+        size = self._limbs.per_count * len(share.counts)
+        return sums, Share(counts=self._limbs.unpack(tail[:size]), floats=tail[size:].float())
 
     def forget(self) -> None:
         self._tail, self._was_reduced = None, False
@@ -104,7 +108,7 @@ class DdpRanks(GroupRanks):
         if not bucket.is_last() or self.share is None or not exact or self.may_be_early():
             return self._summed(gradient).then(lambda done: done.value()[0])
         share, size = self.share(), gradient.numel()
-        tail = torch.cat((pack(share.counts), share.floats)).to(gradient)
+        tail = torch.cat((self._limbs.pack(share.counts), share.floats)).to(gradient)
 
         def split(done) -> Tensor:
             self._tail = done.value()[0][size:]

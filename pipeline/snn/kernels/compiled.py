@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.errors import ConfigError
 from pipeline.run_dir import caches
 from pipeline.snn import surrogate
 from pipeline.snn.kernels.reference import Rule
@@ -47,7 +48,7 @@ _SIGNATURES = {
     "channel_affine": (*[_pointer] * 5, *[_long] * 3),
     "pack": (*[_pointer] * 2, *[_long] * 3),
     "unpack": (*[_pointer] * 2, *[_long] * 3),
-    "gradient_sums": (*[_pointer] * 2, *[_long] * 2),
+    "gradient_sums": (*[_pointer] * 3, *[_long] * 2),
 }
 
 
@@ -102,6 +103,26 @@ def why_not() -> str:
     return _told[0] if _told else ""
 
 
+@functools.cache
+def gives_way() -> bool:
+    """Whether tensors on the CPU go through the Triton kernels, in Triton's interpreter: for tests of the whole path.
+
+    Set CHISPIKE_TEST_INTERPRETER=1 and TRITON_INTERPRET=1 before the process starts. It is thousands of times slower.
+
+    Raises:
+        ConfigError: the first is set without the second.
+    """
+    if os.environ.get("CHISPIKE_TEST_INTERPRETER", "") in ("", "0"):
+        return False
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "CHISPIKE_TEST_INTERPRETER is set, but TRITON_INTERPRET is not 1, so Triton has no interpreter; set both "
+            "(for tests of the GPU kernels), or none"
+        )
+    log.warning("for tests, GPU kernels run in Triton's interpreter on the CPU; else unset CHISPIKE_TEST_INTERPRETER")
+    return True
+
+
 def library(x: torch.Tensor, rule: Rule | None = None) -> ctypes.CDLL | None:
     """The kernels for this tensor and rule; None where the reference must run.
 
@@ -111,7 +132,7 @@ def library(x: torch.Tensor, rule: Rule | None = None) -> ctypes.CDLL | None:
     if torch.compiler.is_compiling():
         # torch.export and torch.compile trace the reference: they cannot trace a ctypes function.
         return None
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or _told:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or _told or gives_way():
         return None
     rule = rule or Rule()
     values = {

@@ -275,18 +275,24 @@ extern "C" void unpack(const uint8_t* packed, real* out, long n, long bits, long
     }
 }
 
-// Non-zero elements, sum |g| and sum g^2 in doubles. Parts have a fixed size and are folded in order: the same bits for
-// any number of threads, as every rank must see the same sums.
-extern "C" void gradient_sums(const real* g, double* out, long n, long threads) {
-    const long part = 1 << 15, parts = (n + part - 1) / part;
-    std::vector<double> sums(3 * parts);
+// Non-zero elements, sum |g| and sum g^2, in doubles, of P gradients in one loop: three numbers each. Parts have a fixed
+// size and are folded in order: the same bits for any number of threads, as every rank must see the same sums.
+extern "C" void gradient_sums(const real* const* gradients, const long* numels, double* out, long P, long threads) {
+    const long part = 1 << 15;
+    struct Part { const real* at; long n, owner; };
+    std::vector<Part> parts;
+    for (long g = 0; g < P; g++)
+        for (long at = 0; at < numels[g]; at += part)
+            parts.push_back({gradients[g] + at, numels[g] - at < part ? numels[g] - at : part, g});
+    std::vector<double> sums(3 * parts.size());
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long p = 0; p < parts; p++) {
-        long end = (p + 1) * part < n ? (p + 1) * part : n;
+    for (size_t p = 0; p < parts.size(); p++) {
+        const real* g = parts[p].at;
+        long n = parts[p].n;
         int32_t count = 0;
         double magnitude = 0, square = 0;
 #pragma omp simd reduction(+ : count, magnitude, square)
-        for (long i = p * part; i < end; i++) {
+        for (long i = 0; i < n; i++) {
             double value = load(g[i]);
             count += value != 0;
             magnitude += std::fabs(value);
@@ -294,6 +300,6 @@ extern "C" void gradient_sums(const real* g, double* out, long n, long threads) 
         }
         sums[3 * p] = count, sums[3 * p + 1] = magnitude, sums[3 * p + 2] = square;
     }
-    out[0] = out[1] = out[2] = 0;
-    for (long p = 0; p < 3 * parts; p++) out[p % 3] += sums[p];
+    for (long i = 0; i < 3 * P; i++) out[i] = 0;
+    for (size_t p = 0; p < 3 * parts.size(); p++) out[3 * parts[p / 3].owner + p % 3] += sums[p];
 }

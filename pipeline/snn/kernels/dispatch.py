@@ -37,7 +37,7 @@ def _triton():
 
 def gpu_kernels(x: torch.Tensor):
     """The Triton module for a tensor on a GPU in a dtype that it covers, or None."""
-    return _triton() if x.is_cuda and x.dtype in _GPU_DTYPES else None
+    return _triton() if (x.is_cuda or compiled.gives_way()) and x.dtype in _GPU_DTYPES else None
 
 
 def choose(x: torch.Tensor, rule: Rule) -> type[Call] | None:
@@ -48,8 +48,8 @@ def choose(x: torch.Tensor, rule: Rule) -> type[Call] | None:
     """
     if not x.numel() or torch.compiler.is_compiling() or rule.shape not in IN_KERNELS:
         return None
-    if x.is_cuda:
-        kernels = gpu_kernels(x)
+    kernels = gpu_kernels(x)
+    if x.is_cuda or kernels is not None:
         return kernels.Call if kernels is not None else None
     return compiled.Call if compiled.library(x, rule) is not None else None
 

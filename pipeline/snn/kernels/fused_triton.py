@@ -208,35 +208,9 @@ def unpack(packed: torch.Tensor, out: torch.Tensor, bits: int) -> None:
     _unpack[(triton.cdiv(packed.numel(), _TILE),)](packed, out, packed.numel(), bits, _TILE)
 
 
-@triton.jit
-def _sums(g_ptr, out_ptr, n, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
-    count = tl.zeros((BLOCK,), tl.int32)
-    magnitude = tl.zeros((BLOCK,), tl.float64)
-    square = tl.zeros((BLOCK,), tl.float64)
-    start = tl.program_id(0).to(tl.int64) * (BLOCK * ROUNDS)
-    for k in range(ROUNDS):
-        at = start + k * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(g_ptr + at, mask=at < n, other=0.0).to(tl.float64)
-        count += (value != 0).to(tl.int32)
-        magnitude += tl.abs(value)
-        square += value * value
-    out = out_ptr + tl.program_id(0) * 3
-    tl.store(out, tl.sum(count).to(tl.float64))
-    tl.store(out + 1, tl.sum(magnitude))
-    tl.store(out + 2, tl.sum(square))
-
-
 def variance_of(rstd: torch.Tensor) -> torch.Tensor:
     """The variances whose inverse deviations `torch.batch_norm_stats(…, 0.0)` gave: 0 for 0, which it gives for 0."""
     return torch.where(rstd > 0, rstd.square().reciprocal(), torch.zeros_like(rstd))
-
-
-def gradient_sums(gradient: torch.Tensor) -> torch.Tensor:
-    """As `sums.run_reference`, of a dense gradient."""
-    n, rounds = gradient.numel(), 16
-    partial = gradient.new_zeros((max(1, triton.cdiv(n, _TILE * rounds)), 3), dtype=torch.float64)
-    _sums[(partial.shape[0],)](gradient, partial, n, rounds, _TILE)
-    return partial.sum(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

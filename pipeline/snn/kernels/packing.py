@@ -159,6 +159,9 @@ class _SpikePool(torch.autograd.Function):
         total = grad.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
         parts = zip(total.split(_POOL_IMAGES), grad.split(_POOL_IMAGES), ctx.saved_tensors, strict=True)
         for out, part, place in parts:
+            if torch.are_deterministic_algorithms_enabled():
+                out.copy_(_spread(part, place, (h, w), *ctx.window))
+                continue
             # Only shape and layout of the input are read.
             like = torch.empty_like(out)
             out.copy_(
@@ -167,6 +170,23 @@ class _SpikePool(torch.autograd.Function):
                 )
             )
         return total, None, None, None
+
+
+def _spread(grad, place, size: tuple[int, int], kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """The pooling's backward pass without atomics, which on a GPU add in another order in every run.
+
+    For each of the kernel's places, the gradients of the windows whose maximum lies there are added to its pixels, of
+    which no two windows share one.
+    """
+    (h, w), (rows, columns) = size, grad.shape[2:]
+    total = grad.new_zeros((*grad.shape[:2], h + 2 * padding, w + 2 * padding))
+    top, left = (torch.arange(n, device=grad.device) * stride - padding for n in (rows, columns))
+    for i in range(kernel):
+        for j in range(kernel):
+            y, x = (top + i)[:, None], (left + j)[None]
+            here = (place == y * w + x) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
+            total[:, :, i::stride, j::stride][:, :, :rows, :columns] += torch.where(here, grad, 0)
+    return total[:, :, padding : padding + h, padding : padding + w]
 
 
 def max_pool2d(x: torch.Tensor, pool: torch.nn.Module) -> torch.Tensor:

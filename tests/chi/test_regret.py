@@ -1,0 +1,65 @@
+"""Regret over settings: its arithmetic on made-up runs, and that the committed runs are those of the protocol."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks import chi_regret, study_runs
+
+
+def made_up(where: str, arms: Mapping[str, Sequence[float]]) -> list[dict]:
+    return [
+        {"where": where, "arm": arm, "seed": seed, "accuracy": value / 100}
+        for arm, values in arms.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+SWEEP = {
+    "triangle 0.25": [20, 20, 20],
+    "triangle 0.5": [39, 36, 35],  # best on seed 0 alone
+    "triangle 1": [38, 40, 37],
+    "triangle 2": [30, 30, 38],  # best on seed 2 alone
+    "triangle 4": [25, 25, 25],
+}
+
+
+def test_the_width_to_compare_with_is_chosen_on_the_other_seeds():
+    records = made_up("here", {**SWEEP, "atan, alpha 2": [37, 41, 33]})
+    regrets = chi_regret.regrets(records)
+    # Width 1 wins on every pair of seeds, though 0.5 is ahead of it on seed 0 and 2 on seed 2.
+    assert regrets["atan, alpha 2"]["here"] == pytest.approx([1, -1, 4])
+    assert regrets["triangle 0.25"]["here"] == pytest.approx([18, 20, 17])
+
+
+def test_a_setting_counts_once_its_sweep_is_whole_on_two_seeds():
+    one = made_up("here", {arm: values[:1] for arm, values in SWEEP.items()} | {"MPD-AGL": [30]})
+    assert not chi_regret.regrets(one)
+    two = made_up("here", {arm: values[:2] for arm, values in SWEEP.items()} | {"MPD-AGL": [30, 30, 30]})
+    # Seed 0 is compared with the best on seed 1, width 1; seed 1 with the best on seed 0, width 0.5. Seed 2 has none.
+    assert chi_regret.regrets(two)["MPD-AGL"]["here"] == pytest.approx([8, 6])
+
+
+def test_the_table_takes_means_over_settings_and_names_the_worst(monkeypatch):
+    ours = {chi_regret.CALIBRATED: [38, 40, 37]}
+    other = {arm: [value - 5 for value in values] for arm, values in SWEEP.items()}
+    records = made_up("here", {**SWEEP, **ours}) + made_up("there", {**other, chi_regret.CALIBRATED: [31, 33, 30]})
+    rows = {row["name"]: row for row in chi_regret.rows(records)}
+    assert all(row["goal"] is None for row in rows.values()), "no goal is judged while runs are missing"
+    monkeypatch.setattr(chi_regret, "settings", list)
+    rows = {row["name"]: row for row in chi_regret.rows(records)}
+    assert rows["chi, calibrated: mean regret over 2 settings"]["value"] == pytest.approx(1)
+    assert rows["chi, calibrated: mean regret over 2 settings"]["met"] is False
+    assert rows["chi, calibrated: worst regret (there)"]["value"] == pytest.approx(2)
+    assert rows["chi, calibrated against triangle 1: mean over 6 pairs"]["value"] == pytest.approx(-1)
+
+
+def test_the_committed_runs_are_those_of_the_protocol():
+    planned = {study_runs.key_of(asdict(setting)) for setting in chi_regret.settings()}
+    assert len(planned) == chi_regret.SEEDS * len(chi_regret.SETTINGS) * 10
+    records = study_runs.finished(chi_regret.RUNS)
+    assert chi_regret.missing(records) == len(planned) - len(records)
+    keys = [record["key"] for record in records]
+    assert len(keys) == len(set(keys))
+    assert set(keys) <= planned
