@@ -165,8 +165,8 @@ class Supervisor:
                 code = self._run(scratch, metrics)
             except MissingNodesError as error:
                 self._say(str(error))
-            finally:  # no wait for a scrape after an error, nor after a request to stop, which leaves little time
-                metrics.close(seen=code is not None and not self._signals.seen)
+            finally:  # no wait for a scrape after an error
+                metrics.close(seen=code is not None)
             return EXIT_INTERNAL if code is None else code
 
     def _run(self, scratch: Path, metrics: NodeMetrics) -> int:

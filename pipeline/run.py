@@ -35,6 +35,7 @@ from pipeline.ranks.straggler import Straggler
 from pipeline.run_dir import checkpoint_files, code_version, run_folder
 from pipeline.run_dir.checkpoint_writer import Writer
 from pipeline.snn import sew_resnet
+from pipeline.snn.graphed_pass import record_passes, require_graphs
 from pipeline.snn.neurons import NeuronState, bind
 from pipeline.snn.sew_resnet import SpikingLayer
 
@@ -77,7 +78,7 @@ class Run:
         """Everything that a checkpoint holds, by its key there; saving and resuming iterate over it."""
         return {
             "loader": self.loader,
-            "model": EngineState(self.engine),
+            "model": EngineState(self.engine, keeps=self.place.rank == 0),
             "ema": self.ema,
             "widths": self.widths,
             "nonfinite": self.nonfinite,
@@ -109,6 +110,7 @@ def prepare(config: Config, watch: Watch) -> Run:
     """Builds every part and loads the newest checkpoint; from then on, a request seen by `watch` stops the run."""
     arithmetic.choose(config.train)
     place = join(config)
+    require_graphs(config, place.device)
     loader = Loader(
         config.data,
         seed=config.train.seed,
@@ -136,6 +138,8 @@ def prepare(config: Config, watch: Watch) -> Run:
     neurons, layers = bind(model), model.spiking_layers()
     if config.train.sync_bn:
         normalise_as_one(neurons, place.world_size)
+    if config.train.cuda_graph:
+        record_passes(model, neurons)
     schedule = Schedule(config, loader.manifest.num_samples)
     if place.rank == 0:
         run_folder.describe(
@@ -226,7 +230,7 @@ def assembled(
         schedule=schedule,
         loader=loader,
         engine=engine,
-        ema=Ema(engine, config.train.ema_decay),
+        ema=Ema(engine, config.train.ema_decay, keeps=place.rank == 0),
         nonfinite=nonfinite,
         widths=widths,
         stats=StepStats(tap, nonfinite, flags),

@@ -81,7 +81,7 @@ def save(run: Run) -> None:
 def stopped(run: Run) -> int:
     """Ends a run that was asked to stop, once its checkpoint is on the disk."""
     run.writer.wait()
-    run.log.say(f"stopped on request after step {run.step}, checkpoint saved; run again to continue")
+    run.log.stopped()
     return EXIT_STOPPED
 
 

@@ -21,7 +21,7 @@ NODE = f'{RUN}, instance=~"$node"'
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH = 24
 """Columns of Grafana's grid."""
-LAYERED = {"mode": "continuous-viridis"}
+LAYERED = {"mode": "continuous-BlYlRd"}
 
 
 def metrics_of(expression: str) -> list[str]:
@@ -202,8 +202,9 @@ def cluster() -> list[dict]:
                        " - min by (run) (run_rank:snn_data_wait:ratio_rate5m{job=~\"$job\", run=~\"$run\"})",
         }, unit="percentunit", note="`run_rank:snn_data_wait:ratio_rate5m` of rules.yml, largest less smallest. "
                                     "The rank that waits longest holds up all others."),
-        panel("Run ended as planned, and restarts", {
+        panel("How the run ended, and restarts", {
             "{{run}}, finished": f"snn_run_finished{{{RUN}}}",
+            "{{run}}, stopped on request": f"snn_run_stopped{{{RUN}}}",
             "{{run}}, {{node}} restarts": f"snn_run_restarts_total{{{NODE}}}",
         }, note="There are restarts only under launch/supervise.py."),
         panel("Firing alerts", {}, kind="alertlist", alertName="Snn", stateFilter={"firing": True, "pending": True},

@@ -56,10 +56,18 @@ class NodeMetrics:
         self._own.write()
 
     def close(self, *, seen: bool) -> None:
-        """Stops serving. With `seen`, first waits until a Prometheus that scrapes regularly has read the end."""
-        if seen:
-            self._server.linger()
+        """Stops serving. With `seen`, first waits until a Prometheus that scrapes regularly has read the end.
+
+        After a request to stop it waits only if a step was logged, not for long, and until the request is repeated.
+        """
+        stopped = bool(self._signals.seen)
+        if seen and (not stopped or self._last_step()):
+            self._server.linger(stopped=stopped, urgent=self._asked_again)
         self._server.close()
+
+    def _asked_again(self) -> bool:
+        self._signals.wait(0)
+        return self._signals.urgent
 
     def _last_step(self) -> float:
         """Unix time of the newest step that a rank of this node has logged; 0 where there is none."""

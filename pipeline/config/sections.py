@@ -224,6 +224,10 @@ class TrainConfig:
     """Decay of a moving average of the weights, which is then evaluated and exported, in [0, 1); 0 keeps none. It
     averages about 1 / (1 - ema_decay) steps, and fewer at the start: the decay is at most (1 + step) / (10 + step).
     Costs 4 bytes per parameter, partitioned over the ranks from ZeRO-1 on."""
+    cuda_graph: bool = False
+    """On a GPU, launch a micro-batch's forward and backward pass as one CUDA graph each: less work for the host where
+    layers or batches are small. Costs a copy of all gradients, which ranks then exchange after the backward pass, not
+    during it. Not with sync_bn or zero_stage 3. Not yet tried on a GPU."""
     profile_steps: int = 0
     """Optimizer steps that rank 0 records with torch's profiler into RUN/profile, after the first five
     of each process. Recorded steps are slower. 0 records none."""
@@ -264,6 +268,9 @@ class TrainConfig:
         require(self.zero_stage in (0, 1, 2, 3), "train.zero_stage", self.zero_stage, "0, 1, 2 or 3")
         fits = self.precision != "fp64" or self.zero_stage == 0
         require(fits, "train.zero_stage", self.zero_stage, "0 with train.precision fp64: DeepSpeed shards fp32 weights")
+        inside = "sync_bn true" if self.sync_bn else "zero_stage 3" if self.zero_stage == 3 else ""
+        fits = not (self.cuda_graph and inside)
+        require(fits, "train.cuda_graph", True, f"false with train.{inside}, which exchanges data within a pass")
         for name in ("profile_steps", "verify_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "an integer of at least 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "a number in [0, 1)")

@@ -24,10 +24,11 @@ class Ema:
     Args:
         engine: a DeepSpeed engine of any ZeRO stage, with the weights that the average begins at.
         decay: share of the average that is kept in a step, in [0, 1).
+        keeps: whether this rank wants the tensors of `state_dict`; the rank that writes a checkpoint needs them alone.
     """
 
-    def __init__(self, engine, decay: float) -> None:
-        self._engine, self._decay = engine, decay
+    def __init__(self, engine, decay: float, *, keeps: bool = True) -> None:
+        self._engine, self._decay, self._keeps = engine, decay, keeps
         self._weights = _owned(engine) if decay else []
         self._average = [weight.detach().clone() for weight in self._weights]
 
@@ -51,7 +52,7 @@ class Ema:
         if not self._average:
             return None
         with self.shown():
-            return engine_state.gather_weights(self._engine)
+            return engine_state.gather_weights(self._engine, keeps=self._keeps)
 
     def load_state_dict(self, saved: dict | None) -> None:
         """Puts `state_dict`'s result back, after the engine's own state."""

@@ -38,14 +38,18 @@ class EngineState:
 
     Args:
         engine: a DeepSpeed engine of any ZeRO stage; what is loaded may come from another number of ranks.
+        keeps: whether this rank wants the tensors; the rank that writes a checkpoint needs them alone.
     """
 
-    def __init__(self, engine) -> None:
-        self._engine = engine
+    def __init__(self, engine, *, keeps: bool = True) -> None:
+        self._engine, self._keeps = engine, keeps
 
     def state_dict(self) -> dict[str, dict]:
-        """Full fp32 parameters, optimizer state and buffers by name, on the CPU."""
-        engine, slots = self._engine, _slots(self._engine)
+        """Full fp32 parameters, optimizer state and buffers by name: copies on the CPU, which later steps leave alone.
+
+        On a rank that does not keep them the tensors are left out.
+        """
+        engine, slots, copies = self._engine, _slots(self._engine), HostCopies(wanted=self._keeps)
         if engine.zero_optimization_stage() in (1, 2):
             # DeepSpeed links parameters to their state after its first group's first step, when other groups have none.
             engine.optimizer._hp_optimizer_states_linked = False
@@ -59,9 +63,10 @@ class EngineState:
                 state = {slot: safe_get_full_optimizer_state(parameter, slot) for slot in slots}
             for slot, tensor in state.items():
                 if tensor is not None:
-                    optimizer[slot][name] = tensor.detach().cpu().clone()
+                    copies.take(optimizer[slot], name, tensor)
+        copies.wait()
         return {
-            **gather_weights(engine),
+            **gather_weights(engine, keeps=self._keeps),
             "optimizer": optimizer,
             "updates": _updates(engine),
             "loss_scale": _loss_scale(engine),
@@ -80,7 +85,9 @@ class EngineState:
                 parameter.data.copy_(state["parameters"][name])
                 master = fp32[parameter]
                 master.data.copy_(state["parameters"][name])
-                slots = {slot: of[name].to(parameter.device) for slot, of in state["optimizer"].items() if name in of}
+                moments = {slot: of[name] for slot, of in state["optimizer"].items() if name in of}
+                # Copies: the optimizer changes them in place.
+                slots = {slot: moment.to(parameter.device, copy=True) for slot, moment in moments.items()}
                 if slots:
                     engine.optimizer.state[master].update(slots, **_step(state))
             return
@@ -97,16 +104,54 @@ class EngineState:
         optimizer.update_lp_params()
 
 
-def gather_weights(engine) -> dict[str, dict[str, torch.Tensor]]:
-    """The part of an engine's state that a network computes with: full fp32 parameters and buffers."""
+def gather_weights(engine, *, keeps: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    """The part of an engine's state that a network computes with: full fp32 parameters and buffers.
+
+    The tensors are left out on a rank that does not keep them.
+    """
     average_buffers(engine)
-    fp32, parameters = masters(engine), {}
+    copies, parameters, buffers = HostCopies(wanted=keeps), {}, {}
+    fp32 = masters(engine)
     for name, parameter in engine.module.named_parameters():
-        value = fp32[parameter] if fp32 else safe_get_full_fp32_param(parameter)
+        value = fp32[parameter] if fp32 else _whole(engine, parameter)
         assert value is not None
-        parameters[name] = value.detach().cpu().clone()
-    buffers = {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
+        copies.take(parameters, name, value)
+    for name, buffer in engine.module.named_buffers():
+        copies.take(buffers, name, buffer)
+    copies.wait()
     return {"parameters": parameters, "buffers": buffers}
+
+
+def _whole(engine, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """A parameter in fp32. In ZeRO-1 and 2 every rank has it already, unless the engine computes in fp16."""
+    if engine.zero_optimization_stage() < 3 and parameter.dtype == torch.float32:
+        return parameter
+    return safe_get_full_fp32_param(parameter)
+
+
+class HostCopies:
+    """Copies tensors to the CPU, each once; from a GPU into pinned memory, while the host goes on to the next.
+
+    Args:
+        wanted: if False, nothing is copied.
+    """
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._wanted, self._on_gpu = wanted, False
+
+    def take(self, into: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> None:
+        """Puts the tensor's copy into the dictionary; its values are there after `wait`."""
+        if not self._wanted:
+            return
+        tensor = tensor.detach()
+        into[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        into[name].copy_(tensor, non_blocking=tensor.is_cuda)
+        self._on_gpu |= tensor.is_cuda
+
+    def wait(self) -> None:
+        """Returns when all copies are done."""
+        if self._on_gpu:
+            torch.cuda.current_stream().synchronize()
 
 
 def _slots(engine) -> list[str]:

@@ -21,6 +21,7 @@ METRICS = {
     "build_info": Metric("gauge", "1; what the run is made of", ("version", "python", "torch", "deepspeed")),
     "run_info": Metric("gauge", "1; what runs", ("recipe", "data", "world_size")),
     "run_finished": Metric("gauge", "1 once the run has ended as planned"),
+    "run_stopped": Metric("gauge", "1 once the run has stopped on request with its checkpoint saved"),
     "run_restarts": Metric("counter", "Times that the node's supervisor started the ranks again", ("node",)),
     "train_steps": Metric("counter", "Optimizer steps done"),
     "train_samples": Metric("counter", "Samples trained"),

@@ -8,6 +8,7 @@ only prometheus-client and the standard library.
 
 import asyncio
 import errno
+import math
 import os
 import socket
 import ssl
@@ -25,7 +26,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from pipeline.config import MetricsConfig
 from pipeline.errors import ConfigError
-from pipeline.metrics.scrapers import Scrapers
+from pipeline.metrics.scrapers import STOPPED_S, Scrapers
 from pipeline.metrics.snapshots import Families, snapshot_files
 
 FOLDER_VARIABLE = "CHISPIKE_METRICS_DIR"
@@ -138,9 +139,12 @@ class NodeServer:
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
-    def linger(self) -> None:
-        """If Prometheus scrapes regularly, waits until it has read the last values, which tell how the run ended."""
-        self._scrapers.wait()
+    def linger(self, *, stopped: bool = False, urgent: Callable[[], bool] = lambda: False) -> None:
+        """If Prometheus scrapes regularly, waits until it has read the last values, which tell how the run ended.
+
+        After a stop on request there is less time: at most `STOPPED_S`, and only until `urgent`.
+        """
+        self._scrapers.wait(STOPPED_S if stopped else math.inf, urgent)
 
     def close(self) -> None:
         """Ends the thread and every connection. It may be called twice."""

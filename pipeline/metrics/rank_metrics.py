@@ -45,7 +45,7 @@ class RankMetrics:
         num_steps: int,
         identity: str,
     ) -> None:
-        self._server, self._finished, self._failed = None, False, False
+        self._server, self._finished, self._stopped, self._failed = None, False, False, False
         folder = os.environ.get(FOLDER_VARIABLE)
         if not folder:
             self._server = _serve(config) if local_rank == 0 else None
@@ -68,7 +68,7 @@ class RankMetrics:
         versions = {"torch": version("torch"), "deepspeed": version("deepspeed")}
         self._snapshot.set("build_info", 1, version=__version__, python=python_version(), **versions)
         self._snapshot.set("run_info", 1, recipe=config.recipe, data=identity[:12], world_size=str(world_size))
-        self.publish({"run_finished": 0, "train_steps_planned": num_steps})
+        self.publish({"run_finished": 0, "run_stopped": 0, "train_steps_planned": num_steps})
         self.count(**dict.fromkeys(STARTING_AT_ZERO, 0))
         for result in RESULTS:
             self.count_save(result, 0)
@@ -115,6 +115,12 @@ class RankMetrics:
         self.publish({"run_finished": 1})
         self.write()
 
+    def stop(self) -> None:
+        """Shows that the run has stopped on request, and can go on from its checkpoint."""
+        self._stopped = True
+        self.publish({"run_stopped": 1})
+        self.write()
+
     def fail(self) -> None:
         """Shows what ends the run, which has been counted; `close` then keeps the server until it can be read."""
         self._failed = True
@@ -124,16 +130,16 @@ class RankMetrics:
         self._snapshot.write()
 
     def close(self) -> None:
-        """Closes the server: after a finished run, once Prometheus has read the end; after a failed one, when the
-        process ends, which can report the error before.
+        """Closes the server: after a run that finished or stopped, once Prometheus has read the end; after a failed
+        one, when the process ends, which can report the error before.
         """
         if self._server is None:
             return
         if self._failed:
             atexit.register(_leave, self._server)
             return
-        if self._finished:
-            self._server.linger()
+        if self._finished or self._stopped:
+            self._server.linger(stopped=self._stopped)
         _close(self._server)
 
 

@@ -219,6 +219,13 @@ class RunLog:
         self._show_saves()
         self._exporter.finish()
 
+    def stopped(self) -> None:
+        """Call it once the checkpoint of a run that was asked to stop is on the disk."""
+        self.say(f"stopped on request after step {self._step}, checkpoint saved; run again to continue")
+        if self._active:
+            self._show_saves()
+            self._exporter.stop()
+
     def close(self) -> None:
         """Shows what came after the last logged step too, since a stop may come between two."""
         self._show_saves()

@@ -72,6 +72,24 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+def leaves(tree: Any) -> list[Tensor]:
+    if isinstance(tree, dict):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    return [tree] if isinstance(tree, Tensor) else []
+
+
+def on_rank_0_alone(engine, ema: Ema, expected: list[Tensor]) -> bool:
+    """Whether rank 0 gets these tensors and the others none, where only rank 0 keeps them; the same on every rank."""
+    keeps = dist.get_rank() == 0
+    ema._keeps = keeps
+    mine = leaves({"model": engine_state.EngineState(engine, keeps=keeps).state_dict(), "ema": ema.state_dict()})
+    ema._keeps = True
+    right = same(dict(enumerate(mine)), dict(enumerate(expected))) if keeps else not mine
+    answers: list = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, right)
+    return all(answers)
+
+
 def case(stage: int, precision: str) -> dict:
     engine, ema = make(stage, precision)
     average = whole(engine)
@@ -87,12 +105,15 @@ def case(stage: int, precision: str) -> dict:
         average[name] /= dist.get_world_size()
     saved = ema.state_dict()
     assert saved is not None
+    snapshot = leaves({"model": state, "ema": saved})
+    kept = [leaf.clone() for leaf in snapshot]
+    alone = on_rank_0_alone(engine, ema, snapshot)
     with ema.shown():
         shown, seen = whole(engine), answers(engine)
     network = sew_resnet.build(ModelConfig(neuron="plif"), num_classes=5, image_size=8).eval()
     network.load_state_dict(flat(saved))
     with torch.no_grad():
-        alone = network(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(7)))
+        plainly = network(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(7)))
     after, again = whole(engine), answers(engine)
     resumed, its_ema = make(stage, precision, seed=1)
     engine_state.EngineState(resumed).load_state_dict(state)
@@ -107,9 +128,11 @@ def case(stage: int, precision: str) -> dict:
         "off": max((flat(saved)[name] - value).abs().max().item() for name, value in average.items()),
         "moved": max((flat(saved)[name] - value).abs().max().item() for name, value in last.items()),
         "shown is saved": all(torch.equal(flat(saved)[name], value) for name, value in shown.items()),
-        "answers": (seen - alone).abs().max().item(),
+        "answers": (seen - plainly).abs().max().item(),
         "other answers": (seen - plain).abs().max().item(),
         "last is back": same(last, after) and torch.equal(plain, again),
+        "rank 0 alone": alone,
+        "snapshot": all(torch.equal(now, then) for now, then in zip(snapshot, kept, strict=True)),
         "resumed": same(flat(ours), flat(theirs)) and same(whole(engine), whole(resumed)),
     }
 

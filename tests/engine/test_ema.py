@@ -43,6 +43,12 @@ def test_an_engine_that_takes_the_average_over_goes_on_with_it_bit_for_bit(case,
     assert cases[case]["resumed"]
 
 
+@pytest.mark.parametrize("case", [f"{stage} {precision}" for stage, precision in CASES])
+def test_what_is_saved_is_kept_by_the_rank_that_writes_and_later_steps_leave_it_alone(case, cases):
+    assert cases[case]["rank 0 alone"]
+    assert cases[case]["snapshot"], "the engines that were saved, and loaded from it, have made another step"
+
+
 def test_the_share_that_stays_rises_to_the_decay():
     assert [decay_at(0.5, step) for step in (0, 1, 8, 1000)] == [0.1, 2 / 11, 0.5, 0.5]
 

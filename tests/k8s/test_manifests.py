@@ -298,6 +298,8 @@ def test_the_pod_monitor_finds_the_pods_and_their_port():
     (endpoint,) = monitor["podMetricsEndpoints"]
     assert endpoint["port"] in {port["name"] for port in workload.pod["containers"][0]["ports"]}
     assert endpoint["path"] == "/metrics"
+    named = {one["targetLabel"]: one["sourceLabels"] for one in endpoint["relabelings"]}
+    assert named == {"instance": ["__meta_kubernetes_pod_name"], "node_name": ["__meta_kubernetes_pod_node_name"]}
 
 
 def test_the_operators_rules_are_those_of_the_plain_prometheus():

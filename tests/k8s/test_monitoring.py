@@ -198,6 +198,8 @@ def test_prometheus_accepts_its_configurations(tmp_path):
     (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
     promtool("check", "config", str(tmp_path / "config.yml"))
     pod = yaml.safe_load((ROOT / "k8s/base/job.yaml").read_text())["spec"]["template"]
+    (named,) = [rule for rule in scrape["relabel_configs"] if rule.get("target_label") == "node_name"]
+    assert named["source_labels"] == ["__meta_kubernetes_pod_node_name"]
     kept = {tuple(rule["source_labels"]): rule["regex"] for rule in scrape["relabel_configs"] if "regex" in rule}
     label = "app.kubernetes.io/name"
     assert kept["__meta_kubernetes_pod_label_" + re.sub(r"\W", "_", label),] == pod["metadata"]["labels"][label]

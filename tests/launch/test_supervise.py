@@ -6,6 +6,7 @@ import signal
 import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,12 @@ def test_sigterm_saves_and_the_next_start_finishes_as_if_nothing_had_been(digits
     assert status == 200
     assert 'snn_run_restarts_total{node="0",run="run"} 0.0' in metrics
     assert re.search(r'^snn_train_last_step_timestamp_seconds{rank="1",run="run"} ', metrics, re.MULTILINE)
+    assert 'snn_run_stopped{run="run"} 0.0' in metrics
     process.send_signal(signal.SIGTERM)
+    with suppress(OSError):  # until it is gone, as a Prometheus that comes often
+        while True:
+            _, metrics = answer(address[1] + "/metrics")
+    assert 'snn_run_stopped{run="run"} 1.0' in metrics
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_STOPPED, output
     assert "stopped on request after step" in output

@@ -244,6 +244,23 @@ def test_every_prometheus_that_comes_regularly_is_waited_for_and_nobody_else(ser
     assert not waiting.is_alive()
 
 
+def test_a_stop_waits_for_a_scrape_only_for_a_while_and_until_it_is_asked_again(server, monkeypatch):
+    monkeypatch.setattr(scrapers, "GRACE_S", 1000.0)
+    for _ in range(2):
+        get_from(server, "127.0.0.1")
+    asked_again = threading.Event()
+    stopping = {"stopped": True, "urgent": asked_again.is_set}
+    waiting = threading.Thread(target=server.linger, kwargs=stopping, daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    asked_again.set()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    monkeypatch.setattr(exporter, "STOPPED_S", 0.0)
+    server.linger(stopped=True)  # which nobody scrapes
+
+
 @pytest.mark.parametrize(
     ("times", "now", "interval"),
     [
