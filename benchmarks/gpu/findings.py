@@ -13,12 +13,11 @@ class Findings:
     Args:
         path: the file; every line is written at once.
         simulated: the step runs on the CPU with toy sizes. Then a figure is named, and its value is left out.
+        options: what the command was given for the steps, such as the peer's Python.
     """
 
-    def __init__(self, path: str | Path, *, simulated: bool) -> None:
-        self.path, self.simulated = Path(path), simulated
-        self.options: dict = {}
-        """What the command was given for the steps, such as the peer's Python."""
+    def __init__(self, path: str | Path, *, simulated: bool, options: dict) -> None:
+        self.path, self.simulated, self.options = Path(path), simulated, options
 
     def _add(self, finding: dict) -> None:
         if self.simulated:
@@ -40,16 +39,27 @@ class Findings:
         try:
             said = call() or ""
         except Exception as error:  # the next check goes on
-            text = str(error).strip().splitlines()
-            self.check(name, False, f"{type(error).__name__}: {text[0] if text else ''}"[:300])
+            self.check(name, False, reason(error))
         else:
             self.check(name, True, said)
 
-    def figure(self, name: str, value: float, unit: str, goal: float | None = None, better: str = "higher") -> None:
-        """Something measured; a missed goal is shown and fails nothing."""
-        figure = table.row(name, value, unit, goal, better)
-        self._add({"name": name, "unit": unit} if self.simulated else figure)
+    def figure(
+        self, name: str, value: float | None, unit: str, goal: float | None = None, better: str = "higher"
+    ) -> None:
+        """Something measured; a missed goal is shown and fails nothing. None: it cannot be measured here."""
+        if self.simulated:
+            self._add({"name": name, "unit": unit})
+        elif value is None:
+            self.absent(name, "it cannot be measured here")
+        else:
+            self._add(table.row(name, value, unit, goal, better))
 
     def absent(self, name: str, why: str) -> None:
         """A figure or check that this machine or version cannot give."""
         self._add({"name": name, "absent": why})
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,29 +16,33 @@ from pathlib import Path
 from benchmarks.gpu.steps import Step
 
 ROOT = Path(__file__).resolve().parents[2]
+MARK = "CHISPIKE_GPU_CHECK_STEP"
+"""A variable that every process of a step inherits, also in a session of its own."""
+INTERPRETER = {"TRITON_INTERPRET": "1", "CHISPIKE_TEST_INTERPRETER": "1"}
+FINE = ("done", "skipped")
 
 
 class Report:
     """The report, written anew after every step: write, then rename, so that it is whole at any moment."""
 
-    def __init__(self, path: Path | None, head: dict) -> None:
+    def __init__(self, path: Path, head: dict) -> None:
         self.path = path
-        self.content: dict = {**head, "steps": []}
+        self.content: dict = {**head, "failed": [], "machine": {}, "steps": []}
 
     def add(self, outcome: dict) -> None:
+        """Keeps what a step found; facts go to the head."""
+        for row in outcome["rows"]:
+            self.content["machine"] |= row.get("facts", {})
+        outcome["rows"] = [row for row in outcome["rows"] if "facts" not in row]
         self.content["steps"].append(outcome)
+        if outcome["outcome"] not in FINE:
+            self.content["failed"].append(f"{outcome['name']}: {outcome['outcome']}")
         self.write()
 
     def write(self) -> None:
-        if self.path is None:
-            return
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         beside.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         beside.replace(self.path)
-
-    @property
-    def failed(self) -> list[str]:
-        return [step["name"] for step in self.content["steps"] if step["outcome"] not in ("done", "left out")]
 
 
 def new_path(folder: Path, gpu: str, now: datetime) -> Path:
@@ -49,59 +54,97 @@ def new_path(folder: Path, gpu: str, now: datetime) -> Path:
     return next(path for path in numbers if not path.exists())
 
 
+def environment(simulated: bool, mark: str) -> dict[str, str]:
+    """The variables of a step's process."""
+    variables = {name: value for name, value in os.environ.items() if name not in INTERPRETER}
+    paths = [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
+    variables |= {"PYTHONPATH": os.pathsep.join(paths), MARK: mark}
+    if simulated:
+        variables |= {**INTERPRETER, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return variables
+
+
 def run_step(step: Step, *, simulated: bool, options: dict, limit_s: float) -> dict:
     """Runs one step to its end, its crash or its limit; what it found until then is in the outcome."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         found, log = Path(scratch, "findings.jsonl"), Path(scratch, "log")
-        module = step.module if "." in step.module else f"benchmarks.gpu.{step.module}"
-        job = {"module": module, "function": step.function, "findings": str(found), "simulated": simulated}
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        if simulated:
-            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        else:
-            environment.pop("TRITON_INTERPRET", None)
-        began = time.monotonic()
+        job = {"module": step.module, "function": step.function, "findings": str(found)}
+        job |= {"simulated": simulated, "options": options}
+        began, mark = time.monotonic(), uuid.uuid4().hex
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu.worker", json.dumps({**job, "options": options})],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
             try:
-                process.wait(timeout=limit_s)
-                outcome = ended(process.returncode)
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "benchmarks.gpu.steps", json.dumps(job)],
+                    cwd=ROOT,
+                    env=environment(simulated, mark),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                return {"name": step.name, "outcome": f"not started: {error}", "seconds": 0.0, "rows": []}
+            try:
+                outcome = ended(process.wait(timeout=limit_s))
             except subprocess.TimeoutExpired:
                 outcome = f"ended at its limit of {limit_s:.0f} s"
             finally:
-                end(process)
-        lines = found.read_text(encoding="utf-8").splitlines() if found.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        outcome_of = {"name": step.name, "outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
+                end(process, mark)
+        rows = read(found)
         wrong = sum(row.get("passed") is False for row in rows)
+        of_step = {"name": step.name, "outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
         if outcome == "done" and wrong:
-            outcome_of["outcome"] = f"{wrong} checks failed"
+            of_step["outcome"] = f"{wrong} check{'s' * (wrong > 1)} failed"
+        elif outcome == "done" and not rows:
+            of_step["outcome"] = "found nothing"
         elif outcome != "done":
-            outcome_of["log"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        return {**outcome_of, "rows": rows}
+            of_step["log"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        return {**of_step, "rows": rows}
+
+
+def read(found: Path) -> list[dict]:
+    """The findings; a last line that a kill cut off is left out."""
+    rows = []
+    for line in found.read_text(encoding="utf-8", errors="replace").splitlines() if found.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def ended(code: int) -> str:
     if code == 0:
         return "done"
-    return f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
-def end(process: subprocess.Popen) -> None:
-    """Ends the step and every process that it started."""
+def end(process: subprocess.Popen, mark: str) -> None:
+    """Ends the step and every process that it started, also those in sessions of their own, such as ranks."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     process.wait()
+    while left := marked(mark):
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.01)  # the kernel needs a moment to take their memory
+
+
+def marked(mark: str) -> list[int]:
+    """Processes with this mark among their variables; none on systems without /proc."""
+    wanted, found = f"{MARK}={mark}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
 
 
 def run(
@@ -111,18 +154,24 @@ def run(
     simulated: bool,
     options: dict,
     budget_s: float,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None],
 ) -> None:
-    """Runs the steps in order; one that would pass the budget is left out and named."""
+    """Runs the steps of one tier in order; one that would pass the budget is left out and named.
+
+    A step may use what the later ones do not need.
+    """
     began = time.monotonic()
-    for step in steps:
+    for place, step in enumerate(steps):
         left = budget_s - (time.monotonic() - began)
         if left < (1 if simulated else step.usual_s):
-            report.add({"name": step.name, "outcome": "left out", "why": f"{left:.0f} s are left", "rows": []})
-            say(f"{step.name}: left out, {left:.0f} s of {budget_s:.0f} s are left and it takes some {step.usual_s:.0f}")
+            why = f"left out: {max(left, 0):.0f} s of {budget_s:.0f} s are left, and it takes some {step.usual_s:.0f} s"
+            report.add({"name": step.name, "outcome": why, "seconds": 0.0, "rows": []})
+            say(f"{step.name}: {why}")
             continue
+        later = 0 if simulated else sum(other.usual_s for other in steps[place + 1 :])
+        limit = min(step.limit_s, left if simulated else max(step.usual_s, left - later))
         say(f"{step.name}: {step.says} …")
-        outcome = run_step(step, simulated=simulated, options=options, limit_s=min(step.limit_s, left))
+        outcome = run_step(step, simulated=simulated, options=options, limit_s=limit)
         report.add(outcome)
         say(f"{step.name}: {outcome['outcome']}, {outcome['seconds']:.0f} s")
         for line in outcome.get("log", ()):

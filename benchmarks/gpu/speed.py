@@ -1,39 +1,57 @@
 """SEW-ResNet34's training step against SpikingJelly 2.0's with its best backend, in turns; what χ adds; launches."""
 
+import os
 import statistics
 import sys
+import threading
 
 import torch
 
 from benchmarks.gpu.findings import Findings
 from benchmarks.side import Side
-from pipeline.config import TrainConfig
 
 ROUNDS, STEPS = 5, 3
 BACKENDS = ("triton", "cupy", "torch")
-NO_GRAPH = "train.cuda_graph is no option of this version"
+PLAIN, EAGER, GRAPH, STEERED = "ours, not counting", "ours", "ours, graph", "ours, χ attached"
+SPEED_GOAL, MEMORY_GOAL, CHI_GOAL_PERCENT = 2.0, 0.4, 1.0
+ANSWER_S = 120.0
+"""A side that is silent for so long is ended: compiling, or choosing convolutions, takes some 30 s."""
 
 
 class Trainer(Side):
     """A side that says why it failed instead of ending the others."""
 
     def __init__(self, python: str, job: dict) -> None:
-        self.failed = ""
+        self.failed, self.version = "", ""
         self.turns: list[dict] = []
-        super().__init__(python, "gpu/step_side.py", job)
+        # The kernels are checked by other steps; here the interpreter would only be slow.
+        variables = {"CHISPIKE_TEST_INTERPRETER": "0", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        super().__init__(python, "gpu/step_side.py", job, variables)
 
     def ask(self, question: object) -> dict:
+        silent = threading.Timer(ANSWER_S, self.process.kill)
+        silent.start()
         try:
             answer = super().ask(question)
-        except (SystemExit, OSError) as error:  # the process has ended
-            answer = {"torch": "", "failed": str(error)[:300]}
+        except (SystemExit, OSError, ValueError) as error:  # the process has ended, maybe within a line
+            answer = {"failed": f"{error}"[:300] if silent.is_alive() else f"no answer within {ANSWER_S:.0f} s"}
+        finally:
+            silent.cancel()
         self.failed = answer.get("failed", self.failed)
-        return answer
+        self.version = answer.get("version", self.version)
+        return {"torch": "", **answer}
 
     def turn(self, steps: int) -> None:
+        if self.failed:
+            return
         answer = self.ask(steps)
         if not self.failed:
             self.turns.append(answer)
+
+    def most(self, part: str) -> float | None:
+        """The largest value of all turns; None where it was not measured."""
+        values = [turn[part] for turn in self.turns if part in turn]
+        return max(values) if values else None
 
 
 def speed(findings: Findings, device: torch.device) -> None:
@@ -50,39 +68,37 @@ def speed(findings: Findings, device: torch.device) -> None:
 def best_peer(findings: Findings, base: dict) -> dict | None:
     """Backend and memory format of the fastest peer; None where there is none."""
     python = findings.options.get("peer") or sys.executable
-    best, why = None, []
+    found, why = [], []
     for backend in ("torch",) if findings.simulated else BACKENDS:
-        for channels_last in (False, True):
-            if findings.simulated and channels_last:
-                continue
+        for channels_last in (False,) if findings.simulated else (False, True):
             chosen = {"side": "peer", "backend": backend, "channels_last": channels_last, "python": python}
-            side = Trainer(python, {**base, **chosen, "batch": 2 if findings.simulated else 64, "dtype": "bf16"})
-            for _ in range(2):
-                if not side.failed:
-                    side.turn(1)
+            try:
+                side = Trainer(python, {**base, **chosen, "batch": 2 if findings.simulated else 64, "dtype": "bf16"})
+            except OSError as error:
+                findings.absent("SpikingJelly", f"{python}: {error.strerror}")
+                return None
+            side.turn(1)
+            side.turn(1)
             side.close()
             if side.failed:
                 why.append(f"{backend}: {side.failed}")
-            elif best is None or side.turns[-1]["seconds"] < best[0]:
-                best = side.turns[-1]["seconds"], chosen
-    if best is None:
-        findings.absent("SpikingJelly", "; ".join(dict.fromkeys(why))[:600])
+            else:
+                found.append((side.turns[-1]["seconds"], side.version, chosen))
+    for said in dict.fromkeys(why):
+        findings.absent("SpikingJelly" if not found else "one of SpikingJelly's backends", said)
+    if not found:
         return None
-    form = "channels-last" if best[1]["channels_last"] else "contiguous"
-    findings.check("a peer to compare with", True, f"SpikingJelly, backend {best[1]['backend']}, {form}")
-    return best[1]
+    _, version, best = min(found, key=lambda each: each[0])
+    form = "channels-last" if best["channels_last"] else "contiguous"
+    said = f"SpikingJelly {version}, backend {best['backend']}, {form}"
+    findings.facts(peer=said)
+    findings.check("the peer is SpikingJelly 2", version.startswith("2."), said)
+    return best
 
 
 def compare(findings: Findings, base: dict, peer: dict | None) -> None:
     """All sides of one batch and precision take turns."""
-    name = f"batch {base['batch']}, {base['dtype']}"
-    names = ["ours"]
-    if "cuda_graph" in TrainConfig.__dataclass_fields__ and not findings.simulated:
-        names.append("ours, graph")
-    else:
-        findings.absent(f"{name}, CUDA graph", "there is no GPU" if findings.simulated else NO_GRAPH)
-    if base["dtype"] == "bf16":
-        names += ["ours, not counting", "ours, attached"]
+    names = [EAGER, GRAPH] + ([PLAIN, STEERED] if base["dtype"] == "bf16" else [])
     sides: dict[str, Trainer] = {}
     try:
         for side in names:
@@ -92,59 +108,51 @@ def compare(findings: Findings, base: dict, peer: dict | None) -> None:
         rounds, steps = (1, 1) if findings.simulated else (ROUNDS, STEPS)
         for _ in range(rounds):
             for side in sides.values():
-                if not side.failed:
-                    side.turn(steps)
-        report(findings, name, sides)
+                side.turn(steps)
+        report(findings, f"batch {base['batch']}, {base['dtype']}", sides)
     finally:
         for side in sides.values():
             side.close()
 
 
 def report(findings: Findings, name: str, sides: dict[str, Trainer]) -> None:
-    for kind, side in sides.items():
-        if side.failed:
-            findings.absent(f"{name}, {kind}", side.failed)
-            if kind == "ours" and "OutOfMemory" not in side.failed:
-                findings.check(f"{name}: our step runs", False, side.failed)
-            continue
-        findings.figure(f"{name}, {kind}", median(side, "images_per_s"), "images/s")
-        for part in ("allocated", "reserved"):
-            if f"{part}_bytes" in side.turns[0] or findings.simulated:
-                largest = max(turn.get(f"{part}_bytes", 0) for turn in side.turns)
-                findings.figure(f"{name}, {kind}, peak memory {part}", largest / 1e9, "GB", None, "lower")
-    ours, peer = sides["ours"], sides.get("peer")
-    if peer is not None and not peer.failed:
-        for kind in ("ours", "ours, graph"):
-            if kind in sides and not sides[kind].failed:
-                findings.figure(f"{name}, {kind}, speed to the peer's", ratio(peer, sides[kind]), "ratio", 2.0)
-                for part in ("allocated", "reserved"):
-                    if f"{part}_bytes" in peer.turns[0] or findings.simulated:
-                        ours_most, theirs_most = (
-                            max(turn.get(f"{part}_bytes", 1) for turn in side.turns) for side in (sides[kind], peer)
-                        )
-                        findings.figure(
-                            f"{name}, {kind}, memory {part} to the peer's", ours_most / theirs_most, "ratio", 0.4, "lower"
-                        )
-    if ours.failed:
-        return
-    plain = sides.get("ours, not counting")
-    if plain is not None and not plain.failed:
-        findings.figure(f"{name}, cost of counting", 100 * (ratio(ours, plain) - 1), "%", 1.0, "lower")
-        attached = sides["ours, attached"]
-        if not attached.failed:
-            findings.figure(f"{name}, cost of χ, by chi.attach", 100 * (ratio(attached, plain) - 1), "%", 1.0, "lower")
+    """Figures of the sides that ran; a failure of ours is one of the step, unless the memory is too small."""
     for kind, side in sides.items():
         if not side.failed:
-            answer = side.ask("launches")
-            if "launches" in answer:
-                findings.figure(f"{name}, {kind}, launches a step", answer["launches"], "launches")
+            figures_of(findings, f"{name}, {kind}", side)
+        elif kind == "peer" or "OutOfMemory" in side.failed:
+            findings.absent(f"{name}, {kind}", side.failed)
+        else:
+            findings.check(f"{name}, {kind}: the step runs", False, side.failed)
+    ran = {kind: side for kind, side in sides.items() if not side.failed}
+    for kind in (EAGER, GRAPH):
+        if kind in ran and "peer" in ran:
+            against(findings, f"{name}, {kind}", ran[kind], ran["peer"])
+    if PLAIN in ran:
+        for kind, what in ((EAGER, "counting"), (STEERED, "χ")):
+            if kind in ran:
+                cost = 100 * (ratio(ran[kind], ran[PLAIN]) - 1)
+                findings.figure(f"{name}, cost of {what}", cost, "%", CHI_GOAL_PERCENT, "lower")
 
 
-def median(side: Trainer, part: str) -> float:
-    return statistics.median(turn[part] for turn in side.turns)
+def figures_of(findings: Findings, name: str, side: Trainer) -> None:
+    findings.figure(name, statistics.median(turn["images_per_s"] for turn in side.turns), "images/s")
+    for part in ("allocated", "reserved"):
+        most = side.most(f"{part}_bytes")
+        findings.figure(f"{name}, peak memory {part}", most and most / 1e9, "GB", None, "lower")
+    findings.figure(f"{name}, launches a step", side.ask("launches").get("launches"), "launches")
+
+
+def against(findings: Findings, name: str, ours: Trainer, peer: Trainer) -> None:
+    """The two goals against the peer."""
+    findings.figure(f"{name}, speed to the peer's", ratio(peer, ours), "ratio", SPEED_GOAL)
+    for part in ("allocated", "reserved"):
+        mine, theirs = ours.most(f"{part}_bytes"), peer.most(f"{part}_bytes")
+        share = mine / theirs if mine and theirs else None
+        findings.figure(f"{name}, memory {part} to the peer's", share, "ratio", MEMORY_GOAL, "lower")
 
 
 def ratio(one: Trainer, other: Trainer) -> float:
     """Median of the ratios of the seconds of neighbouring turns."""
-    pairs = zip(one.turns, other.turns, strict=False)
+    pairs = zip(one.turns, other.turns, strict=True)
     return statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)

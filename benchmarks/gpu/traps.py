@@ -1,5 +1,7 @@
 """What is known to go wrong on GPUs and nowhere else."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -15,11 +17,11 @@ from pipeline.snn.kernels.tally import Tally
 def traps(findings: Findings, device: torch.device) -> None:
     """Each of them; the next goes on after a failure."""
     for silent in ("first", "middle", "every"):
-        findings.attempt(f"a channel silent in the {silent} micro-batch", lambda: silent_channel(silent, device))  # noqa: B023
+        findings.attempt(f"a channel silent in the {silent} micro-batch", partial(silent_channel, silent, device))
     many = 40_000_000 if device.type == "cuda" else 4001
-    findings.attempt(f"one layer of {many} neurons without channels", lambda: one_row(many, device))
-    findings.attempt("max-pooling of spikes twice: the same bits", lambda: pooling(device))
-    findings.attempt("fp16: calibration, then two steps", lambda: half(device))
+    findings.attempt(f"one layer of {many} neurons without channels", partial(one_row, many, device))
+    findings.attempt("max-pooling of spikes twice: the same bits", partial(pooling, device))
+    findings.attempt("fp16: calibration, then two steps", partial(half, device))
 
 
 def silent_channel(when: str, device: torch.device) -> str:
@@ -79,11 +81,12 @@ def half(device: torch.device) -> str:
     """As DeepSpeed's fp16: parameters of convolutions in fp16, normalisation in fp32."""
     from pipeline.chi.widths import Widths
 
+    batch, side = (2, 8) if device.type == "cpu" else (8, 16)
     torch.manual_seed(0)
-    network = sew_resnet.build(ModelConfig(arch="sew_tiny"), num_classes=10, image_size=16).to(device)
+    network = sew_resnet.build(ModelConfig(arch="sew_tiny"), num_classes=10, image_size=side).to(device)
     state = neurons.bind(network)
     widths = Widths(ChiConfig(calibrate=True), network.spiking_layers(), state)
-    images, labels = numbers((8, 3, 16, 16), device), torch.arange(8, device=device)
+    images, labels = numbers((batch, 3, side, side), device), torch.arange(batch, device=device)
     with torch.autocast(device.type, torch.float16):
         widths.calibrate(network, images.half())
     assert state.widths.isfinite().all()
