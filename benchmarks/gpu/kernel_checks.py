@@ -33,11 +33,11 @@ def neurons(rule: Rule, T: int, size: int, dtype: torch.dtype, device: torch.dev
     weight = numbers((T, size), device, 6).to(dtype)
     width, amplitude = torch.tensor(0.5, device=device), torch.tensor(1.5, device=device)
     found = []
-    for run in (reference.run, dispatch.run):
+    for run in (reference.run, partial(dispatch.run, want_state=True)):
         x = drawn.to(device, dtype).requires_grad_()
         leak = torch.tensor(0.5, device=device, requires_grad=True) if rule.leaky else None
         tally = Tally(device)
-        s, v = run(x, rule, width, amplitude, leak=leak, tally=tally, **({"want_state": True} if found else {}))
+        s, v = run(x, rule, width, amplitude, leak=leak, tally=tally)
         assert v is not None
         ((s * weight).sum(dtype=torch.float32) + v.sum()).backward()
         found.append((s, v, tally.counts, x.grad, None if leak is None else leak.grad))

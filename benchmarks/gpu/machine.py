@@ -2,6 +2,7 @@
 
 import importlib.util
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -16,10 +17,8 @@ def environment(findings: Findings, device: torch.device) -> None:
     """GPU, memory, driver, CUDA and versions."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            pass
     facts: dict = {"versions": versions, "processor": table.processor()}
     if device.type == "cuda":
         of = torch.cuda.get_device_properties(device)

@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def environment(simulated: bool, mark: str) -> dict[str, str]:
     variables |= {"PYTHONPATH": os.pathsep.join(paths), MARK: mark}
     if simulated:
         variables |= {**INTERPRETER, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        variables |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}  # idle processes take no core
     return variables
 
 
@@ -121,17 +123,13 @@ def ended(code: int) -> str:
 
 def end(process: subprocess.Popen, mark: str) -> None:
     """Ends the step and every process that it started, also those in sessions of their own, such as ranks."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     while left := marked(mark):
         for pid in left:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(0.01)  # the kernel needs a moment to take their memory
 
 

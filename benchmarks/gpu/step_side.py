@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.gpu.findings import reason
-from benchmarks.train_step_side import our_network, peer_network, peer_packages
+from benchmarks.train_step_side import our_network, peer_network
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
@@ -32,21 +32,19 @@ class Trainer:
         peer = job["side"] == "peer"
         if peer:
             self.network, self.forward = peer_network(job["arch"], job["T"])
-            parts, _, neuron, *_ = peer_packages()
-            parts.set_backend(self.network, job["backend"], neuron.IFNode)
             self.network.to(self.device)
             if job["channels_last"]:
                 self.network.to(memory_format=torch.channels_last)
         else:
-            self.network = our_network(job["arch"], job["T"], False, False)[0].to(self.device)
+            self.network = our_network(job["arch"], job["T"], False, False, job["surrogate"])[0].to(self.device)
             self.forward = self.network
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.1, momentum=0.9)
-        self.pilot = self.graphed = None
+        self.graphed = None
         warm_up = 2
-        if job["side"] == "ours, χ attached":
+        if job["side"] == "ours, χ":
             from pipeline import chi
 
-            self.pilot = chi.attach(self.network, self.optimizer, steps=10_000)
+            self.pilot = chi.attach(self.network, self.optimizer, steps=10_000)  # it ends with the last reference
         elif job["side"] in ("ours", "ours, graph"):
             from pipeline.snn import graphed_pass, neurons
 

@@ -8,8 +8,8 @@ from pipeline.snn import losses, neurons, sew_resnet
 
 STEPS, BATCH, SIZE, CLASSES = 200, 32, 32, 10
 FIRST, LAST = 0.01, 0.15
-"""How far the losses may lie apart, relative: the first one, by rounding alone; the mean of the last quarter. A spike is
-a step function, so that roundings grow into other spikes, and single later losses differ."""
+"""How far the losses may lie apart, relative: the first one, by rounding alone; the mean of the last quarter. A spike
+is a step function, so that roundings grow into other spikes, and single later losses differ."""
 
 
 def curve(device: torch.device, steps: int, size: int, batch: int) -> list[float]:
