@@ -134,11 +134,11 @@ def end(process: subprocess.Popen, mark: str) -> None:
 
 
 def marked(mark: str) -> list[int]:
-    """Processes with this mark among their variables; none on systems without /proc."""
+    """Processes whose mark begins like this; none on systems without /proc."""
     wanted, found = f"{MARK}={mark}".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+            if any(each.startswith(wanted) for each in (folder / "environ").read_bytes().split(b"\0")):
                 found.append(int(folder.name))
         except OSError:  # it has ended, or is another user's
             continue

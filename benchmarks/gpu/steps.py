@@ -34,6 +34,8 @@ STEPS = (
     Step("training", 1, "benchmarks.gpu.training", "training", "200 steps, losses against the CPU's", 60, 150),
     Step("large", 1, "benchmarks.gpu.kernel_checks", "large", "more than 2^31 elements", 15, 60),
     Step("speed", 1, "benchmarks.gpu.speed", "speed", "a step against SpikingJelly's; χ; launches", 120, 400),
+    Step("decoding", 2, "benchmarks.gpu.launched", "decoding", "images decoded on the GPU and on the CPU", 30, 120),
+    Step("flagship", 2, "benchmarks.gpu.launched", "flagship", "20 steps, killed and resumed", 180, 480),
 )
 
 

@@ -1,4 +1,4 @@
-"""Steps that go wrong, each in its way, for test_gpu_check.py; the runner calls them by name in a process of their own."""
+"""Steps that go wrong, each in its way, for test_gpu_check.py; the runner calls them by name in a process each."""
 
 import os
 import signal
