@@ -69,6 +69,24 @@ def test_every_side_of_the_step_ran(simulated):
     assert compared or any(row["name"] == "SpikingJelly" and row["absent"] for row in of(report, "speed")["rows"])
 
 
+def test_tier_2_trains_through_the_launcher_and_resumes_after_a_kill(tmp_path):
+    path = tmp_path / "found.json"
+    assert gpu_check.main(["--simulate", "--tier", "2", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert [s["name"] for s in report["steps"]] == ["environment", "decoding", "flagship"]
+    passed = {row["name"] for step in report["steps"] for row in step["rows"] if row.get("passed")}
+    assert passed >= {
+        "two ranks get the pixels of one, cpu",
+        "resumed after SIGKILL to every process",
+        "calibrated widths",
+        "every loss is finite",
+        "repeated steps have the same losses",
+    }
+    absent = {row["name"]: row["absent"] for step in report["steps"] for row in step["rows"] if "absent" in row}
+    assert absent.keys() == {"decoding, mixed", "fp16"}
+    assert all("there is no GPU" in why for why in absent.values())
+
+
 def failing(name: str, limit_s: float = 300) -> Step:
     return Step(name, 1, "tests.benchmarks.failing_steps", name, f"a step that is {name}", 1, limit_s)
 
