@@ -6,7 +6,7 @@
 Tier 1 needs this checkout, torch and Triton, and no network; SpikingJelly 2.0, for the comparison, in the same Python
 or in the one that --peer names. Tier 2 needs DeepSpeed and DALI too, and is skipped without them. Each step runs in a
 process of its own, so that one that crashes or hangs takes no other with it, and the steps of a tier together take at
-most --budget seconds. The results are written after every step, to benchmarks/results/gpu/GPU-DATE.json unless --json
+most --budget seconds. The results are written after every step, to GPU-DATE.json in the folder gpu of benchmarks/results unless --json
 names a file. --simulate runs all steps with toy sizes on the CPU, in Triton's interpreter: it shows that this command
 works, and no figure; its results go to build/gpu. Exit code: 0, also where a goal was missed; 1 if a step failed or had
 no time; 2 if nothing could be checked.
