@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import launches
 from benchmarks import scale_parts as parts
 from benchmarks.table import processor, row, show, write
 from launch.recipes import RECIPES
+from pipeline.chi.comm_hook import Limbs
 from pipeline.chi.indicators import gradient_sums
 from pipeline.metrics.exporter import NodeServer
 
@@ -31,15 +33,15 @@ ASSUMED = {
     "node_network_bytes_per_s": (12.5e9, "a node's share of the network between nodes: 100 Gbit/s"),
     "gpu_link_bytes_per_s": (150e9, "between GPUs of one node, a direction"),
     "gpu_memory_bytes_per_s": (2e12, "of a GPU's memory"),
+    "launch_s": (8e-6, "of the host for one kernel or torch operator, with autograd's share"),
     "hop_latency_s": (20e-6, "of one step of a tree between nodes"),
     "gpu_mtbf_h": (50_000.0, "hours between failures of one GPU and its share of the node: 419 in 54 days of 16,384"),
     "restart_s": (60.0, "from a failure that is noticed to the next step: supervisors, start of ranks, first batch"),
     "store_bytes_per_s": (10e9, "what the store of the shards gives to all nodes together"),
     "sample_bytes": (2_087_031_792 / 19_200, "bytes an image: ilsvrc-mini, benchmarks/results/shard_writing.json"),
-    "chi_bytes_per_layer": (25.1, "added to the all-reduce: benchmarks/results/chi_overhead.json"),
     "loader_images_per_s_core": (446.0, "images/s a core decodes: benchmarks/results/loader.json"),
 }
-"""Name: (value, what it is and its source). The last three were measured by other benchmarks here."""
+"""Name: (value, what it is and its source). The last two were measured by other benchmarks here."""
 
 
 def assumed(name: str) -> float:
@@ -72,6 +74,17 @@ def reduce_s(num_bytes: float, gpus: int) -> float:
     return seconds
 
 
+def chi_bytes(num_layers: int, gpus: int) -> int:
+    """Bytes of a step's all-reduce that are χ's: three counts a layer, each as fp32 limbs."""
+    return num_layers * 3 * Limbs(gpus).per_count * 4
+
+
+def num_launches() -> int:
+    """Launches of a micro-batch, and the two that χ adds; they do not depend on its size."""
+    images = torch.empty(2, 3, 224, 224, dtype=torch.float16, device="meta")
+    return sum(one.total for one in launches.trace(launches.network(torch.float16), images)) + 2
+
+
 def first_epoch_bytes(data: parts.Set, gpus: int, micro_batch: int) -> float:
     """Bytes that a node fetches in the first epoch with an unlimited cache: mean of the first, middle and last node."""
     nodes = sorted({0, gpus // parts.RANKS_PER_NODE // 2, gpus // parts.RANKS_PER_NODE - 1})
@@ -94,7 +107,7 @@ def at_size(
     micro_batch, nodes = config.data.micro_batch, gpus // parts.RANKS_PER_NODE
     usual = parts.Set(assumed("sample_bytes"), SHARD_BYTES, WINDOW_SHARDS)
     small = parts.Set(assumed("sample_bytes"), SMALL_SHARD_BYTES, SMALL_WINDOW)
-    gradient, chi = 4.0 * num_parameters, assumed("chi_bytes_per_layer") * num_layers
+    gradient, chi = 4.0 * num_parameters, chi_bytes(num_layers, gpus)
     compute = micro_batch / assumed("gpu_images_per_s")
     reduce = 1.5 * reduce_s(gradient, gpus)  # ZeRO-1 also all-gathers the new weights: half an all-reduce
     step = compute + reduce
@@ -144,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = RECIPES[RECIPE]()
     num_parameters, num_layers = parts.network(config.model)
-    repeats = 20 if arguments.quick else 200
+    repeats, launched = 20 if arguments.quick else 200, num_launches()
     series, page_bytes, scrape_s = scrape(num_layers, repeats, first=True)
     others, others_bytes, _ = scrape(num_layers, 1, first=False)
     saved = parts.checkpoint(num_parameters)
@@ -155,7 +168,9 @@ def main() -> None:
         row("… written, hashed and on the disk, median of 5", saved.save_s, "s"),
         row("… read and checked", saved.load_s, "s"),
         row("gradient", 4 * num_parameters, "bytes"),
-        row("χ beside it in the all-reduce", assumed("chi_bytes_per_layer") * num_layers, "bytes"),
+        row("χ beside it in the all-reduce", chi_bytes(num_layers, SIZES[-1]), "bytes"),
+        row("launches of a micro-batch", launched, "launches"),
+        row("… time of the host for them", launched * assumed("launch_s"), "s"),
         row("χ counted on one core here", counting_s(num_parameters), "s"),
         row("… on a GPU, by its memory's rate", 4 * num_parameters / assumed("gpu_memory_bytes_per_s"), "s"),
         row("metrics of the node of rank 0", series, "series"),

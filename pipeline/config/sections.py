@@ -269,7 +269,7 @@ class TrainConfig:
         fits = self.precision != "fp64" or self.zero_stage == 0
         require(fits, "train.zero_stage", self.zero_stage, "0 with train.precision fp64: DeepSpeed shards fp32 weights")
         inside = "sync_bn true" if self.sync_bn else "zero_stage 3" if self.zero_stage == 3 else ""
-        fits = not (self.cuda_graph and inside)
+        fits = not self.cuda_graph or not inside
         require(fits, "train.cuda_graph", True, f"false with train.{inside}, which exchanges data within a pass")
         for name in ("profile_steps", "verify_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "an integer of at least 0")

@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.config import DataConfig
 from pipeline.data.augment import Windows
 from pipeline.data.background import Background
-from pipeline.data.dali_pipeline import Graph, undecodable
+from pipeline.data.dali_pipeline import Copied, DeviceCopies, Graph, undecodable
 from pipeline.data.remote import ClosedError
 from pipeline.data.samples import UNDECODABLE, BadSamples, Samples
 
@@ -100,7 +100,7 @@ class Stream:
             decoder.make_room()  # not timed: it wakes the decoder, which may take this core or the interpreter first
             for name, reason, instead in bad:
                 self._bad.met(name, reason, instead=instead)
-            yield batch._replace(images=batch.images.to(self._dtype))
+            yield batch
 
     def close(self) -> None:
         """Ends the threads. Waits at most for the read that is under way."""
@@ -123,7 +123,8 @@ class _Decoder:
         indices: Iterator[int],
         dtype: torch.dtype,
     ) -> None:
-        self._data, self._device, self._samples, self._dtype = data, device, samples, dtype
+        self._data, self._device, self._samples = data, device, samples
+        self._copies = DeviceCopies(device, dtype)
         self._prepare, self._reader, self._indices = prepare, reader, indices
         self._ahead = min(data.prefetch, GRAPH_AHEAD)
         self._reading: deque[Future[Request]] = deque()
@@ -132,16 +133,19 @@ class _Decoder:
         self._lost: list[Request] = []
         self._room = threading.Semaphore(data.prefetch)
         self._stopped = False
-        self._done: SimpleQueue[tuple[Batch, list] | BaseException] = SimpleQueue()
+        self._done: SimpleQueue[tuple[Copied, Request] | BaseException] = SimpleQueue()
         # A daemon, so that a program that crashes without `close` does not wait for data.
         self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
         self._thread.start()
 
     def next(self) -> tuple[Batch, list]:
+        """The next batch, whose tensors the caller's stream may use, and its bad samples."""
         item = self._done.get()
         if isinstance(item, BaseException):
             raise item
-        return item
+        copied, request = item
+        images, labels, valid = self._copies.received(copied)
+        return Batch(images, labels, valid, request.position), request.bad
 
     @property
     def depth(self) -> int:
@@ -172,13 +176,15 @@ class _Decoder:
                     graph = self._graph()
                     self._room.release()
                     continue
-                self._done.put(self._finished(images, self._fed.popleft()))
+                request = self._fed.popleft()
+                self._done.put((self._copies.take(images, request.labels, request.valid), request))
         except CancelledError:  # closed while it waited for a read
             pass
         except BaseException as error:  # the training loop raises it, in its own thread
             self._done.put(error)
         finally:
             self._done.put(ClosedError("the loader was closed"))  # so that a waiting `next` ends
+            self._copies.release()
 
     def _graph(self) -> Graph:
         return Graph(self._data, self._device, self._feed, batch_size=self._data.micro_batch, ahead=self._ahead)
@@ -213,15 +219,3 @@ class _Decoder:
         self._lost = [*self._fed, *self._again]
         self._fed.clear()
         self._again = deque(self._reader.submit(self._prepare, request.index).result() for request in self._lost)
-
-    def _finished(self, images: Tensor, request: Request) -> tuple[Batch, list]:
-        # The CPU cast runs in this thread, ahead of the loop. On a GPU the loop casts, in its own stream.
-        if self._device.type == "cpu":
-            images = images.to(self._dtype)
-        batch = Batch(
-            images=images,
-            labels=torch.from_numpy(request.labels).to(self._device),
-            valid=torch.from_numpy(request.valid).to(self._device),
-            position=request.position,
-        )
-        return batch, request.bad

@@ -38,7 +38,7 @@ class Flags:
 
     def count_bad_samples(self) -> None:
         """Call it before a step's last backward pass: notes how many samples this rank's loader has replaced."""
-        self._own[BAD_SAMPLES] = self._loader.bad.count
+        self._own[BAD_SAMPLES].fill_(self._loader.bad.count)  # an assignment would make a tensor of the number
 
     def after(self, step: int, reading: Reading, writer: Writer, *, wait: bool) -> bool:
         """Whether to stop after `step`; the same on every rank.

@@ -57,7 +57,7 @@ class Neuron(Steered):
         if self.w is not None:
             return self.w.to(potential_dtype(self.w)).sigmoid()[0]
         if self._leak is None or self._leak.device != x.device:
-            self._leak = torch.tensor(1 / self.tau, dtype=torch.float64, device=x.device)
+            self._leak = torch.full((), 1 / self.tau, dtype=torch.float64, device=x.device)  # nothing is copied
         return self._leak
 
     def forward(self, x: torch.Tensor, num_steps: int | None = None) -> torch.Tensor:

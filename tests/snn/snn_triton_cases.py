@@ -8,6 +8,7 @@ It needs its own process: Triton reads the variable at import, and other tests i
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pipeline.snn.kernels import dispatch, norm, packing, reference
 from pipeline.snn.kernels import fused_triton as kernels
@@ -21,7 +22,9 @@ def interpreted(monkeypatch):
     """Every op on the CPU goes through the Triton kernels, as on a GPU."""
     monkeypatch.setattr(dispatch, "choose", lambda x, rule: kernels.Call if x.numel() else None)
     monkeypatch.setattr(
-        dispatch, "gpu_kernels", lambda x: kernels if x.dtype in (torch.float32, torch.bfloat16) else None
+        dispatch,
+        "gpu_kernels",
+        lambda x: kernels if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else None,
     )
     monkeypatch.setattr(packing.compiled, "library", lambda *_: None)
 
@@ -146,3 +149,27 @@ def test_packing_is_lossless(bits):
     assert packed.data is not None
     assert packed.data.numel() * 8 == x.numel() * bits
     assert torch.equal(packed.unpack(), x)
+
+
+POOLS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", POOLS, ids=str)
+@pytest.mark.parametrize("shape", [(6, 3, 9, 7), (2, 70, 5, 5), (1, 1, 3, 3)], ids=str)
+def test_pooling_finds_torchs_maxima_and_gradients(shape, window, dtype):
+    generator = torch.Generator().manual_seed(9)
+    values = torch.randint(-2, 3, shape, generator=generator).to(dtype)  # windows with equal maxima, and below 0
+    values[0, 0] = 0.0
+    values[-1, -1, 0, 0] = float("nan")
+    ours, theirs = (values.clone().requires_grad_() for _ in range(2))
+    got = packing.max_pool2d(ours, nn.MaxPool2d(*window))
+    wanted = functional.max_pool2d(theirs, *window)
+    assert torch.equal(got.nan_to_num(7.0), wanted.nan_to_num(7.0))
+    weights = torch.randint(-8, 9, wanted.shape, generator=generator).to(dtype)  # their sums are exact
+    got.backward(weights)
+    wanted.backward(weights)
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)
+    assert "SpikePool" in type(got.grad_fn).__name__

@@ -26,6 +26,30 @@ _TILE = 512
 """Elements of a tile."""
 
 
+def tiles(rows: int, channels: int, widest: int = 64) -> tuple[int, int, tuple[int]]:
+    """Rows and channels of a tile, and the grid of tiles over (rows, channels), neighbours in memory first.
+
+    The grid has one dimension: CUDA allows 2^31 - 1 blocks in the first, and 65,535 in the others.
+    """
+    block_c = min(triton.next_power_of_2(channels), widest)
+    block_r = max(1, _TILE // block_c)
+    return block_r, block_c, (triton.cdiv(rows, block_r) * triton.cdiv(channels, block_c),)
+
+
+_SCALARS = ("width_ptr", "amplitude_ptr", "leak_ptr", "partial_ptr", "sum_ptr", "product_ptr")
+"""Pointers that may be views of a vector or of a buffer: one variant of a kernel serves every alignment of them."""
+
+
+@triton.jit
+def tile_of(C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows and channels of this program's tile, in 64 bits: T R C passes 2^31 at batch 670 in ImageNet's stem."""
+    program = tl.program_id(0)
+    across = tl.cdiv(C, BLOCK_C)
+    r = (program // across).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = (program % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return r, c
+
+
 @triton.jit
 def _surrogate(u, width, amplitude, SHAPE: tl.constexpr, PEAK: tl.constexpr):
     inverse = 1.0 / width
@@ -46,19 +70,17 @@ def _surrogate(u, width, amplitude, SHAPE: tl.constexpr, PEAK: tl.constexpr):
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["leak_ptr"])
 def _forward(
     x_ptr, scale_ptr, shift_ptr, shortcut_ptr, v_ptr, out_ptr, state_ptr, leak_ptr, v_th, v_reset, R, C,
     T: tl.constexpr, STATIC: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, LEAKY: tl.constexpr,
     HARD: tl.constexpr, FROM_STATE: tl.constexpr, TO_STATE: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r, c = tile_of(C, BLOCK_R, BLOCK_C)
     inside = (r < R)[:, None] & (c < C)[None, :]
-    # 64 bits: T R C passes 2^31 at batch 670 in the stem of the ImageNet networks.
-    at = r.to(tl.int64)[:, None] * C + c[None, :]
-    step = tl.cast(R, tl.int64) * C  # not R.to: a 1 is compiled in as a plain number
+    at = r[:, None] * C + c[None, :]
+    step = tl.cast(R, tl.int64) * C
     if NORM:
         scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
         shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[None, :]
@@ -82,7 +104,7 @@ def _forward(
         tl.store(state_ptr + at, v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=list(_SCALARS))
 def _backward(
     x_ptr, scale_ptr, shift_ptr, mean_ptr, grad_s_ptr, grad_last_ptr, v_ptr, grad_x_ptr, grad_first_ptr, partial_ptr,
     sum_ptr, product_ptr, leak_ptr, width_ptr, amplitude_ptr, v_th, v_reset, R, C,
@@ -90,11 +112,10 @@ def _backward(
     DETACH: tl.constexpr, SHAPE: tl.constexpr, PEAK: tl.constexpr, FROM_STATE: tl.constexpr, TO_STATE: tl.constexpr,
     COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r, c = tile_of(C, BLOCK_R, BLOCK_C)
     inside = (r < R)[:, None] & (c < C)[None, :]
-    at = r.to(tl.int64)[:, None] * C + c[None, :]
-    step = tl.cast(R, tl.int64) * C  # not R.to: a 1 is compiled in as a plain number
+    at = r[:, None] * C + c[None, :]
+    step = tl.cast(R, tl.int64) * C
     width, amplitude = tl.load(width_ptr).to(tl.float32), tl.load(amplitude_ptr).to(tl.float32)
     if NORM:
         scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
@@ -150,13 +171,13 @@ def _backward(
         tl.store(grad_x_ptr + at, total.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if FROM_STATE:
         tl.store(grad_first_ptr + at, grad_v, mask=inside)
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    program = tl.program_id(0).to(tl.int64)
     if NORM:
-        row = tl.program_id(0).to(tl.int64) * C
+        row = (program // tl.cdiv(C, BLOCK_C)) * C
         tl.store(sum_ptr + row + c, tl.sum(tl.where(inside, total, 0.0), 0), mask=c < C)
         tl.store(product_ptr + row + c, tl.sum(product, 0), mask=c < C)
     # Row by row: the counts in the order of tally.py, exact in fp32 for one tile, and the gradient of leak.
-    programs = tl.num_programs(0) * tl.num_programs(1)
+    programs = tl.cast(tl.num_programs(0), tl.int64)
     if COUNT:
         tl.store(partial_ptr + program, tl.sum(inside.to(tl.float32)) * T)
         tl.store(partial_ptr + programs + program, tl.sum(spikes))
@@ -166,51 +187,102 @@ def _backward(
         tl.store(partial_ptr + 4 * programs + program, tl.sum(grad_leak))
 
 
-@triton.jit
-def _affine(y_ptr, grad_ptr, a_ptr, b_ptr, d_ptr, M, C, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < M
-    c = at % C
+@triton.jit(do_not_specialize=["R"])
+def _affine(
+    y_ptr, grad_ptr, a_ptr, b_ptr, d_ptr, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    r, c = tile_of(C, BLOCK_R, BLOCK_C)
+    inside = (r < R)[:, None] & (c < C)[None, :]
+    at = r[:, None] * C + c[None, :]
+    a = tl.load(a_ptr + c, mask=c < C, other=0.0)[None, :]
+    b = tl.load(b_ptr + c, mask=c < C, other=0.0)[None, :]
+    d = tl.load(d_ptr + c, mask=c < C, other=0.0)[None, :]
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    result = grad * tl.load(a_ptr + c) + y * tl.load(b_ptr + c) + tl.load(d_ptr + c)
-    tl.store(grad_ptr + at, result.to(grad_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_ptr + at, (grad * a + y * b + d).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _pack(x_ptr, out_ptr, n, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    word = tl.zeros((BLOCK,), tl.int32)
-    for k in tl.static_range(8 // BITS):
-        value = tl.load(x_ptr + at + k * tl.cast(n, tl.int64), mask=inside, other=0.0).to(tl.float32)
-        word = word | (value.to(tl.int32) << (BITS * k))
-    tl.store(out_ptr + at, word.to(tl.uint8), mask=inside)
+@triton.jit(do_not_specialize=["eps", "momentum", "unbias"])
+def _scales(
+    mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, running_mean_ptr, running_var_ptr, batches_ptr, out_ptr,
+    eps, momentum, unbias, C, BLOCK: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < C
+    mean = tl.load(mean_ptr + c, mask=inside, other=0.0)
+    exact = tl.load(rstd_ptr + c, mask=inside, other=1.0)
+    # An inverse deviation of 0 stands for a variance of 0: torch gives it where all values of a channel are equal.
+    var = tl.where(exact > 0.0, tl.div_rn(1.0, exact * exact), 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    scale = tl.load(gamma_ptr + c, mask=inside, other=0.0) * rstd
+    shift = tl.load(beta_ptr + c, mask=inside, other=0.0) - mean * scale
+    tl.store(out_ptr + c, rstd, mask=inside)
+    tl.store(out_ptr + C + c, scale, mask=inside)
+    tl.store(out_ptr + 2 * C + c, shift, mask=inside)
+    old_mean = tl.load(running_mean_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    old_var = tl.load(running_var_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    new_mean = old_mean + (mean - old_mean) * momentum
+    new_var = old_var + (var * unbias - old_var) * momentum
+    tl.store(running_mean_ptr + c, new_mean.to(running_mean_ptr.dtype.element_ty), mask=inside)
+    tl.store(running_var_ptr + c, new_var.to(running_var_ptr.dtype.element_ty), mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
-@triton.jit
-def _unpack(packed_ptr, out_ptr, n, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    word = tl.load(packed_ptr + at, mask=inside, other=0).to(tl.int32)
-    for k in tl.static_range(8 // BITS):
-        value = ((word >> (BITS * k)) & ((1 << BITS) - 1)).to(tl.float32)
-        tl.store(out_ptr + at + k * tl.cast(n, tl.int64), value.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def pack(x: torch.Tensor, out: torch.Tensor, bits: int) -> None:
-    """As `pack` in cpu.cpp: dense x of n 8/bits elements into n bytes."""
-    _pack[(triton.cdiv(out.numel(), _TILE),)](x, out, out.numel(), bits, _TILE)
-
-
-def unpack(packed: torch.Tensor, out: torch.Tensor, bits: int) -> None:
-    """The inverse of `pack`, into the dense `out`."""
-    _unpack[(triton.cdiv(packed.numel(), _TILE),)](packed, out, packed.numel(), bits, _TILE)
+@triton.jit(do_not_specialize=["count"])
+def _norm_gradients(sum_ptr, joint_ptr, mean_ptr, rstd_ptr, scale_ptr, out_ptr, count, C, BLOCK: tl.constexpr):
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < C
+    mean = tl.load(mean_ptr + c, mask=inside, other=0.0).to(tl.float64)
+    rstd = tl.load(rstd_ptr + c, mask=inside, other=0.0).to(tl.float64)
+    scale = tl.load(scale_ptr + c, mask=inside, other=0.0).to(tl.float64)
+    n = tl.cast(count, tl.float64)
+    b = -scale * (rstd * rstd) * tl.load(joint_ptr + C + c, mask=inside, other=0.0) / n
+    d = -scale * tl.load(joint_ptr + c, mask=inside, other=0.0) / n - b * mean
+    tl.store(out_ptr + c, (tl.load(sum_ptr + C + c, mask=inside, other=0.0) * rstd).to(tl.float32), mask=inside)
+    tl.store(out_ptr + C + c, tl.load(sum_ptr + c, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out_ptr + 2 * C + c, b.to(tl.float32), mask=inside)
+    tl.store(out_ptr + 3 * C + c, d.to(tl.float32), mask=inside)
 
 
 def variance_of(rstd: torch.Tensor) -> torch.Tensor:
     """The variances whose inverse deviations `torch.batch_norm_stats(…, 0.0)` gave: 0 for 0, which it gives for 0."""
     return torch.where(rstd > 0, rstd.square().reciprocal(), torch.zeros_like(rstd))
+
+
+def normalise(
+    y: torch.Tensor, bn: torch.nn.BatchNorm2d, gamma: torch.Tensor, beta: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, 1/sqrt(var + eps), scale and shift of a batch of `count` values a channel; moves the running statistics.
+
+    All are (C,) fp32, of y (N, C, H, W) in channels-last.
+    """
+    mean, rstd = batch_statistics(y)
+    C, into = y.shape[1], (bn.running_mean, bn.running_var, bn.num_batches_tracked)
+    out = torch.empty((3, C), dtype=torch.float32, device=y.device)
+    _scales[(triton.cdiv(C, _TILE),)](
+        mean, rstd, gamma, beta, *into, out, bn.eps, bn.momentum, count / (count - 1), C, _TILE
+    )
+    torch.autograd.graph.increment_version(into)
+    return mean, *out.unbind()
+
+
+def norm_gradients(
+    sums: torch.Tensor, joint: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, scale: torch.Tensor, count: int
+) -> tuple[torch.Tensor, ...]:
+    """As `norm.gradients`: of gamma and beta, and b and d of `Call.affine`."""
+    C = scale.numel()
+    out = torch.empty((4, C), dtype=torch.float32, device=sums.device)
+    _norm_gradients[(triton.cdiv(C, _TILE),)](sums, joint, mean, rstd, scale, out, count, C, _TILE)
+    return out.unbind()
+
+
+def batch_statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and inverse deviation of the channels of (N, C, H, W), in fp32; 0 for a variance of 0."""
+    if y.device.type != "cpu":
+        return torch.batch_norm_stats(y, 0.0)
+    var, mean = torch.var_mean(y.float(), (0, 2, 3), correction=0)
+    return mean, torch.where(var > 0, var.rsqrt(), torch.zeros_like(var))  # as on a GPU
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -226,20 +298,20 @@ class Call:
     amplitude: torch.Tensor
     leak: torch.Tensor | None
 
-    def _tiles(self, x: torch.Tensor, scaled: bool) -> tuple[int, int, int, int]:
-        """R, C and the tile's two sides; where no channels are scaled, x is one row of all its elements."""
+    def _sizes(self, x: torch.Tensor, scaled: bool) -> tuple[int, int]:
+        """R and C; where no channels are scaled, x is one row of all its elements."""
         M = x.numel() // (1 if self.static else self.num_steps)
         C = self.num_channels if scaled else M
-        block_c = min(triton.next_power_of_2(C), 64 if scaled else _TILE)
-        return M // C, C, max(1, _TILE // block_c), block_c
+        return M // C, C
 
     def forward(self, x, scale, shift, shortcut, v, want_state: bool, out: torch.Tensor | None = None):
         """As `compiled.Call.forward`."""
-        R, C, block_r, block_c = self._tiles(x, scale is not None)
+        R, C = self._sizes(x, scale is not None)
+        block_r, block_c, grid = tiles(R, C, 64 if scale is not None else _TILE)
         rule = self.rule
         out = x.new_empty((self.num_steps, *x.shape[1:])) if out is None else out
         state = x.new_empty(x.shape[1:], dtype=torch.float32) if want_state else None
-        _forward[(triton.cdiv(R, block_r), triton.cdiv(C, block_c))](
+        _forward[grid](
             x, scale, shift, shortcut, v, out, state, self.leak, rule.v_th, rule.v_reset, R, C,
             T=self.num_steps, STATIC=self.static, NORM=scale is not None, ADD=shortcut is not None, LEAKY=rule.leaky,
             HARD=rule.hard, FROM_STATE=v is not None, TO_STATE=want_state, BLOCK_R=block_r, BLOCK_C=block_c,
@@ -248,11 +320,13 @@ class Call:
 
     def backward(self, grad_s, grad_last, x, scale, shift, mean, v, counted: bool, grad_x: torch.Tensor | None = None):
         """As `compiled.Call.backward`."""
-        R, C, block_r, block_c = self._tiles(x, scale is not None)
+        R, C = self._sizes(x, scale is not None)
+        block_r, block_c, grid = tiles(R, C, 64 if scale is not None else _TILE)
         rule = self.rule
-        grid = (triton.cdiv(R, block_r), triton.cdiv(C, block_c))
-        partial = x.new_empty((len(COUNTED) + 1, grid[0] * grid[1]), dtype=torch.float32)
-        sums = x.new_empty((2, grid[0], C), dtype=torch.float32) if scale is not None else (None, None)
+        partial = x.new_empty((len(COUNTED) + 1, *grid), dtype=torch.float32)
+        sums = (None, None)
+        if scale is not None:
+            sums = x.new_empty((2, triton.cdiv(R, block_r), C), dtype=torch.float32)
         grad_x = torch.empty_like(x) if grad_x is None else grad_x
         grad_first = None if v is None else torch.empty_like(v)
         _backward[grid](
@@ -274,13 +348,12 @@ class Call:
     @staticmethod
     def statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and biased variance of the channels of (N, C, H, W), in fp32."""
-        if y.is_cuda:
-            mean, rstd = torch.batch_norm_stats(y, 0.0)
-            return mean, variance_of(rstd)
-        var, mean = torch.var_mean(y.float(), (0, 2, 3), correction=0)
-        return mean, var
+        mean, rstd = batch_statistics(y)
+        return mean, variance_of(rstd)
 
     @staticmethod
     def affine(y: torch.Tensor, grad: torch.Tensor, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> None:
         """grad <- a grad + b y + d by channel, in place."""
-        _affine[(triton.cdiv(grad.numel(), _TILE),)](y, grad, a, b, d, grad.numel(), a.numel(), _TILE)
+        C = a.numel()
+        block_r, block_c, grid = tiles(grad.numel() // C, C)
+        _affine[grid](y, grad, a, b, d, grad.numel() // C, C, block_r, block_c)

@@ -124,10 +124,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, gamma, beta, shortcut, leak, width, amplitude, meter, bn, call: Call | Chunks, again, ranks):
-        mean, var = _statistics(y, bn, call, ranks)
-        rstd = (var + bn.eps).rsqrt()
-        scale = gamma * rstd
-        shift = beta - mean * scale
+        mean, rstd, scale, shift = _prepared(y, bn, gamma, beta, call, ranks)
         n, c, h, w = y.shape
         rows = _rows(y, call)
         added = None if shortcut is None else shortcut.permute(0, 2, 3, 1)
@@ -150,26 +147,62 @@ class _Fused(torch.autograd.Function):
         grads = grad_out.permute(0, 2, 3, 1)
         counted = ctx.needs_input_grad[7]
         grad, _, grad_leak, sums, counts = ctx.call.backward(grads, None, rows, scale, shift, mean, None, counted)
-        grad_beta, grad_product = sums[0], sums[1]
-        grad_gamma, grad_shift = grad_product * rstd, grad_beta  # of this rank's loss alone, as for any parameter
-        a, b, d = scale, torch.zeros_like(scale), torch.zeros_like(scale)
-        if ctx.train:
-            # In doubles: where a mean is large, the terms of d nearly cancel.
-            count = n * h * w
-            if ctx.ranks is not None:
-                grad_beta, grad_product = ctx.ranks.sum(torch.stack((grad_beta, grad_product)).double())
-                count *= ctx.ranks.count
-            b64 = -scale.double() * rstd.double().square() * grad_product / count
-            b, d = b64.float(), (-scale.double() * grad_beta / count - b64 * mean.double()).float()
-        ctx.call.affine(rows, grad, a, b, d)
+        count, joint = n * h * w, sums
+        if ctx.train and ctx.ranks is not None:
+            joint, count = ctx.ranks.sum(sums.double()), count * ctx.ranks.count
+        kernels = dispatch.gpu_kernels(rows)
+        find = gradients if kernels is None else kernels.norm_gradients
+        grad_gamma, grad_shift, b, d = find(sums, joint, mean, rstd, scale, count)
+        if not ctx.train:
+            b, d = torch.zeros_like(b), torch.zeros_like(d)
+        ctx.call.affine(rows, grad, scale, b, d)
         grad_y = grad.view(n, h, w, c).permute(0, 3, 1, 2)
         shortcut = grad_out if ctx.add else None
-        return grad_y, grad_gamma.float(), grad_shift.float(), shortcut, grad_leak, None, None, counts, *[None] * 4
+        return grad_y, grad_gamma, grad_shift, shortcut, grad_leak, None, None, counts, *[None] * 4
 
 
 def _rows(y: torch.Tensor, call: Call | Chunks) -> torch.Tensor:
     """(T N, C, H, W) in channels-last as (T, N H W C), a view; one row where static."""
     return y.permute(0, 2, 3, 1).view(1 if call.static else call.num_steps, -1)
+
+
+def gradients(
+    sums: torch.Tensor, joint: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, scale: torch.Tensor, count: int
+) -> tuple[torch.Tensor, ...]:
+    """What the backward pass makes of its two sums by channel.
+
+    Args:
+        sums: of gx and of gx (y - mean) over this rank's loss, (2, C) fp64.
+        joint: the same over all ranks that normalise together.
+        mean, rstd, scale: of the forward pass, (C,) fp32.
+        count: values of a channel in all these batches.
+
+    Returns:
+        (C,) fp32 each: the gradients of gamma and beta, of this rank's loss alone, as for any parameter; b and d of the
+        step `gy = scale gx + b y + d` in training. They are found in doubles: where a mean is large, the terms of d
+        nearly cancel.
+    """
+    b = -scale.double() * rstd.double().square() * joint[1] / count
+    d = -scale.double() * joint[0] / count - b * mean.double()
+    return tuple(part.float() for part in (sums[1] * rstd, sums[0], b, d))
+
+
+def _prepared(
+    y: torch.Tensor,
+    bn: nn.BatchNorm2d,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    call: Call | Chunks,
+    ranks: Ranks | None,
+) -> tuple[torch.Tensor, ...]:
+    """Mean, 1/sqrt(var + eps), scale and shift, (C,) fp32; in training the running statistics are updated."""
+    kernels = dispatch.gpu_kernels(y)
+    if kernels is not None and bn.training and ranks is None:
+        return kernels.normalise(y, bn, gamma, beta, _num_values(y))
+    mean, var = _statistics(y, bn, call, ranks)
+    rstd = (var + bn.eps).rsqrt()
+    scale = gamma * rstd
+    return mean, rstd, scale, beta - mean * scale
 
 
 def _statistics(
@@ -179,18 +212,24 @@ def _statistics(
     assert bn.running_mean is not None
     assert bn.running_var is not None
     if not bn.training:
-        return bn.running_mean, bn.running_var
-    count = y.numel() // y.shape[1] * (1 if ranks is None else ranks.count)
-    if count == 1:
-        raise ValueError(
-            f"batch normalisation needs more than 1 value per channel when training, got input size {tuple(y.shape)}; "
-            "use a larger batch or image"
-        )
+        return bn.running_mean.float(), bn.running_var.float()
+    count = _num_values(y) if ranks is None else _num_values(y, ranks.count)
     mean, var = call.statistics(y)
     if ranks is not None:
         mean, var = (moment.float() for moment in ranks.joint(mean, var, ranks.sum))
     _count_in(bn, mean, var, count)
     return mean, var
+
+
+def _num_values(y: torch.Tensor, num_ranks: int = 1) -> int:
+    """Values of a channel in the batches of all ranks; their variance needs two."""
+    count = y.numel() // y.shape[1] * num_ranks
+    if count == 1:
+        raise ValueError(
+            f"batch normalisation needs more than 1 value per channel when training, got input size {tuple(y.shape)}; "
+            "use a larger batch or image"
+        )
+    return count
 
 
 def _count_in(bn: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:

@@ -38,7 +38,7 @@ def pack(x: torch.Tensor, bits: int) -> torch.Tensor | None:
         out = torch.empty(n, dtype=torch.uint8)
         kernels.pack(x.data_ptr(), out.data_ptr(), n, bits, torch.get_num_threads())
         return out
-    gpu = dispatch.gpu_kernels(x)
+    gpu = _gpu_kernels(x)
     if gpu is not None:
         out = torch.empty(n, dtype=torch.uint8, device=x.device)
         gpu.pack(x, out, bits)
@@ -56,13 +56,22 @@ def unpack(packed: torch.Tensor, bits: int, like: torch.Tensor) -> torch.Tensor:
     if kernels is not None:
         kernels.unpack(packed.data_ptr(), out.data_ptr(), n, bits, torch.get_num_threads())
         return out
-    gpu = dispatch.gpu_kernels(out)
+    gpu = _gpu_kernels(out)
     if gpu is not None:
         gpu.unpack(packed, out, bits)
         return out
     shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.int32)[:, None] * bits
     out.as_strided((8 // bits, n), (n, 1)).copy_((packed.to(torch.int32) >> shifts) & ((1 << bits) - 1))
     return out
+
+
+def _gpu_kernels(x: torch.Tensor):
+    """The Triton module for a tensor on a GPU, or None."""
+    if dispatch.gpu_kernels(x) is None:
+        return None
+    from pipeline.snn.kernels import packing_triton  # not at the top: Triton may be absent
+
+    return packing_triton
 
 
 def _dense(x: torch.Tensor) -> bool:
@@ -91,7 +100,9 @@ def conv2d(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d) -> tor
     address = x.data_ptr()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor | Packed:
-        return packed if tensor.data_ptr() == address and tensor.dtype == packed.meta.dtype else tensor
+        like = packed.meta
+        same = tensor.data_ptr() == address and tensor.shape == like.shape and tensor.dtype == like.dtype
+        return packed if same else tensor
 
     def restore(kept: torch.Tensor | Packed) -> torch.Tensor:
         return kept.unpack() if isinstance(kept, Packed) else kept
@@ -138,11 +149,18 @@ def convolve_again(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d
 
 
 class _SpikePool(torch.autograd.Function):
-    """Max-pooling that keeps the place of each maximum in 16 bits. Few images at a time: torch's places take 64."""
+    """Max-pooling that keeps the place of each maximum in 8 bits on a GPU, elsewhere in 16.
+
+    Elsewhere it takes few images at a time: torch's places take 64 bits.
+    """
 
     @staticmethod
     def forward(ctx, x, kernel: int, stride: int, padding: int):
-        ctx.shape, ctx.window = x.shape, (kernel, stride, padding)
+        ctx.shape, ctx.window, ctx.gpu = x.shape, (kernel, stride, padding), _gpu_kernels(x)
+        if ctx.gpu is not None:
+            out, place = ctx.gpu.pool(x.contiguous(memory_format=torch.channels_last), *ctx.window)
+            ctx.save_for_backward(place)
+            return out
         dtype = torch.int16 if x.shape[2] * x.shape[3] < 2**15 else torch.int32
         outs, places = [], []
         for part in x.split(_POOL_IMAGES):
@@ -156,6 +174,9 @@ class _SpikePool(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         n, c, h, w = ctx.shape
+        if ctx.gpu is not None:
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            return ctx.gpu.pool_gradient(grad, *ctx.saved_tensors, (h, w), *ctx.window), None, None, None
         total = grad.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
         parts = zip(total.split(_POOL_IMAGES), grad.split(_POOL_IMAGES), ctx.saved_tensors, strict=True)
         for out, part, place in parts:
@@ -190,7 +211,7 @@ def _spread(grad, place, size: tuple[int, int], kernel: int, stride: int, paddin
 
 
 def max_pool2d(x: torch.Tensor, pool: torch.nn.Module) -> torch.Tensor:
-    """`pool(x)`. It keeps 2 bytes an output; a plain pooling keeps the spikes and 8 bytes an output."""
+    """`pool(x)`. It keeps 1 or 2 bytes an output; a plain pooling keeps the spikes and 8 bytes an output."""
     if not isinstance(pool, torch.nn.MaxPool2d) or not torch.is_grad_enabled() or not x.numel():
         return pool(x)
     return _SpikePool.apply(x, pool.kernel_size, pool.stride, pool.padding)
