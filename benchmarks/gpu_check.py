@@ -6,10 +6,10 @@
 Tier 1 needs this checkout, torch and Triton, and no network; SpikingJelly 2.0, for the comparison, in the same Python
 or in the one that --peer names. Tier 2 needs DeepSpeed and DALI too, and is skipped without them. Each step runs in a
 process of its own, so that one that crashes or hangs takes no other with it, and the steps of a tier together take at
-most --budget seconds. The results are written after every step, to GPU-DATE.json in the folder gpu of benchmarks/results unless --json
-names a file. --simulate runs all steps with toy sizes on the CPU, in Triton's interpreter: it shows that this command
-works, and no figure; its results go to build/gpu. Exit code: 0, also where a goal was missed; 1 if a step failed or had
-no time; 2 if nothing could be checked.
+most --budget seconds. The results are written after every step, to GPU-DATE.json in the folder gpu of
+benchmarks/results unless --json names a file. --simulate runs all steps with toy sizes on the CPU, in Triton's
+interpreter: it shows that this command works, and no figure; its results go to build/gpu. Exit code: 0, also where a
+goal was missed; 1 if a step failed or had no time; 2 if nothing could be checked; 130 if it was stopped.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -147,6 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
 def check(given: argparse.Namespace, report: Report) -> int:
     """Runs the wanted steps of each tier; `environment`, which says what the machine is, always."""
     interrupted = False
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a request to stop ends the step too
     try:
         for tier in (1, 2):
             steps = [step for step in STEPS if step.tier == tier and wanted(step, given)]
@@ -163,6 +165,8 @@ def check(given: argparse.Namespace, report: Report) -> int:
     except KeyboardInterrupt:
         interrupted = report.content["interrupted"] = True
         report.write()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print("\n".join(lines(report.content)))
     print(f"results: {os.path.relpath(report.path)}")
     return INTERRUPTED if interrupted else 1 if report.content["failed"] else 0

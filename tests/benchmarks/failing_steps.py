@@ -21,6 +21,11 @@ def hangs(findings, device) -> None:
     time.sleep(10_000)
 
 
+def stops_the_check(findings, device) -> None:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(10_000)
+
+
 def wrong(findings, device) -> None:
     def broken() -> None:
         raise AssertionError("3 of 8 spikes differ")

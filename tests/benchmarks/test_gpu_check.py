@@ -112,6 +112,15 @@ def test_a_step_that_goes_wrong_is_named_and_the_next_ones_go_on(monkeypatch, tm
     assert "123" not in path.read_text() + said.replace(str(path), "").replace(os.path.relpath(path), "")
 
 
+def test_a_request_to_stop_ends_the_step_and_leaves_the_results_of_those_before(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "STEPS", [failing("fine"), failing("stops_the_check"), failing("wrong")])
+    path = tmp_path / "found.json"
+    assert gpu_check.main(["--simulate", "--json", str(path)]) == gpu_check.INTERRUPTED
+    report = json.loads(path.read_text())
+    assert report["interrupted"] is True
+    assert [step["name"] for step in report["steps"]] == ["fine"]
+
+
 def test_a_step_without_time_left_fails_the_check_by_name(tmp_path):
     report = runner.Report(tmp_path / "found.json", {})
     runner.run([failing("fine")], report, simulated=True, options={}, budget_s=0.5, say=print)
