@@ -8,54 +8,83 @@ and every call of a torch operator is counted. Not counted are the casts of auto
 """
 
 import argparse
+import importlib
 import inspect
+import pkgutil
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import table
 from pipeline.config import ModelConfig
+from pipeline.snn import kernels as kernel_files
 from pipeline.snn import losses, neurons, sew_resnet
-from pipeline.snn.kernels import dispatch, fused_triton, packing, packing_triton
+from pipeline.snn.kernels import dispatch, fused_triton, packing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAST = torch.channels_last
-_MODULES = (fused_triton, packing_triton)
-"""The files whose kernels are noted."""
+_MODULES = tuple(
+    importlib.import_module(f"{kernel_files.__name__}.{file.name}")
+    for file in pkgutil.iter_modules(kernel_files.__path__)
+    if file.name.endswith("_triton")
+)
+"""The files whose kernels are noted: every pipeline/snn/kernels/*_triton.py."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One launch of a kernel."""
 
-    kernel: object
+    kernel: Any
     """The `triton.jit` function."""
     grid: tuple[int, ...]
     arguments: dict
     """By name, as the kernel's caller passed them."""
+    options: dict = field(default_factory=dict)
+    """What the caller set of Triton's options, such as num_warps."""
 
     @property
     def name(self) -> str:
-        return self.kernel.__name__.lstrip("_")  # pyright: ignore[reportAttributeAccessIssue]
+        return self.kernel.__name__.lstrip("_")
 
 
 @dataclass(frozen=True, slots=True)
 class _Noted:
     """Stands for a kernel; a launch of it is put into a list."""
 
-    kernel: object
+    kernel: Any
     into: list[Launch]
 
     def __getitem__(self, grid: tuple[int, ...]):
         def launch(*args, **kwargs) -> None:
-            bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs)  # pyright: ignore
-            self.into.append(Launch(self.kernel, tuple(grid), dict(bound.arguments)))
+            signature = inspect.signature(self.kernel.fn)
+            options = {name: kwargs.pop(name) for name in [*kwargs] if name not in signature.parameters}
+            bound = signature.bind(*args, **kwargs)
+            self.into.append(Launch(self.kernel, tuple(grid), dict(bound.arguments), options))
 
         return launch
+
+
+def kernels() -> list:
+    """Every kernel of the files, without the functions that only other kernels call."""
+    found = [
+        function
+        for module in _MODULES
+        for function in vars(module).values()
+        if _is_kernel(function) and function.fn.__module__ == module.__name__
+    ]
+    bodies = [inspect.getsource(function.fn).split("):", 1)[1] for function in found]
+    return [one for one in found if not any(re.search(rf"\b{one.fn.__name__}\(", body) for body in bodies)]
+
+
+def _is_kernel(value: Any) -> bool:
+    return hasattr(value, "fn") and hasattr(value, "__getitem__")
 
 
 def _statistics(y, eps):
@@ -78,11 +107,8 @@ def _gradients(grad, x, weight, bias_sizes, stride, padding, dilation, transpose
 def noted() -> Iterator[list[Launch]]:
     """While the block runs, tensors of any device take the GPU path; its launches are put into the list, not run."""
     launches: list[Launch] = []
-    kernels = [
-        (module, name, value)
-        for module in _MODULES
-        for name, value in vars(module).items()
-        if hasattr(value, "fn") and hasattr(value, "__getitem__")
+    replaced = [
+        (module, name, value) for module in _MODULES for name, value in vars(module).items() if _is_kernel(value)
     ]
     choose, gpu_kernels, library = dispatch.choose, dispatch.gpu_kernels, packing.compiled.library
     meta = torch.library.Library("aten", "IMPL", "Meta")
@@ -93,7 +119,7 @@ def noted() -> Iterator[list[Launch]]:
     ):
         meta.impl(name, shapes)
     try:
-        for module, name, value in kernels:
+        for module, name, value in replaced:
             setattr(module, name, _Noted(value, launches))
         dispatch.choose = lambda x, rule: fused_triton.Call if x.numel() else None
         dispatch.gpu_kernels = lambda x: fused_triton
@@ -102,7 +128,7 @@ def noted() -> Iterator[list[Launch]]:
     finally:
         meta._destroy()
         dispatch.choose, dispatch.gpu_kernels, packing.compiled.library = choose, gpu_kernels, library
-        for module, name, value in kernels:
+        for module, name, value in replaced:
             setattr(module, name, value)
 
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pipeline.errors import EXIT_DONE, ConfigError, DataError
-from pipeline.run_dir import caches
+from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, ConfigError, DataError, is_outage
+from pipeline.run_dir import caches, outages
 
 RANKS = {
     "WORLD_SIZE": (1, 2**20),
@@ -69,6 +69,11 @@ def run(command: Callable[[list[str]], None]) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if not is_outage(error):
+            raise
+        print(f"error: {outages.gone(error, error.filename or 'a file', 0)}", file=sys.stderr)
+        return EXIT_INTERNAL
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return EXIT_DONE

@@ -19,7 +19,7 @@ from launch.evaluation_table import SHOWN, table
 from pipeline.config import Config, DataConfig
 from pipeline.data.manifest import MANIFEST_NAME, Manifest, differing, load_manifest
 from pipeline.data.remote import is_remote, join
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, is_outage
 from pipeline.run_dir import run_folder
 
 if TYPE_CHECKING:
@@ -242,6 +242,8 @@ def write(path: Path, document: dict) -> None:
     try:
         run_folder.write_json(path, document)
     except OSError as error:
+        if is_outage(error):
+            raise
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from None
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from launch import command
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, is_outage
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir import atomic, run_folder
 from pipeline.run_dir.run_folder import Stored
@@ -52,6 +52,8 @@ def main(arguments: list[str]) -> None:
             state_dicts.save_safetensors(checkpoint.network, new, metadata=metadata, original=original)
             new_card.write_text(model_card.text(stored, about, evaluation, out), encoding="utf-8")
     except OSError as error:
+        if is_outage(error):
+            raise
         raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another place") from None
     print(f"{out}\n{card}")
 

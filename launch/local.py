@@ -26,8 +26,9 @@ from pipeline.errors import (
     EXIT_USAGE,
     ConfigError,
     DataError,
+    is_outage,
 )
-from pipeline.run_dir import caches
+from pipeline.run_dir import caches, outages
 
 SAID = (EXIT_USAGE, EXIT_DATA, EXIT_INTERNAL, EXIT_STOPPED)
 """Exit codes of ranks that have printed the reason themselves."""
@@ -47,7 +48,9 @@ def main(arguments: list[str]) -> int:
             from launch.dry_run import show
 
             return show(config, dry_run or place.slots)
-        if finished := preflight(config, place.slots):
+        with outages.paused_by(signals.pause):
+            finished = preflight(config, place.slots)
+        if finished:
             say_finished(config, finished)
             return EXIT_DONE
         signals.wait(0)
@@ -63,6 +66,13 @@ def main(arguments: list[str]) -> int:
     except PermissionError as error:
         say(f"error: {not_permitted(error)}")
         return EXIT_USAGE
+    except InterruptedError:
+        return stopped_early()
+    except OSError as error:
+        if not is_outage(error, was_writable=True):
+            raise
+        say(f"error: {outages.gone(error, error.filename or 'a file', 0)}")
+        return EXIT_INTERNAL
     finally:
         signals.close()
 

@@ -6,6 +6,7 @@ that rank 0 chooses. The launcher gives the other ranks MASTER_PORT and nothing 
 through an abstract Unix socket, which is named after their launcher and needs no file.
 """
 
+import errno
 import os
 import random
 import socket
@@ -28,10 +29,13 @@ def prepare(rank: int, config: Config, arguments: Sequence[str]) -> None:
     """Checks both ports on rank 0, and sets every rank's MASTER_PORT to the port of the rendezvous.
 
     Raises:
-        ConfigError: a port that the user named cannot be opened, or a certificate cannot be read.
+        ConfigError: a port that the user named cannot be opened, a certificate cannot be read, or the ranks were
+            started on another machine than they were meant for.
         LostRankError: rank 0 sent no port within train.timeout_s.
     """
     chosen = chosen_by_rank_0()
+    if rank == 0:
+        check_address()
     if rank != 0:
         if chosen:
             os.environ["MASTER_PORT"] = _heard(config.train.timeout_s)
@@ -44,6 +48,33 @@ def prepare(rank: int, config: Config, arguments: Sequence[str]) -> None:
         tell_others(int(os.environ["WORLD_SIZE"]) - 1)
     elif not supervised:
         check_named()
+
+
+def check_address() -> None:
+    """Refuses ranks that were to run on another machine: they would wait for one another at its address.
+
+    DeepSpeed's launcher starts the ranks here where a filter (--include, --exclude, --num_nodes) leaves a single host.
+    """
+    address = os.environ.get("MASTER_ADDR")
+    if not address or os.environ.get("LOCAL_SIZE") != os.environ.get("WORLD_SIZE"):
+        return
+    try:
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+    except OSError:  # the ranks will say so
+        return
+    for family, kind, protocol, _, at in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(at)
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                return
+    raise ConfigError(
+        f"MASTER_ADDR={address} is not this machine ({socket.gethostname()}), on which all ranks were started: "
+        "deepspeed does so where --include, --exclude or --num_nodes leaves a single host of the hostfile; add "
+        "--force_multi, or run the command on that host without --hostfile"
+    )
 
 
 def check_metrics(config: Config, arguments: Sequence[str]) -> None:

@@ -23,14 +23,23 @@ from launch.cluster.health import NodeMetrics
 from launch.cluster.placement import MASTER_PORT, Placement, resolve
 from launch.cluster.processes import NOT_BEGUN, POLL_S, Processes, attend, why
 from launch.cluster.rendezvous import SHOWN_S, MissingNodesError, gather
-from launch.cluster.signals import Signals
+from launch.cluster.signals import STOPS, Signals
 from launch.command import Parser
 from launch.devices import TorchError
 from pipeline.config import Config
-from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
+from pipeline.errors import (
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    ConfigError,
+    DataError,
+    StoreError,
+)
 from pipeline.metrics.exporter import USUAL_PORT
 from pipeline.ranks.stop_requests import SUPERVISED
-from pipeline.run_dir import caches, locks, run_folder
+from pipeline.run_dir import caches, locks, outages, run_folder
 
 FAREWELL_S = 60.0
 """How long a node that ends waits for the other supervisors, to tell them why: their ranks end within seconds, since a
@@ -51,10 +60,14 @@ def main(arguments: list[str]) -> int:
         config.accumulation(place.nodes * place.slots)
         if options_.dry_run:
             return dry_run(place, train)
-        return Supervisor(place, config, train, options_, signals).run()
+        with outages.paused_by(signals.pause):
+            return Supervisor(place, config, train, options_, signals).run()
     except (ConfigError, DataError, TorchError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except InterruptedError:
+        print("stopped on request while storage was gone; run again to continue", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
     except OSError as error:  # a full disk, a folder that cannot be read
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_INTERNAL
@@ -73,7 +86,7 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
     )
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job [what the environment says, else 1]")
     parser.add_argument("--node-rank", dest="rank", type=int, metavar="K", help="this node, from 0")
-    parser.add_argument("--master", metavar="HOST", help="name or address of node 0")
+    parser.add_argument("--master", metavar="HOST[:PORT]", help="name or address of node 0")
     parser.add_argument("--master-port", dest="port", type=int, help=f"a free port of node 0 [{MASTER_PORT}]")
     parser.add_argument("--slots", type=int, metavar="S", help="ranks on each node [its GPUs, or 2 without one]")
     parser.add_argument(
@@ -106,9 +119,14 @@ def command_line(arguments: list[str]) -> tuple[Namespace, list[str]]:
 
 
 def newest_checkpoint(folder: Path) -> str:
-    """The name of a run's newest checkpoint; empty where there is none. Names sort by step."""
+    """The name of a run's newest checkpoint; empty where there is none. Names sort by step.
+
+    Raises:
+        StoreError: the folder's storage is gone, and did not come back.
+    """
+    pointer = folder / "checkpoints" / "latest"
     try:
-        return (folder / "checkpoints" / "latest").read_text().strip()
+        return outages.outlast(pointer.read_text, str(pointer)).strip()
     except OSError:
         return ""
 
@@ -135,7 +153,8 @@ def verdict(ended: int, *, asked: bool, tries_left: bool) -> int | None:
     if ended in (EXIT_USAGE, EXIT_DATA, EXIT_STOPPED):
         return ended
     if asked:
-        return EXIT_STOPPED if ended == NOT_BEGUN else EXIT_INTERNAL
+        unsaved = ended == NOT_BEGUN or -ended in STOPS  # the launcher got the signal too: its ranks had not begun
+        return EXIT_STOPPED if unsaved else EXIT_INTERNAL
     return None if tries_left else EXIT_INTERNAL
 
 
@@ -156,8 +175,7 @@ class Supervisor:
             try:
                 metrics = NodeMetrics(self._config, self._place.rank, scratch, host, port, self._signals)
             except ConfigError as error:
-                if self._place.nodes > 1:
-                    self._tell(introduce(self._place, self._config).but(error))
+                self._tell(introduce(self._place, self._config).but(error))
                 raise
             self._say(metrics.said)
             code = None
@@ -184,16 +202,17 @@ class Supervisor:
             metrics.ranks_run(True)
             ended = attend(Processes(command, environ), self._signals, self._given.grace, self._say)
             metrics.ranks_run(False)
-            if self._finished(SHOWN_S if ended == EXIT_DONE else 0):
-                break
-            if ended in (EXIT_USAGE, EXIT_DATA) and self._place.nodes > 1:
-                self._tell(replace(hello, problem=f"its ranks ended with exit code {ended}, see there", code=ended))
-            if (newest := newest_checkpoint(self._folder)) > self._saved:
-                self._restarts, self._saved = 0, newest
-            tries_left = self._restarts < self._given.max_restarts
-            code = verdict(ended, asked=bool(self._signals.seen), tries_left=tries_left)
+            try:
+                if self._finished(SHOWN_S if ended == EXIT_DONE else 0):
+                    break
+                code = self._code(ended)
+            except StoreError as error:
+                self._tell(hello.but(error))
+                raise
             if code is not None:
-                self._explain(ended, code)
+                why_not = self._explain(ended, code)
+                if code in (EXIT_USAGE, EXIT_DATA, EXIT_INTERNAL):
+                    self._tell(replace(hello, problem=why_not, code=code))
                 return code
             self._restarts += 1
             metrics.restarted()
@@ -209,29 +228,45 @@ class Supervisor:
             hello = hello.but(self._taken())
         gather(self._place, hello, self._folder, self._given.resolve_timeout, self._signals, self._say)
 
-    def _explain(self, ended: int, code: int) -> None:
-        """Says why there is no further try, where the ranks and `attend` have not said it."""
+    def _code(self, ended: int) -> int | None:
+        """As `verdict`, for ranks whose launcher has `ended`; a new checkpoint gives the restarts back."""
+        if (newest := newest_checkpoint(self._folder)) > self._saved:
+            self._restarts, self._saved = 0, newest
+        tries_left = self._restarts < self._given.max_restarts
+        return verdict(ended, asked=bool(self._signals.seen), tries_left=tries_left)
+
+    def _explain(self, ended: int, code: int) -> str:
+        """Why there is no further try, for other nodes; said here where the ranks and `attend` have not said it."""
         if code != EXIT_INTERNAL:
-            return
+            return f"its ranks ended with exit code {ended}, see there"
         if self._signals.seen:
+            line = f"the ranks ended before they had stopped as asked ({why(ended)})"
             if ended != EXIT_INTERNAL:
-                self._say(f"the ranks ended before they had stopped as asked ({why(ended)})")
-        else:
-            times = f"{self._restarts} times without a new checkpoint"
-            self._say(f"the ranks ended ({why(ended)}) and were started again {times}: given up")
+                self._say(line)
+            return line
+        times = f"{self._restarts} times without a new checkpoint"
+        line = f"the ranks ended ({why(ended)}) and were started again {times}: given up"
+        self._say(line)
+        return line
 
     def _tell(self, farewell: Hello) -> None:
         """Meets the other nodes once more to tell them why this node ends. They end too, instead of waiting for it."""
+        if self._place.nodes == 1:
+            return
         with suppress(ConfigError, DataError, MissingNodesError):  # the error that was told, or no node came
             gather(self._place, farewell, self._folder, FAREWELL_S, self._signals, self._say)
 
-    def _taken(self) -> ConfigError | None:
-        """Waits until rank 0 can lock the run's folder; the error where another run keeps the lock, else None."""
+    def _taken(self) -> ConfigError | StoreError | None:
+        """Waits until rank 0 can lock the run's folder; the error where another run keeps the lock, or the folder's
+        storage is gone; else None.
+        """
         end, told = time.monotonic() + LEASE_S, False
         while not self._signals.seen:
             try:
                 locks.hold(self._config.run_dir, patience_s=0).close()
                 return None
+            except StoreError as error:
+                return error
             except ConfigError as error:
                 if time.monotonic() > end:
                     return error

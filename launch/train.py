@@ -30,10 +30,11 @@ from pipeline.errors import (
     DivergedError,
     LostRankError,
     NonFiniteError,
+    is_outage,
 )
 from pipeline.metrics import trackers
 from pipeline.ranks.stop_requests import Watch
-from pipeline.run_dir import caches, locks, rank_log, run_folder
+from pipeline.run_dir import caches, locks, outages, rank_log, run_folder
 
 PATIENCE_S = 10
 QUIET = ("pipeline.engine", "pipeline.snn", "pipeline.run_dir.checkpoint_files")
@@ -58,6 +59,8 @@ def main(arguments: list[str]) -> int:
     if rank != 0:  # these warn of the machine (no compiler, no bf16) or the run (a damaged checkpoint): once is enough
         for name in QUIET:
             logging.getLogger(name).setLevel(logging.ERROR)
+    if rank != 0 and os.environ.get("LOCAL_RANK") != "0":  # all ranks of a node meet the same outage
+        logging.getLogger(outages.__name__).setLevel(logging.ERROR)
     if rank == 0 and (told := caches.line(homeless)):
         logging.getLogger("pipeline.run_dir.caches").info(told)
     try:
@@ -82,7 +85,9 @@ def main(arguments: list[str]) -> int:
     except EXPECTED as error:
         return refuse(error, rank)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        if isinstance(error, OSError) and is_outage(error, was_writable=True):
+            return refuse(outages.gone(error, error.filename or "a file", 0), rank)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f"{error.filename} " if error.filename else ""
             return refuse(CheckpointError(f"{where}cannot be written ({error.strerror}); mend it and run again"), rank)
         if isinstance(error, PermissionError) and error.filename:

@@ -6,11 +6,30 @@ more after the first, ends a rank at once, without a checkpoint. The code is the
 143 for SIGTERM (retry to continue).
 """
 
+import errno
+
 EXIT_DONE = 0
 EXIT_USAGE = 64
 EXIT_DATA = 65
 EXIT_INTERNAL = 70
 EXIT_STOPPED = 75
+
+
+_OUTAGES = (
+    *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EIO", "ENETDOWN", "ENETRESET"),
+    *("ENETUNREACH", "ENOLINK", "ENOTCONN", "EREMOTEIO", "ESHUTDOWN", "ESTALE", "ETIMEDOUT"),
+)
+OUTAGES = frozenset(getattr(errno, name) for name in _OUTAGES if hasattr(errno, name))
+"""What the kernel answers while storage is gone: a server that was restarted, a cable, a FUSE process that died."""
+
+
+def is_outage(error: OSError, *, was_writable: bool = False) -> bool:
+    """Whether the storage is gone, which may pass, and is no mistake of the user.
+
+    Args:
+        was_writable: the place could be written before, so it is an outage too that it is read-only now.
+    """
+    return error.errno in OUTAGES or (was_writable and error.errno == errno.EROFS)
 
 
 def first_line(error: BaseException) -> str:
@@ -31,7 +50,8 @@ class DataError(ValueError):
 
 
 class StoreError(DataError):
-    """The data could not be read now: their store is unreachable, slow or overloaded. They need not be wrong.
+    """Storage cannot be used now: a store of data is unreachable, slow or overloaded, or a file system is gone. What it
+    holds need not be wrong.
 
     A later start may succeed, so this is not the user's mistake, and a scheduler may start the run again.
     """

@@ -1,6 +1,7 @@
 """Builds every part of a training run and loads its newest checkpoint; train.py holds the loop."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -24,7 +25,7 @@ from pipeline.engine.flags import Flags
 from pipeline.engine.profiler import Profiler
 from pipeline.engine.schedule import Schedule
 from pipeline.engine.step_stats import NonFinite, StepStats
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StoreError
 from pipeline.metrics.rank_metrics import RankMetrics
 from pipeline.metrics.run_log import RunLog
 from pipeline.ranks import arithmetic
@@ -32,12 +33,14 @@ from pipeline.ranks.group import Place, join, of_rank_0
 from pipeline.ranks.replica_check import ReplicaCheck
 from pipeline.ranks.stop_requests import Watch
 from pipeline.ranks.straggler import Straggler
-from pipeline.run_dir import checkpoint_files, code_version, run_folder
+from pipeline.run_dir import checkpoint_files, code_version, locks, run_folder
 from pipeline.run_dir.checkpoint_writer import Writer
 from pipeline.snn import sew_resnet
 from pipeline.snn.graphed_pass import record_passes, require_graphs
 from pipeline.snn.neurons import NeuronState, bind
 from pipeline.snn.sew_resnet import SpikingLayer
+
+log = logging.getLogger(__name__)
 
 IMAGES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 """Dtype of the input images for each `train.precision`."""
@@ -100,10 +103,19 @@ class Run:
             part.load_state_dict(saved[name])
         self.step = saved["step"]
 
-    def close(self) -> None:
-        """Ends the threads and closes the files of all parts."""
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
+        """Ends the threads and closes the files of all parts. An error of that is raised where it is the first one."""
         for part in (self.trace, self.writer, self.log, self.loader):
-            part.close()
+            try:
+                part.close()
+            except (OSError, StoreError) as another:
+                error = error or another
+                log.info("%s could not be closed: %s", type(part).__name__, another)
+        if kind is None and error is not None:
+            raise error
 
 
 def prepare(config: Config, watch: Watch) -> Run:
@@ -119,6 +131,8 @@ def prepare(config: Config, watch: Watch) -> Run:
         device=place.device,
         dtype=IMAGES[config.train.precision],
     )
+    if place.local_rank == 0 and place.rank > 0:
+        locks.look_from_another_node(Path(config.run_dir))
     saved = checkpoint_files.load_to_resume(Path(config.run_dir))
     step = saved["step"] if saved else 0
     agree(config, step, loader.manifest.identity, place.device)

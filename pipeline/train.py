@@ -17,24 +17,22 @@ from pipeline.ranks.group import answered, leave, of_rank_0
 from pipeline.ranks.stop_requests import Watch
 from pipeline.report import report
 from pipeline.run import Run, prepare
-from pipeline.run_dir import run_folder
+from pipeline.run_dir import outages, run_folder
 from pipeline.snn import losses
 
 
 def train(config: Config, watch: Watch) -> int:
     """Trains the run of `config` to its end, from its newest checkpoint if there is one; returns the exit code."""
     with answered(config), arithmetic.explained():
-        run = prepare(config, watch)
-        try:
-            catch_up(run)
-            code = loop(run)
-            if code == EXIT_DONE:
-                finish(run)
-        except (CheckpointError, NonFiniteError) as error:
-            run.log.failed(error)
-            raise
-        finally:
-            run.close()
+        with prepare(config, watch) as run:
+            try:
+                catch_up(run)
+                code = loop(run)
+                if code == EXIT_DONE:
+                    finish(run)
+            except (CheckpointError, NonFiniteError) as error:
+                run.log.failed(error)
+                raise
         leave()
     return code
 
@@ -120,7 +118,10 @@ def finish(run: Run) -> None:
     last = report.last_training_record(run_dir)
     print(summary_table(run.widths.neurons.names, last), flush=True)
     summary = {"step": run.step, "eval_accuracy_ratio": result.accuracy, "eval_loss": result.loss}
-    report.write(run_dir, summary)
-    run_folder.write_json(run_dir / "summary.json", summary)
+    for write in (
+        lambda: report.write(run_dir, summary),
+        lambda: run_folder.write_json(run_dir / "summary.json", summary),
+    ):
+        outages.outlast(write, str(run_dir), was_writable=True)
     run.log.finish()
     print(f"done: {100 * result.accuracy:.2f} % on {result.num_samples} samples; see {run_dir}/report.html", flush=True)

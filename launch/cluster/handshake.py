@@ -8,7 +8,7 @@ from pathlib import Path
 from launch.cluster.placement import Placement
 from pipeline.config import Config
 from pipeline.data.manifest import TRAIN, check_splits, load_manifest
-from pipeline.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, ConfigError, DataError, StoreError
+from pipeline.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, ConfigError, DataError, StoreError, is_outage
 from pipeline.run_dir import code_version, run_folder
 
 Refusal = ConfigError | DataError
@@ -85,11 +85,17 @@ def why_not(own: Hello, others: Sequence[Hello]) -> str:
 
 
 def unshared(nodes: Iterable[Hello], folder: Path) -> str:
-    """The error where a node writes into another folder than this one; empty where all write into this one."""
+    """The error where a node writes into another folder than this one; empty where all write into this one.
+
+    Raises:
+        OSError: the folder's storage is gone.
+    """
     for node in nodes:
         try:
             shared = mark(folder, node.node).read_text() == node.token
-        except OSError:
+        except OSError as error:
+            if is_outage(error):
+                raise
             shared = False
         if not shared:
             return (

@@ -13,6 +13,7 @@ JOBSET_NAME and REPLICATED_JOB_NAME are the pod's labels jobset.sigs.k8s.io/{job
 manifest puts into the environment by fieldRef; pod 0 of that job is then node 0.
 """
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,10 +71,18 @@ def resolve(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -
         raise ConfigError(f"node-rank is missing for {count} nodes; give --node-rank or set JOB_COMPLETION_INDEX")
     if master is None:
         raise ConfigError(f"the master is missing for {count} nodes; give --master HOST or set CHISPIKE_MASTER")
+    master, beside = host_and_port(str(master))
+    if (
+        beside is not None
+        and said["port"] is not None
+        and int(beside) != _number("master-port", said["port"], 1, 65535)
+    ):
+        raise ConfigError(f"--master names port {beside} and --master-port {said['port']}; give one of them")
+    said["port"] = beside if said["port"] is None else said["port"]
     return Placement(
         nodes=count,
         rank=_number(f"node-rank among {count} nodes", rank, 0, count - 1),
-        master=str(master),
+        master=master,
         port=_number("master-port", MASTER_PORT if said["port"] is None else said["port"], 1, 65535),
         slots=0 if said["slots"] is None else _number("slots", said["slots"], 1, 1024),
     )
@@ -114,6 +123,29 @@ def _one(field: str, given: str | int | None, claims: list[tuple[str, str]]) -> 
             option = {"rank": "node-rank", "port": "master-port"}.get(field, field)
             raise ConfigError(f"{claims[0][0]}={claims[0][1]} contradicts {name}={value}; give --{option}")
     return claims[0][1] if claims else None
+
+
+def host_and_port(master: str) -> tuple[str, str | None]:
+    """The host and the port that `master` names: `node-0`, `10.0.0.1`, `fd00::1`, each with `:PORT` or without; an IPv6
+    address then in square brackets. The port is None where it names none.
+
+    Raises:
+        ConfigError: it names no host, such as `user@node-0` or `tcp://node-0`.
+    """
+    bracketed = re.fullmatch(r"\[([^\[\]]+)\](?::(\d+))?", master)
+    plain = re.fullmatch(r"([^:]*):(\d+)", master)
+    host, port = bracketed.groups() if bracketed else plain.groups() if plain else (master, None)
+    try:
+        is_v6 = ipaddress.ip_address(host).version == 6
+    except ValueError:
+        is_v6 = False
+    is_name = not bracketed and re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?", host)
+    if not is_v6 and not is_name:
+        raise ConfigError(
+            f"master={master!r} is not allowed: the nodes meet by TCP, not by ssh; give the name or address of node 0 "
+            "alone, such as node-0, 10.0.0.1 or fd00::1, or with its port, node-0:29500 or [fd00::1]:29500"
+        )
+    return host, None if port is None else str(_number("the port of the master", port, 1, 65535))
 
 
 def _number(what: str, value: str | int, low: int, high: int) -> int:

@@ -2,7 +2,8 @@
 
 A SIGTERM to the launcher would orphan the ranks. A Ctrl-C would end it with a traceback while they still save. And it
 returns 0 when its second process is killed. So signals go to the ranks and not to the launcher. Orphans become children
-of this process, which reaps them.
+of this process, which reaps them. Some tools signal the launcher all the same, with every process of the tree (Slurm's
+proctrack/linuxproc): then the ranks save without it, and their own exit codes count.
 """
 
 import ctypes
@@ -15,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from launch.cluster.signals import Signals
-from pipeline.errors import EXIT_DONE, EXIT_INTERNAL
+from launch.cluster.signals import STOPS, Signals
+from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED
 
 POLL_S = 0.5
 ALONE_S = 15.0
@@ -25,6 +26,8 @@ train.PATIENCE_S, the time that a rank gives rank 0 to print its error."""
 NOT_BEGUN = 256 - signal.SIGTERM
 """The launcher's exit code where SIGTERM ended a rank at once, since that had no step to save yet. A rank that trains
 ends on a second SIGTERM, with 128 + SIGTERM, and loses what it had not saved."""
+REACHED_S = 2.0
+"""A signal to the whole tree may end the launcher before it has reached this process: how long to wait for it."""
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,6 +55,10 @@ class Processes:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         environ = {name: value for name, value in environ.items() if name not in RANK_VARIABLES}
         self._session = None
+        self._ranks: set[int] = set()
+        """Process ids that were ranks."""
+        self._reaped: dict[int, int] = {}
+        """Exit code of every process that this one has reaped, by process id: the launcher, and orphans."""
         if apart:
             self._launcher = subprocess.Popen(command, env=environ, start_new_session=True)
             self._session = self._launcher.pid
@@ -69,9 +76,16 @@ class Processes:
         """Reaps what has ended, orphans too; the launcher's exit code once it has ended."""
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if ended[0] == self._launcher.pid:
-                    self._launcher.returncode = os.waitstatus_to_exitcode(ended[1])
+                self._reaped[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+        self._launcher.returncode = self._reaped.get(self._launcher.pid)
         return self._launcher.returncode
+
+    def orphans_codes(self) -> list[int]:
+        """The exit codes of the ranks that outlived their launcher and have ended; negative: a signal. Where none was
+        seen alive, of all that this process has reaped beside the launcher.
+        """
+        reaped = {pid: code for pid, code in self._reaped.items() if pid != self._launcher.pid}
+        return [code for pid, code in reaped.items() if pid in self._ranks] or list(reaped.values())
 
     def living(self) -> dict[int, int]:
         """The rank of each process that is one and still runs, by process id."""
@@ -81,11 +95,18 @@ class Processes:
             above = processes.get(process.parent)
             if process.rank is not None and (above is None or above.rank != process.rank):
                 ranks[pid] = int(process.rank)
+        self._ranks |= ranks.keys()
         return ranks
 
     def stopping(self) -> bool:
         """Whether ranks that outlive their launcher still save: those of our own group, which it died with."""
         return self._session is None and bool(self.living())
+
+    def leave_alone(self, ranks: Iterable[int]) -> None:
+        """Kills what is left of the launcher above these ranks: on SIGTERM it would kill them after 30 s each."""
+        processes = {process.pid: process for process in self._processes()}
+        above = {processes[pid].parent for pid in ranks if pid in processes}
+        self.send(signal.SIGKILL, [pid for pid in above if pid in processes and processes[pid].rank is None])
 
     def send(self, number: int, pids: Iterable[int]) -> None:
         for pid in pids:
@@ -142,12 +163,16 @@ def attend(ranks: Processes, signals: Signals, grace_s: float, say: Callable[[st
     """Waits for the launcher to end, and leaves no process behind; the launcher's exit code.
 
     A request to stop is passed on to the ranks. They are killed on a second request, `grace_s` after the first one, or
-    ALONE_S after some of them have ended and the others have not.
+    ALONE_S after some of them have ended and the others have not. Where a signal has ended the launcher, and a request
+    to stop comes with it, the ranks go on saving; the exit code is then theirs.
     """
     told: set[int] = set()
     most, alone_since, asked_at = 0, None, None  # most ranks at once; since when there are fewer; when asked to stop
+    gone_at = None  # when a signal had ended the launcher
     try:
-        while (ended := ranks.poll()) is None or ranks.stopping():
+        while (ended := ranks.poll()) is None or ranks.stopping() or _outlived(ended, ranks, signals, gone_at):
+            if ended is not None and gone_at is None:
+                gone_at = time.monotonic()
             signals.wait(POLL_S)
             now, living = time.monotonic(), ranks.living()
             most = max(most, len(living))
@@ -159,6 +184,8 @@ def attend(ranks: Processes, signals: Signals, grace_s: float, say: Callable[[st
                 if asked_at is None:
                     asked_at = now
                     say(f"{signals.first} received: the ranks save and stop")
+                if ended is not None:
+                    ranks.leave_alone(living)
                 ranks.send(signal.SIGTERM, living.keys() - told)  # once each: a second one would kill them
                 told |= living.keys()
             if asked_at is not None and (signals.urgent or now - asked_at > grace_s):
@@ -167,9 +194,38 @@ def attend(ranks: Processes, signals: Signals, grace_s: float, say: Callable[[st
             if alone_since is not None and now - alone_since > ALONE_S:
                 say(f"{most - len(living)} of {most} ranks have ended and the others wait for them: killing the others")
                 return EXIT_INTERNAL
+        signals.wait(0)  # both may have come since the last look
+        ranks.poll()
+        return _of_orphans(ended, ranks.orphans_codes()) if ended <= EXIT_DONE and signals.seen else ended
     finally:
         ranks.close()
-    return ended
+
+
+def _outlived(ended: int, ranks: Processes, signals: Signals, gone_at: float | None) -> bool:
+    """Whether to wait for ranks that live on without their launcher: a request to stop has come, or may be coming.
+
+    Args:
+        ended: the launcher's exit code; above 0 it has ended by itself.
+        gone_at: since when this is known.
+    """
+    if ended > EXIT_DONE or not ranks.living():
+        return False
+    return bool(signals.seen) or gone_at is None or time.monotonic() - gone_at < REACHED_S
+
+
+def _of_orphans(ended: int, codes: Sequence[int]) -> int:
+    """The exit code in the place of the launcher's, `ended`, where a request to stop has reached it as well.
+
+    Args:
+        codes: of the ranks that ended without it.
+    """
+    not_begun = {-number for number in STOPS}
+    for code in codes:
+        if code not in (EXIT_DONE, EXIT_STOPPED, *not_begun):
+            return code if code > 0 else 256 + code
+    if EXIT_STOPPED in codes:
+        return EXIT_STOPPED
+    return NOT_BEGUN if not_begun & set(codes) else ended
 
 
 def why(ended: int) -> str:

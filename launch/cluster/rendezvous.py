@@ -22,6 +22,7 @@ from launch.cluster.handshake import Hello, mark, refusal, unshared, why_not
 from launch.cluster.placement import MASTER_PORT, Placement
 from launch.cluster.signals import Signals
 from pipeline.errors import EXIT_DONE, EXIT_USAGE, ConfigError, DataError
+from pipeline.run_dir import outages
 
 POLL_S = 0.1
 BEAT_S = 1.0
@@ -127,11 +128,16 @@ def _alone(place: Placement, hello: Hello, seconds: float, signals: Signals) -> 
 
 def _leave_mark(path: Path, hello: Hello) -> None:
     """Writes the token for node 0 to find. It need not succeed on a node that has a problem anyway."""
+    if hello.problem:
+        with suppress(OSError):
+            path.write_text(hello.token)
+        return
     try:
-        path.write_text(hello.token)
+        outages.outlast(lambda: path.write_text(hello.token), str(path.parent), was_writable=True)
+    except InterruptedError:  # asked to stop
+        raise
     except OSError as error:
-        if not hello.problem:
-            raise OSError(f"{path} cannot be written ({error.strerror})") from None
+        raise OSError(f"{path} cannot be written ({error.strerror})") from None
 
 
 def _listen(place: Placement, seconds: float, signals: Signals) -> socket.socket:
@@ -156,7 +162,7 @@ def _receive(
 ) -> None:
     """Node 0: waits until it has heard every other node, then answers all."""
     peers: list[_Peer] = []
-    found = None
+    found = gone_at = None
     told, end = time.monotonic(), time.monotonic() + seconds
     with _listen(place, seconds, signals) as server:
         server.setblocking(False)
@@ -173,7 +179,13 @@ def _receive(
                 # Nodes that come late should hear the reason too.
                 reason, patience = why_not(own, here), LINGER_S if missing else 0.0
                 if not (reason or missing or unsure):
-                    reason, patience = unshared(here, folder), SHOWN_S
+                    try:
+                        reason, patience = unshared(here, folder), SHOWN_S
+                    except OSError as error:  # its storage is gone
+                        gone_at = gone_at or time.monotonic()
+                        if time.monotonic() - gone_at > outages.PATIENCE_S:
+                            own = own.but(outages.gone(error, str(folder), outages.PATIENCE_S))
+                        continue
                     if not reason:
                         return _answer(peers, "", EXIT_DONE)
                 found = (found or time.monotonic()) if reason else None

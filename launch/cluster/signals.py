@@ -42,6 +42,12 @@ class Signals:
             self._asked_at = now if self._asked_at is None else self._asked_at
             self.urgent = self.urgent or now - self._asked_at >= AGAIN_S
 
+    def pause(self, seconds: float) -> None:
+        """As `wait`; raises InterruptedError once a request to stop has come."""
+        self.wait(seconds)
+        if self.seen:
+            raise InterruptedError
+
     @property
     def first(self) -> str:
         return signal.Signals(self.seen[0]).name

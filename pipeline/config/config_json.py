@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, is_outage
 
 SECTIONS: dict[str, type] = {
     field.name: field.type for field in fields(Config) if is_dataclass(field.type) and isinstance(field.type, type)
@@ -35,6 +35,7 @@ def read(path: Path, mend: str) -> dict | None:
 
     Raises:
         ConfigError: the file cannot be read, or does not hold a configuration.
+        OSError: the file's storage is gone.
     """
     document = read_object(path, mend, "a configuration, which is a JSON object with sections")
     if document is None:
@@ -54,12 +55,15 @@ def read_object(path: Path, mend: str, wanted: str = "a JSON object") -> dict | 
 
     Raises:
         ConfigError: as `read`.
+        OSError: the file's storage is gone.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if is_outage(error):
+            raise
         raise ConfigError(f"{path} cannot be read ({error.strerror}); change its permissions") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); {mend}") from None

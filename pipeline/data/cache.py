@@ -26,8 +26,8 @@ from pipeline.config import DataConfig
 from pipeline.data.background import Background
 from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, Shard
 from pipeline.data.remote import ClosedError, MismatchError, Remote
-from pipeline.errors import ConfigError, DataError, StoreError
-from pipeline.run_dir import atomic, locks
+from pipeline.errors import ConfigError, DataError, StoreError, is_outage
+from pipeline.run_dir import atomic, locks, outages
 
 POLL_S = 0.02
 READ_AHEAD_THREADS = 2
@@ -67,7 +67,7 @@ class Cache:
     def __init__(self, folder: str, remote: Remote, *, capacity_bytes: int, patience_s: float = 60.0) -> None:
         self._folder, self._remote, self._capacity, self._patience_s = Path(folder), remote, capacity_bytes, patience_s
         try:
-            (self._folder / "locks").mkdir(parents=True, exist_ok=True)
+            outages.outlast(lambda: (self._folder / "locks").mkdir(parents=True, exist_ok=True), str(folder))
         except OSError as error:
             raise ConfigError(f"data.cache_dir={folder!r} cannot be made ({error.strerror}); choose another") from None
         self._ahead = Background(READ_AHEAD_THREADS, name="read-ahead")
@@ -91,6 +91,7 @@ class Cache:
         Raises:
             DataError: the shard or the disk cannot be used.
             StoreError: its store does not answer, or the cache has no room.
+            OSError: the disk is gone.
         """
         key = _key(shard)
         while True:
@@ -166,6 +167,8 @@ class Cache:
                         os.rename(part, self._folder / key)
                     return
                 except OSError as error:
+                    if is_outage(error, was_writable=True):
+                        raise
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise DataError(f"{part} cannot be written ({error.strerror})") from None
                     with self._space():

@@ -15,13 +15,15 @@ import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote, join
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, is_outage
+from pipeline.run_dir import outages
 
 FORMAT = "chispike-shards"
 VERSION = 1
@@ -144,14 +146,14 @@ class Manifest:
         Raises:
             ConfigError: there is no manifest, or the URL's protocol cannot be used.
             DataError: it is damaged, or access to a remote one is denied.
-            StoreError: the store does not answer.
+            StoreError: the store, or the folder's file system, does not answer.
         """
         path = join(folder, MANIFEST_NAME)
         try:
             if is_remote(folder):
                 content = Remote(os.fspath(folder), retries=retries, timeout_s=timeout_s).read(MANIFEST_NAME)
             else:
-                content = Path(path).read_bytes()
+                content = outages.outlast(Path(path).read_bytes, f"data.path: {folder}")
             text = content.decode("utf-8")
         except (FileNotFoundError, NotADirectoryError):
             message = f"no shard set in {folder} (no {MANIFEST_NAME}); make one with python -m data_prep"
@@ -199,6 +201,7 @@ def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     Raises:
         DataError: the file cannot be read, its header or length is not what the manifest says, or a record lies outside
             of the tar.
+        OSError: the file system is gone.
     """
     path = Path(folder) / shard.samples
     mend = "check the set with python -m data_prep verify"
@@ -209,6 +212,8 @@ def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             content = file.read()
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_outage(error):
+            raise
         raise DataError(f"{path} cannot be read ({error}); {mend}") from None
     if dtype != SAMPLE_DTYPE or shape != (shard.num_samples,):
         raise DataError(
@@ -257,7 +262,8 @@ def check_splits(data: DataConfig) -> Manifest:
         )
     if not is_remote(data.path):
         for split, manifest in ((TRAIN, train), (EVALUATION, evaluation)):
-            _check_files(Path(join(data.path, split)), manifest, data.max_bad_ratio)
+            folder = Path(join(data.path, split))
+            outages.outlast(partial(_check_files, folder, manifest, data.max_bad_ratio), f"data.path: {folder}")
     return train
 
 
@@ -273,6 +279,8 @@ def _check_files(folder: Path, manifest: Manifest, max_bad_ratio: float) -> None
     try:
         there = {entry.name for entry in os.scandir(folder) if entry.is_file()}  # not a dangling link
     except OSError as error:
+        if is_outage(error):
+            raise
         raise ConfigError(f"{folder} cannot be listed ({error.strerror}); mend its rights or its disk") from None
     named = [name for shard in manifest.shards for name in (shard.tar, shard.index, shard.samples)]
     missing = [name for name in named if name not in there]

@@ -5,25 +5,30 @@ all ranks could deadlock. So a rank releases its shards before it waits for one,
 where it may wait for the other ranks.
 """
 
+import errno
 import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from pipeline.data.cache import Cache, Held
 from pipeline.data.manifest import SAMPLE_DTYPE, Manifest, Shard, read_samples
-from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote
-from pipeline.errors import DataError
-from pipeline.run_dir import caches
+from pipeline.data.remote import RETRIES, TIMEOUT_S, ClosedError, Remote, is_remote
+from pipeline.errors import DataError, is_outage
+from pipeline.run_dir import caches, outages
 
 MAX_OPEN = 4096
 """Most shards open at a time: the records of each are in memory (24 kB for 1,000 samples)."""
 _RESERVED_FILES = 256
 """Descriptors within the process's limit that are left for other uses: sockets, DALI, an evaluation."""
+BAD_READS = 3
+"""Reads of a place of a tar that fail with EIO, while its folder can be listed, before the place counts as damaged."""
+_Result = TypeVar("_Result")
 _TAR_BLOCK = 512
 _TAR_NAME = 100
 
@@ -47,6 +52,7 @@ class Shards:
     Raises:
         ConfigError: there is no set in the folder.
         DataError: its manifest is damaged; later, a shard is missing or its records do not fit the manifest.
+        StoreError: later, the storage of its files is gone, and did not come back.
     """
 
     def __init__(
@@ -72,6 +78,9 @@ class Shards:
         self._records: dict[int, np.ndarray] = {}
         """Records of cached shards, which are opened again for each micro-batch."""
         self._one = threading.RLock()
+        self._closing = threading.Event()
+        self._where = f"data.path: {folder}" if self._cache is None else f"data.cache_dir: {cache_dir}"
+        """What holds the files, in messages."""
         self._max_open = max_open(2 if self._cache is not None else 1)  # the tar and, for a cached shard, its lock
 
     def expect(self, soon: Sequence[int], *, once: bool = False) -> None:
@@ -87,8 +96,8 @@ class Shards:
             for shard in [shard for shard in self._records if shard not in soon]:
                 del self._records[shard]
                 if once:
-                    self._cache.pass_over(self.manifest.shards[shard])
-            self._cache.read_ahead([self.manifest.shards[shard] for shard in soon])
+                    self._outlast(partial(self._cache.pass_over, self.manifest.shards[shard]))
+            self._outlast(partial(self._cache.read_ahead, [self.manifest.shards[shard] for shard in soon]))
 
     def rest(self) -> None:
         """Releases all cached shards, as other ranks may need the room. Local shards stay open."""
@@ -113,17 +122,51 @@ class Shards:
             for shard in np.unique(shards).tolist():
                 here = shards == shard
                 known = self._records.get(shard)
-                records[here] = (self._opened(shard).samples if known is None else known)[rows[here]]
+                if known is None:
+                    known = self._outlast(partial(self._opened, shard)).samples
+                records[here] = known[rows[here]]
         return shards, records
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """`length` bytes of a shard's tar from `offset`; `OSError` if unreadable, `EOFError` if the tar is shorter."""
+        """`length` bytes of a shard's tar from `offset`; `OSError` if unreadable, `EOFError` if the tar is shorter or
+        damaged there; `StoreError` if its storage is gone, and did not come back.
+        """
+        failed = 0
+
+        def bytes_there() -> bytes:
+            nonlocal failed
+            try:
+                return os.pread(self._opened(shard).descriptor, length, offset)
+            except OSError as error:
+                failed += 1
+                if error.errno == errno.EIO and failed >= BAD_READS and (self.is_cached or _listed(self.folder)):
+                    raise EOFError(f"{self.manifest.shards[shard].tar} cannot be read at byte {offset}") from None
+                raise
+
         with self._one:
-            content = os.pread(self._opened(shard).descriptor, length, offset)
+            content = self._outlast(bytes_there)
             self.bytes_read += len(content)
         if len(content) != length:
             raise EOFError(f"{self.manifest.shards[shard].tar} ends before byte {offset + length}")
         return content
+
+    def _outlast(self, do: Callable[[], _Result]) -> _Result:
+        """The result of `do`, as soon as the storage of the files is there; ends when the set is closed."""
+
+        def reached() -> _Result:
+            try:
+                return do()
+            except OSError as error:
+                if is_outage(error, was_writable=True):
+                    while self._open:  # what was opened before an outage may stay dead after it
+                        self._shut(self._open.popitem()[1])
+                raise
+
+        def pause(seconds: float) -> None:
+            if self._closing.wait(seconds):
+                raise ClosedError
+
+        return outages.outlast(reached, self._where, was_writable=self._cache is not None, pause=pause)
 
     def name(self, number: int) -> str:
         """A sample's name in messages, by which a person finds it: `train-000003.tar:00042.jpg`."""
@@ -174,7 +217,8 @@ class Shards:
             shard.held.release()
 
     def interrupt(self) -> None:
-        """Ends running downloads; call it from any thread, before `close`."""
+        """Ends running downloads and waits; call it from any thread, before `close`."""
+        self._closing.set()
         if self._cache is not None:
             self._cache.close()
 
@@ -198,5 +242,15 @@ def _descriptor(path: str) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
+        if is_outage(error):
+            raise
         message = f"{path} cannot be opened ({error.strerror}); check the set with python -m data_prep verify"
         raise DataError(message) from None
+
+
+def _listed(folder: str) -> bool:
+    """Whether a local folder can be listed: its storage is there."""
+    try:
+        return bool(os.listdir(folder))
+    except OSError:
+        return False

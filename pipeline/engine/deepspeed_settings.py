@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, is_outage
 
 SHOWS = frozenset(
     (
@@ -99,6 +99,8 @@ def read(path: str) -> dict:
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
+        if is_outage(error):
+            raise
         raise ConfigError(f"deepspeed_config={path!r} cannot be read ({error.strerror}); name a JSON file") from None
     except ValueError as error:
         raise ConfigError(f"deepspeed_config={path!r} is not JSON ({error}); mend it") from None

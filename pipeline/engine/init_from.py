@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from pipeline.config import Config, ModelConfig
 from pipeline.config.checks import LARGEST, SMALLEST
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, is_outage
 from pipeline.run_dir import checkpoint_files
 from pipeline.snn import state_dicts
 from pipeline.snn.sew_resnet import SEWResNet
@@ -113,6 +113,8 @@ def read(path: str) -> object:
             if isinstance(saved, dict) and "controller" in saved:
                 saved = checkpoint_files.converted(saved, Path(path))
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        if isinstance(error, OSError) and is_outage(error):
+            raise
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise ConfigError(f"init_from={path!r} cannot be read ({reason}); use a file of torch.save") from None
     return saved

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.run_dir import atomic
+from pipeline.run_dir import atomic, outages
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
@@ -21,27 +21,35 @@ class Journal:
     """metrics.jsonl: one JSON object per line. When it is opened at a step, the lines of later steps are removed.
 
     A run that resumes from step k repeats the steps after k. The lines of the first attempt are removed, so that every
-    step is in the file once. At step 0 the run begins, and its journal is empty.
+    step is in the file once. At step 0 the run begins, and its journal is empty. While the file's storage is gone,
+    lines wait in memory: training goes on, and they are written with the first line after it is back.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [line for line in read_journal(path) if line["step"] <= resume_step and resume_step > 0]
-        atomic.write(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        self._lines = outages.Lines(path, begin=lambda: self._cut(resume_step))
+
+    def _cut(self, resume_step: int) -> None:
+        kept = [line for line in read_journal(self._path) if line["step"] <= resume_step and resume_step > 0]
+        atomic.write(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, record: dict) -> None:
-        self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}) + "\n")
+        """Raises StoreError where the storage has been gone for too long, OSError where the line cannot be written."""
+        self._lines.write(json.dumps({name: _plain(value) for name, value in record.items()}) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        """Waits for storage that is gone, so that no line is lost; raises as `write`."""
+        self._lines.close()
 
 
 def read_journal(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line cut short by a kill is left out. Empty if there is no file."""
-    if not path.exists():
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in text.splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

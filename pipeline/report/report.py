@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from pipeline.chi import decisions
 from pipeline.config import ChiConfig
-from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_USAGE, first_line
+from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_USAGE, first_line, is_outage
 from pipeline.metrics.journal import layer_labels, read_journal
 from pipeline.report import comparison, page
 
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str]) -> int:
         print(comparison.write(options.runs, page_of) if several else write(run_dir))
     except OSError as error:
         print(f"{error.filename} cannot be written ({error.strerror}); choose another place", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_INTERNAL if is_outage(error) else EXIT_USAGE
     return EXIT_DONE
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import ConfigError, DataError
-from pipeline.run_dir import atomic
+from pipeline.errors import ConfigError, DataError, StoreError, is_outage
+from pipeline.run_dir import atomic, outages
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +31,20 @@ def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
 
     Of the earlier checkpoints, the newest `keep` - 1 and the best are kept. Those of later steps were damaged when the
     run was resumed. They stay until the run has passed them, and do not count: else this one could be removed.
+
+    Raises:
+        OSError, RuntimeError: it could not be written; it may be tried again.
     """
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     final, unfinished = root / f"step-{step:08d}", temporary(root, step)
     sweep(run_dir)
     unfinished.mkdir()
-    torch.save({"format": FORMAT, **state}, unfinished / "state.pt")
+    try:
+        torch.save({"format": FORMAT, **state}, unfinished / "state.pt")
+    except RuntimeError:  # torch's writer hides why the disk refused
+        atomic.write(unfinished / "why", bytes(1 << 16), sync=True)
+        raise
     digest = _digest(unfinished / "state.pt")
     (unfinished / "state.sha256").write_text(digest + "\n")
     for path in (unfinished / "state.pt", unfinished / "state.sha256", unfinished):
@@ -55,7 +62,7 @@ def save(run_dir: Path, step: int, state: dict, *, keep: int = 2) -> Path:
 
 def _remove_older(final: Path, keep: int) -> None:
     best = _pointed(final.with_name("best"))
-    for old in sorted(path for path in final.parent.glob("step-*") if path.name <= final.name)[:-keep]:
+    for old in [path for path in _folders(final.parent) if path.name <= final.name][:-keep]:
         if old.name not in best:
             shutil.rmtree(old)
 
@@ -76,7 +83,8 @@ def sweep(run_dir: Path) -> None:
 
 def mark_best(run_dir: Path, step: int, accuracy: float) -> None:
     """Points `best` at the checkpoint after `step`, which must exist; the previous best may then be removed."""
-    _point(run_dir / "checkpoints" / "best", f"step-{step:08d} {accuracy!r}")
+    pointer = run_dir / "checkpoints" / "best"
+    outages.outlast(lambda: _point(pointer, f"step-{step:08d} {accuracy!r}"), str(pointer), was_writable=True)
 
 
 def best(run_dir: Path, step: int) -> float:
@@ -84,7 +92,8 @@ def best(run_dir: Path, step: int) -> float:
 
     One of a later step does not count: the run will make and mark the checkpoint of that step again.
     """
-    words = _pointed(run_dir / "checkpoints" / "best")
+    pointer = run_dir / "checkpoints" / "best"
+    words = outages.outlast(lambda: _pointed(pointer), str(pointer))
     return float(words[1]) if len(words) == 2 and words[0] <= f"step-{step:08d}" else -1.0
 
 
@@ -100,9 +109,16 @@ def _pointed(pointer: Path) -> list[str]:
 
 
 def load_newest(run_dir: Path) -> dict | None:
-    """The newest intact checkpoint, or None; a damaged one is named in a warning and skipped."""
-    folders = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
-    return next((state for folder in folders if (state := load(folder)) is not None), None)
+    """The newest intact checkpoint, or None; a damaged one is named in a warning and skipped.
+
+    Raises:
+        StoreError: their storage is gone, and did not come back.
+    """
+    root = run_dir / "checkpoints"
+    for folder in reversed(outages.outlast(lambda: _folders(root), str(root))):
+        if (state := load(folder)) is not None:
+            return state
+    return None
 
 
 def load_to_resume(run_dir: Path) -> dict | None:
@@ -121,9 +137,15 @@ def load_to_resume(run_dir: Path) -> dict | None:
 
 
 def load(folder: Path) -> dict | None:
-    """One checkpoint, on the CPU; None and a warning if it is damaged."""
+    """One checkpoint, on the CPU; None and a warning if it is damaged.
+
+    Raises:
+        StoreError: its storage is gone, and did not come back.
+    """
     try:
         return _read(folder)
+    except StoreError:
+        raise
     except DataError as error:
         log.warning("%s and passed over", error)
         return None
@@ -131,8 +153,17 @@ def load(folder: Path) -> dict | None:
 
 def saved_steps(run_dir: Path) -> list[int]:
     """The steps after which the run has checkpoints, in order."""
-    names = [path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*")]
+    root = run_dir / "checkpoints"
+    names = [path.name.removeprefix("step-") for path in outages.outlast(lambda: _folders(root), str(root))]
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _folders(root: Path) -> list[Path]:
+    """The checkpoints, the oldest first. Not by `glob`, to which a folder that cannot be listed is an empty one."""
+    try:
+        return sorted(root / name for name in os.listdir(root) if name.startswith("step-"))
+    except FileNotFoundError:
+        return []
 
 
 def load_step(run_dir: Path, step: int) -> dict:
@@ -140,22 +171,28 @@ def load_step(run_dir: Path, step: int) -> dict:
 
     Raises:
         ConfigError: there is none; the message names the existing ones.
-        DataError: it is damaged.
+        DataError: it is damaged; a StoreError where its storage is gone, and did not come back.
     """
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    if not folder.is_dir():
-        there = ", ".join(map(str, saved_steps(run_dir))) or "none at all"
+    if step not in (steps := saved_steps(run_dir)):
+        there = ", ".join(map(str, steps)) or "none at all"
         raise ConfigError(f"{run_dir} has no checkpoint after step {step}; it has {there}")
     return _read(folder)
 
 
 def _read(folder: Path) -> dict:
+    return outages.outlast(lambda: _read_now(folder), f"checkpoint {folder}")
+
+
+def _read_now(folder: Path) -> dict:
     try:
         expected = (folder / "state.sha256").read_text().strip()
         if _digest(folder / "state.pt") == expected:
             return converted(torch.load(folder / "state.pt", map_location="cpu", weights_only=True), folder)
         reason = "its hash does not match"
     except OSError as error:
+        if is_outage(error):
+            raise
         reason = error.strerror or str(error)
     raise DataError(f"checkpoint {folder} is damaged ({reason})")
 

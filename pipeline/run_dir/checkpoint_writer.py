@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.errors import CheckpointError, first_line
-from pipeline.run_dir import checkpoint_files
+from pipeline.errors import CheckpointError, ConfigError, StoreError, first_line
+from pipeline.run_dir import checkpoint_files, locks, outages
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +48,14 @@ class Writer:
         self._run_dir, self._root, self._active, self._keep = run_dir, run_dir / "checkpoints", active, keep
         self._on_failure, self._on_saved = on_failure, on_saved
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | None = None
+        self._error: CheckpointError | ConfigError | None = None
         self.last_step = step
         """The step of the newest checkpoint that was begun, on every rank."""
         self.best = best
         """Accuracy of the best checkpoint, in [0, 1]; -1 before there is one."""
         if active:
-            checkpoint_files.sweep(run_dir)
+            self._watch = outages.outlast(lambda: locks.Watch(run_dir), str(run_dir))
+            outages.outlast(lambda: checkpoint_files.sweep(run_dir), str(self._root), was_writable=True)
 
     def begin(self, step: int, state: dict) -> None:
         """Starts to write `state`; its tensors must not change from now on.
@@ -73,6 +74,7 @@ class Writer:
 
         Raises:
             CheckpointError: on rank 0, where it could not be written.
+            ConfigError: on rank 0, where an earlier run uses the folder too.
         """
         if self._thread is not None:
             self._thread.join()
@@ -104,8 +106,12 @@ class Writer:
         began = time.monotonic()
         self._error = self._failure(step, "it broke off")  # cleared once saved, so that no exit looks like a success
         try:
-            checkpoint_files.save(self._run_dir, step, state, keep=self._keep)
+            outages.outlast(lambda: self._save(step, state), str(self._root), was_writable=True)
             self._error = None
+        except ConfigError as error:
+            self._error = error
+        except StoreError as error:
+            self._error = CheckpointError(f"the checkpoint after step {step} could not be written: {error}")
         except Exception as error:  # torch's archive writer has errors of its own
             self._error = self._failure(step, getattr(error, "strerror", None) or first_line(error))
         finally:
@@ -114,6 +120,10 @@ class Writer:
             else:
                 self._on_failure()
                 shutil.rmtree(checkpoint_files.temporary(self._root, step), ignore_errors=True)
+
+    def _save(self, step: int, state: dict) -> None:
+        self._watch.check()
+        checkpoint_files.save(self._run_dir, step, state, keep=self._keep)
 
     def _failure(self, step: int, reason: str) -> CheckpointError:
         with contextlib.suppress(OSError):  # the disk may be gone

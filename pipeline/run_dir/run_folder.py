@@ -13,19 +13,22 @@ RUN/profile/        where a step's time goes (engine/profiler.py)
 RUN/evaluations/    results of python -m launch.evaluate, by checkpoint and split
 """
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config import Config, config_json
 from pipeline.config.config_json import config_of, flatten, foreign_keys
-from pipeline.errors import ConfigError
-from pipeline.run_dir import atomic, code_version
+from pipeline.errors import ConfigError, is_outage
+from pipeline.run_dir import atomic, code_version, outages
 
 # May differ between the ranks of a run: each rank uses its own value, and no other rank has to know it.
 OWN = frozenset(
@@ -70,13 +73,25 @@ def admit(config: Config, world_size: int) -> dict | None:
 
     Raises:
         ConfigError: the folder holds a run of another configuration, or cannot be written.
+        StoreError: its storage is gone, and did not come back.
     """
+    what = f"run_dir={config.run_dir!r}"
+    return outages.outlast(lambda: _admitted(config, world_size), what, was_writable=True)
+
+
+def _admitted(config: Config, world_size: int) -> dict | None:
     folder = Path(config.run_dir)
     try:
+        with suppress(FileNotFoundError):
+            folder.stat()  # raises where the storage is gone; mkdir may say that the folder exists
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if is_outage(error):
+            raise
         raise ConfigError(f"run_dir={config.run_dir!r} cannot be made ({error.strerror}); choose another") from None
     if not os.access(folder, os.W_OK):
+        if os.statvfs(folder).f_flag & os.ST_RDONLY and os.path.exists(folder / "lock"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
         raise ConfigError(f"run_dir={config.run_dir!r} is not writable; choose another, or change its permissions")
     stored = read_config(folder)
     if stored is not None:
@@ -129,7 +144,9 @@ def of_another_version(folder: str | Path, unknown: Sequence[str], missing: Sequ
 
 def refuse_other_data(config: Config, data_identity: str) -> None:
     """Raises ConfigError if the run in the folder was trained on data with another identity."""
-    before = (_read(Path(config.run_dir) / "run.json") or {}).get("data_identity", data_identity)
+    about = Path(config.run_dir) / "run.json"
+    stored = outages.outlast(lambda: _read(about), f"run_dir={config.run_dir!r}")
+    before = (stored or {}).get("data_identity", data_identity)
     if before != data_identity:
         raise ConfigError(
             f"data.path={config.data.path!r} holds other data (data_identity {data_identity[:12]}) than the run in "
@@ -191,8 +208,8 @@ def describe(
         "cores": os.cpu_count(),
         "layers": list(layers),
     }
-    write_json(folder / "config.json", config.to_dict())
-    write_json(folder / "run.json", description)
+    for name, document in (("config.json", config.to_dict()), ("run.json", description)):
+        outages.outlast(partial(write_json, folder / name, document), str(folder / name), was_writable=True)
 
 
 def evaluation_path(folder: Path, step: int, split: str) -> Path:

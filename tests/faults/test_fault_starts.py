@@ -16,6 +16,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE
 from tests.conftest import ROOT, Ended, free_port, launch, start
 from tests.run_dir.test_checkpoint_files import flip_a_bit, lose_the_hash, rename_half, truncate
+from tests.support.lost_storage import ReadOnly
 from tests.support.training_runs import arguments, rank_of, read_until
 from tests.test_training import assert_same_result
 
@@ -183,19 +184,21 @@ def test_a_run_folder_of_another_user_is_refused(digits, straight, half_done, ru
 
 
 @pytest.mark.faults
-def test_a_run_folder_on_a_disk_that_is_mounted_read_only_is_refused(digits, straight, half_done, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("a disk of its own needs the right to mount one")
+def test_a_disk_that_is_read_only_for_a_while_is_waited_for_and_changed_by_nothing(
+    digits, straight, half_done, tmp_path
+):
+    disk = ReadOnly(tmp_path / "disk")
     try:
-        run_dir = Path(shutil.copytree(half_done[0], disk / "run"))
+        run_dir = Path(shutil.copytree(half_done[0], disk.folder / "run"))
         before = contents(run_dir)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        refused = launch(TRAIN, *arguments(digits, run_dir))
-        assert_refused(refused, f"error: run_dir='{run_dir}' is not writable; choose another")
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        disk.go()
+        process = start(TRAIN, *arguments(digits, run_dir))
+        read_until(process, r"run_dir=\S+ cannot be used \(Read-only file system\): waiting up to 120 s")
         assert contents(run_dir) == before
-        assert_goes_on(digits, run_dir, straight, half_done[1])
+        disk.come_back()
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == EXIT_DONE, output
+        assert f"resumed from the checkpoint after step {half_done[1]}\n" in output
+        assert_same_result(run_dir, straight)
     finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+        disk.end()

@@ -22,6 +22,7 @@ from pipeline.metrics.journal import read_journal
 from pipeline.ranks.stop_requests import AGAIN_S
 from pipeline.run_dir.checkpoint_files import load_newest
 from tests.conftest import ROOT, kill, launch, start
+from tests.support.lost_storage import Lost
 from tests.support.training_runs import STEPS, arguments, rank_of, read_until
 from tests.test_training import assert_same_result
 
@@ -205,6 +206,28 @@ def test_a_full_disk_ends_the_run_with_the_checkpoint_before_it_whole(digits, st
         assert_same_result(run_dir, straight)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.faults
+def test_a_run_whose_folder_is_lost_for_a_while_goes_on_by_itself(digits, straight, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    lost, run_dir = Lost(disk), disk / "run"
+    try:
+        process = start("launch/train.py", *arguments(digits, run_dir))
+        read_until(process, r"^step +2/")
+        lost.go()
+        read_until(
+            process, r"run/checkpoints cannot be used \(Transport endpoint is not connected\): waiting up to 120 s"
+        )
+        lost.come_back()
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == EXIT_DONE, output
+        assert "can be used again" in output
+        assert "Traceback" not in output
+        assert_same_result(run_dir, straight)
+    finally:
+        lost.come_back()
 
 
 @pytest.mark.faults

@@ -95,7 +95,7 @@ def test_ranks_whose_launcher_dies_save_before_the_command_ends(digits, tmp_path
     said = re.search(r"stopped on request after step (\d+), checkpoint saved", output)
     assert said, output
     assert (run_dir / "checkpoints" / f"step-{int(said[1]):08d}").exists()
-    assert process.returncode == (128 + signal.SIGTERM if victim == "group" else EXIT_INTERNAL), output
+    assert process.returncode == (EXIT_STOPPED if victim == "group" else EXIT_INTERNAL), output
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,15 @@ def test_a_mistake_is_one_line_before_anything_is_started(digits, tmp_path, monk
 
 
 def variables(monkeypatch, **values: str) -> None:
-    for name in ("RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_PORT", "CHISPIKE_METRICS_DIR"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "WORLD_SIZE",
+        "MASTER_PORT",
+        "MASTER_ADDR",
+        "CHISPIKE_METRICS_DIR",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -182,6 +190,23 @@ def test_a_port_that_was_named_or_is_of_several_nodes_is_kept_or_refused(monkeyp
         ports.prepare(0, config, [])
     variables(monkeypatch, LOCAL_SIZE="1", WORLD_SIZE="2", MASTER_PORT=str(MASTER_PORT))
     assert not ports.chosen_by_rank_0()
+
+
+def test_ranks_that_were_meant_for_another_machine_are_refused(monkeypatch):
+    """What DeepSpeed's launcher sets for `--hostfile H --include n1`, of which it starts the ranks here."""
+    config = parse(["--recipe", "digits", "--metrics.port", "0"])
+    for address in ("192.0.2.1", "2001:db8::1"):  # addresses that no machine has
+        variables(monkeypatch, LOCAL_SIZE="2", WORLD_SIZE="2", MASTER_PORT="4000", MASTER_ADDR=address)
+        with pytest.raises(ConfigError, match=rf"MASTER_ADDR={address} is not this machine .*; add --force_multi, or"):
+            ports.prepare(0, config, [])
+    for environ in (
+        {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+        {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+        {"LOCAL_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "host.invalid"},
+        {"LOCAL_SIZE": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1"},  # two nodes, behind an address translation
+    ):
+        variables(monkeypatch, **environ)
+        ports.check_address()
 
 
 def test_the_usual_metrics_port_gives_way_and_one_that_was_named_does_not(monkeypatch):

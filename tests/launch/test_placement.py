@@ -77,6 +77,47 @@ def test_a_contradiction_or_a_missing_part_is_refused_in_one_line(given, environ
 
 
 @pytest.mark.parametrize(
+    ("master", "host", "port"),
+    [
+        ("node-0", "node-0", 29500),
+        ("node_0.cluster.local.", "node_0.cluster.local.", 29500),
+        ("10.0.0.1", "10.0.0.1", 29500),
+        ("node-0:4000", "node-0", 4000),
+        ("10.0.0.1:4000", "10.0.0.1", 4000),
+        ("::1", "::1", 29500),
+        ("fe80::1%eth0", "fe80::1%eth0", 29500),
+        ("[::1]", "::1", 29500),
+        ("[fd00::1]:4000", "fd00::1", 4000),
+    ],
+)
+def test_the_forms_of_a_master(master, host, port):
+    place = resolve({**NOTHING, "nodes": 2, "rank": 1, "master": master}, {})
+    assert (place.master, place.port) == (host, port)
+    assert resolve({**NOTHING, "nodes": 2, "rank": 1}, {"CHISPIKE_MASTER": master}).master == host
+
+
+@pytest.mark.parametrize(
+    "master",
+    ["user@node-0", "tcp://node-0:1", "ssh://u@n", "node 0", "", "node-0:", ":4000", "node-0:x", "[node-0]", "[::1",
+     "-o", "node-0/", "1::2::3", "[10.0.0.1]", "a,b", "node-0\n", ".node", "näme"],
+)  # fmt: skip
+def test_what_names_no_host_is_refused_at_once(master):
+    with pytest.raises(ConfigError, match=r"^master=.* is not allowed: the nodes meet by TCP") as refused:
+        resolve({**NOTHING, "nodes": 2, "rank": 1, "master": master}, {})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("master", "port", "message"), [("a:0", None, "the port of the master"), ("a:1", 2, "give one")]
+)
+def test_a_port_beside_the_master_is_one_and_possible(master, port, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve({**NOTHING, "nodes": 2, "rank": 1, "master": master, "port": port}, {})
+    same = resolve({**NOTHING, "nodes": 2, "rank": 1, "master": "a:2", "port": 2}, {})
+    assert (same.master, same.port) == ("a", 2)
+
+
+@pytest.mark.parametrize(
     ("nodelist", "host"),
     [
         ("a", "a"),

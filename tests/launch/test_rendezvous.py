@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster.handshake import Hello, introduce, why_not
+from launch.cluster.handshake import Hello, introduce, unshared, why_not
 from launch.cluster.placement import Placement
 from launch.options import parse
-from pipeline.errors import EXIT_DATA, EXIT_STOPPED, EXIT_USAGE
+from pipeline.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE
 from pipeline.run_dir import run_folder
-from tests.conftest import free_port
+from tests.conftest import ROOT, free_port
+from tests.support.lost_storage import Lost
 from tests.support.supervised import ended, supervise
 
 
@@ -118,6 +119,42 @@ def test_data_that_only_the_ranks_of_one_node_find_damaged_end_all_nodes_with_65
     assert (first, second) == (EXIT_DATA, EXIT_DATA), said + told
     assert re.search(r"^error: node 1 \(.+\) cannot train: its ranks ended with exit code 65, see there$", said, re.M)
     assert re.search(r"error on rank 1: .+\.tar:.+ is unreadable, and so are all that could stand in for it", told)
+
+
+def test_a_node_that_gives_up_tells_the_others_at_once(digits, tmp_path):
+    """Node 1 has no restarts left when its ranks die, node 0 has."""
+    breaking = tmp_path / "breaking"
+    breaking.mkdir()
+    (breaking / "deepspeed.py").write_text("raise SystemExit('this installation is broken')\n")
+    train = ["--", "--recipe", "digits", "--run_dir", str(tmp_path / "run"), "--data.path", str(digits)]
+    nodes = ["--nodes", "2", "--slots", "1", "--master", "127.0.0.1", "--master-port", str(free_port())]
+    jobs = [
+        supervise(*nodes, "--node-rank", str(rank), "--max-restarts", restarts, *train, PYTHONPATH=f"{breaking}:{ROOT}")
+        for rank, restarts in enumerate("50")
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in jobs]
+    assert [process.returncode for process in jobs] == [EXIT_INTERNAL, EXIT_INTERNAL], outputs
+    assert "node 1: the ranks ended (exit code 1) and were started again 0 times without a new" in outputs[1]
+    assert re.search(
+        r"^error: node 1 \(.+\) cannot train: the ranks ended \(exit code 1\) and were started again 0 times without a "
+        r"new checkpoint: given up$",
+        outputs[0],
+        re.M,
+    ), outputs[0]
+
+
+def test_a_run_folder_whose_storage_is_lost_before_the_nodes_have_met_is_another_matter_than_another_folder(tmp_path):
+    own = Hello(node=0, nodes=2, slots=1, source="1", data="d", problem="", host="a")
+    (tmp_path / ".node-1").write_text("token")
+    other, lost = replace(own, node=1, token="token"), Lost(tmp_path)
+    try:
+        lost.go()
+        with pytest.raises(OSError, match="not connected"):
+            unshared([other], tmp_path)
+        lost.come_back()
+        assert unshared([other], tmp_path) == ""
+    finally:
+        lost.come_back()
 
 
 def test_nodes_that_never_come_are_named(digits, tmp_path):

@@ -13,10 +13,12 @@ import pytest
 
 from launch.cluster import rendezvous
 from launch.cluster.processes import ALONE_S
-from launch.supervise import FAREWELL_S, LEASE_S, command_line, main, verdict
+from launch.supervise import FAREWELL_S, LEASE_S, command_line, main, newest_checkpoint, verdict
 from launch.train import PATIENCE_S, refuse
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, LostRankError
+from pipeline.run_dir import outages
 from tests.conftest import free_port
+from tests.support.lost_storage import Lost, WhenWaited
 from tests.support.supervised import processes_with, supervise
 from tests.support.training_runs import arguments, read_until
 from tests.test_training import assert_same_result
@@ -30,6 +32,8 @@ from tests.test_training import assert_same_result
         (EXIT_STOPPED, True, True, EXIT_STOPPED),
         (EXIT_STOPPED, False, False, EXIT_STOPPED),  # another node was asked
         (256 - signal.SIGTERM, True, True, EXIT_STOPPED),  # ended before it had a step to save
+        (-signal.SIGUSR1, True, True, EXIT_STOPPED),  # so did the launcher, which got the signal too
+        (-signal.SIGKILL, True, True, EXIT_INTERNAL),
         (128 + signal.SIGTERM, True, True, EXIT_INTERNAL),  # asked a second time: what it had not saved is lost
         (EXIT_DONE, True, True, EXIT_INTERNAL),
         (EXIT_INTERNAL, True, True, EXIT_INTERNAL),
@@ -68,6 +72,25 @@ def test_a_mistake_ends_with_64_and_one_line(words, message, capsys):
     assert message in output
     assert output.startswith("error: ")
     assert output.count("\n") == 1
+
+
+def test_storage_that_is_lost_for_a_while_takes_no_restart_and_a_stop_ends_the_waiting(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(outages, "POLL_S", 0.01)
+    folder = tmp_path / "disk"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/latest").write_text("step-00000005\n")
+    lost = Lost(folder)
+    try:
+        lost.go()
+        with WhenWaited(lost.come_back):
+            assert newest_checkpoint(folder) == "step-00000005"
+        lost.go()
+        with WhenWaited(lambda: signal.raise_signal(signal.SIGTERM)):
+            words = ["--slots", "2", "--", "--recipe", "digits", "--run_dir", str(folder), "--data.path", str(digits)]
+            assert main(words) == EXIT_STOPPED
+    finally:
+        lost.come_back()
+    assert newest_checkpoint(tmp_path) == ""
 
 
 @pytest.mark.parametrize(("local_rank", "waits"), [("1", True), ("0", False)])
@@ -121,6 +144,21 @@ def test_sigterm_saves_and_the_next_start_finishes_as_if_nothing_had_been(digits
     output, _ = again.communicate(timeout=200)
     assert again.returncode == EXIT_DONE, output
     assert_same_result(run_dir, straight)
+
+
+@pytest.mark.faults
+def test_a_stop_that_a_batch_system_sends_to_every_process_saves(digits, tmp_path):
+    run_dir = tmp_path / "run"
+    train = [*arguments(digits, run_dir), "--train.epochs", "30"]
+    process = supervise("--slots", "2", "--master-port", str(free_port()), "--", *train)
+    read_until(process, r"^step +6/")
+    for pid in sorted(processes_with(str(run_dir)), reverse=True):
+        os.kill(pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, output
+    stopped = re.search(r"stopped on request after step (\d+), checkpoint saved", output)
+    assert stopped, output
+    assert (run_dir / "checkpoints" / f"step-{int(stopped[1]):08d}").exists()
 
 
 def kill_rank(run_dir: Path, local_rank: int) -> None:
