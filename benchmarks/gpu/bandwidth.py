@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gpu.findings import Findings, reason
 from benchmarks.gpu.kernel_checks import numbers
-from pipeline.snn.kernels import fused_triton, sums
+from pipeline.snn.kernels import fused_triton, packing_triton, sums
 from pipeline.snn.kernels.reference import Rule
 
 T, ROUNDS = 4, 20
@@ -58,8 +58,8 @@ def bandwidth(findings: Findings, device: torch.device) -> None:
         ),
         ("backward: BN's last step", 6 * n, lambda: call.affine(x, target, channel, channel, channel)),
         ("statistics of channels", 2 * n, lambda: call.statistics(x.view(size).permute(0, 3, 1, 2))),
-        ("packing, 1 bit", 2.125 * n, lambda: fused_triton.pack(spikes, byte, 1)),
-        ("unpacking, 1 bit", 2.125 * n, lambda: fused_triton.unpack(byte, spikes, 1)),
+        ("packing, 1 bit", 2.125 * n, lambda: packing_triton.pack(spikes, byte, 1)),
+        ("unpacking, 1 bit", 2.125 * n, lambda: packing_triton.unpack(byte, spikes, 1)),
         ("sums of a gradient", 4 * gradient.numel(), lambda: sums.run([gradient])),
     ]
     for name, moved, run in timed:
