@@ -50,12 +50,13 @@ def peer_network(arch: str, T: int):
     return network, forward
 
 
-def our_network(arch: str, T: int, counted: bool, checkpoint: bool):
-    """This project's network with the same neurons and surrogate."""
+def our_network(arch: str, T: int, counted: bool, checkpoint: bool, surrogate: str = "atan"):
+    """This project's network with the same neurons, and the same surrogate unless another is named."""
     from pipeline.config import ModelConfig
     from pipeline.snn import neurons, sew_resnet
 
-    model = ModelConfig(arch=arch, T=T, surrogate="atan", width=1 / torch.pi, checkpoint=checkpoint)
+    width = 1 / torch.pi if surrogate == "atan" else 1.0
+    model = ModelConfig(arch=arch, T=T, surrogate=surrogate, width=width, checkpoint=checkpoint)
     network = sew_resnet.build(model, num_classes=1000, image_size=224)
     if counted:
         neurons.bind(network)

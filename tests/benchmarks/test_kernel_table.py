@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is None:
 from benchmarks import kernel_table, launches
 from pipeline.config import ModelConfig
 from pipeline.snn import neurons
+from pipeline.snn.kernels.chunked import CHUNK
 from tests.conftest import ROOT
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -54,6 +55,11 @@ def test_neurons_with_a_leak_and_a_reset_in_the_gradient_do_not_spill(dtype, cap
     of_network = kernel_table.noted(dtype, 64, arch="sew_resnet18", surrogate=shape, **FULL)
     of_neurons = [launch for launch in of_network if launch.name in ("forward", "backward")]
     assert spilling([*alone, *of_neurons], capability) == []
+
+
+def test_the_most_steps_of_a_call_do_not_spill(cache):
+    made = kernel_table.noted(BF16, 2, arch="sew_resnet18", T=CHUNK, **FULL)
+    assert spilling([launch for launch in made if launch.name == "backward"], 90) == []
 
 
 def test_a_spill_is_seen(cache):

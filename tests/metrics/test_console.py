@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.metrics.console import COLUMNS, coloured, progress_line
+from pipeline.run_dir.outages import Lines
 from pipeline.run_dir.rank_log import Tee
 
 NUMBER = st.floats(allow_nan=True, allow_infinity=True)
@@ -76,7 +77,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_colour_is_for_a_terminal_alone_and_never_for_the_log():
+def test_colour_is_for_a_terminal_alone_and_never_for_the_log(tmp_path):
     lines = [progress_line(TYPICAL, 338, 4.4, 33.0), "validation after step 50: 98.89 % of 359 samples, loss 0.1"]
     for line in lines:
         painted = coloured(line, Terminal(), {"TERM": "xterm"})
@@ -86,9 +87,9 @@ def test_colour_is_for_a_terminal_alone_and_never_for_the_log():
         assert coloured(line, Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}) == line
         assert coloured(line, Terminal(), {"TERM": "dumb"}) == line
         assert coloured(line, Terminal(), {"NO_COLOR": ""}) == painted
-        console, file = Terminal(), io.StringIO()
-        Tee(console, file, shown=True).write(painted + "\n")
+        console, path = Terminal(), tmp_path / "rank-0.log"
+        Tee(console, Lines(path), shown=True).write(painted + "\n")
         assert console.getvalue() == painted + "\n"
-        assert file.getvalue().endswith(f" {line}\n")
+        assert path.read_text().endswith(f" {line}\n")
     plain = "rank 0: SIGINT: the run stops within two steps, with a checkpoint"
     assert coloured(plain, Terminal(), {}) == plain

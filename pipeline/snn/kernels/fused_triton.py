@@ -26,13 +26,13 @@ _TILE = 512
 """Elements of a tile."""
 
 
-def tiles(rows: int, channels: int, widest: int = 64) -> tuple[int, int, tuple[int]]:
+def tiles(rows: int, channels: int, widest: int = 64, elements: int = _TILE) -> tuple[int, int, tuple[int]]:
     """Rows and channels of a tile, and the grid of tiles over (rows, channels), neighbours in memory first.
 
     The grid has one dimension: CUDA allows 2^31 - 1 blocks in the first, and 65,535 in the others.
     """
     block_c = min(triton.next_power_of_2(channels), widest)
-    block_r = max(1, _TILE // block_c)
+    block_r = max(1, elements // block_c)
     return block_r, block_c, (triton.cdiv(rows, block_r) * triton.cdiv(channels, block_c),)
 
 
@@ -298,16 +298,17 @@ class Call:
     amplitude: torch.Tensor
     leak: torch.Tensor | None
 
-    def _sizes(self, x: torch.Tensor, scaled: bool) -> tuple[int, int]:
-        """R and C; where no channels are scaled, x is one row of all its elements."""
+    def _tiles(self, x: torch.Tensor, scaled: bool) -> tuple[int, int, int, int, tuple[int]]:
+        """R, C, the tile's two sides and the grid; where no channels are scaled, x is one row of all its elements."""
         M = x.numel() // (1 if self.static else self.num_steps)
         C = self.num_channels if scaled else M
-        return M // C, C
+        # The potentials of more steps fit in the registers of a smaller tile only (benchmarks/kernel_table.py).
+        elements = _TILE if self.num_steps <= 8 else _TILE // 2
+        return M // C, C, *tiles(M // C, C, 64 if scaled else elements, elements)
 
     def forward(self, x, scale, shift, shortcut, v, want_state: bool, out: torch.Tensor | None = None):
         """As `compiled.Call.forward`."""
-        R, C = self._sizes(x, scale is not None)
-        block_r, block_c, grid = tiles(R, C, 64 if scale is not None else _TILE)
+        R, C, block_r, block_c, grid = self._tiles(x, scale is not None)
         rule = self.rule
         out = x.new_empty((self.num_steps, *x.shape[1:])) if out is None else out
         state = x.new_empty(x.shape[1:], dtype=torch.float32) if want_state else None
@@ -320,8 +321,7 @@ class Call:
 
     def backward(self, grad_s, grad_last, x, scale, shift, mean, v, counted: bool, grad_x: torch.Tensor | None = None):
         """As `compiled.Call.backward`."""
-        R, C = self._sizes(x, scale is not None)
-        block_r, block_c, grid = tiles(R, C, 64 if scale is not None else _TILE)
+        R, C, block_r, block_c, grid = self._tiles(x, scale is not None)
         rule = self.rule
         partial = x.new_empty((len(COUNTED) + 1, *grid), dtype=torch.float32)
         sums = (None, None)
