@@ -30,7 +30,8 @@ COPY data_prep ./data_prep
 COPY launch ./launch
 ARG COMMIT=
 ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 CHISPIKE_COMMIT=$COMMIT
-RUN python -m compileall -q pipeline data_prep launch
+# COPY keeps the modes of the checkout, and under umask 077 none of it could be read by the image's user.
+RUN chmod -R a+rX . && python -m compileall -q pipeline data_prep launch
 
 USER 10001:10001
 EXPOSE 9464

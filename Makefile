@@ -7,7 +7,7 @@ MONITOR_PORT ?= 9095
 BENCHMARKS := loader shard_writing train_step neuron_bytes chi_overhead attach_cost engine checkpoint_stall scrape scale
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test test-faults check monitor bench clean
+.PHONY: train test test-faults test-deploy check monitor bench clean
 
 train: $(VENV)/installed $(if $(filter digits,$(RECIPE)),data/digits/val/manifest.json) ## train the digits, from shards to report; ARGS are options of launch/train.py
 	$(BIN)/python -m launch.local --recipe $(RECIPE) $(ARGS)
@@ -16,11 +16,15 @@ data/digits/val/manifest.json: | $(VENV)/installed
 	$(BIN)/python -m data_prep digits data/digits
 
 test: $(VENV)/installed-dev ## the tests that every change must pass
-	$(BIN)/python -m pytest -m "not faults" $(ARGS)
+	$(BIN)/python -m pytest -m "not faults and not deploy" $(ARGS)
 
 test-faults: $(VENV)/installed-dev ## the long fault and matrix tests; their log is build/faults.log
 	@rm -f build/faults.log
 	$(BIN)/python -m pytest -m faults --log-to build/faults.log $(ARGS)
+
+test-deploy: $(VENV)/installed-dev ## as root, with the real Slurm, ssh, systemd, podman and GlusterFS; DEPLOY_INSTALL=1 installs them
+	@rm -f build/deploy.log
+	$(BIN)/python -m pytest -m deploy --log-to build/deploy.log $(ARGS)
 
 check: $(VENV)/installed-dev ## lint, format, types
 	$(BIN)/ruff check .

@@ -46,6 +46,13 @@ def test_the_image_pins_its_packages_and_ends_as_nobody():
     assert all(instructions.index(step) < code[0] for step in instructions if "pip install" in step.rest)
 
 
+def test_the_images_user_can_read_what_a_checkout_under_any_umask_brings():
+    instructions = steps((ROOT / "Dockerfile").read_text())
+    kinds = [step.instruction for step in instructions]
+    after = instructions[len(kinds) - kinds[::-1].index("COPY") : kinds.index("USER")]
+    assert [step for step in after if step.instruction == "RUN" and "chmod -R a+rX . " in step.rest]
+
+
 def test_a_run_knows_its_code_where_there_is_no_git(tmp_path, monkeypatch):
     variables = [step.rest for step in steps((ROOT / "Dockerfile").read_text()) if step.instruction == "ENV"]
     assert any("CHISPIKE_COMMIT=$COMMIT" in line for line in variables)

@@ -21,6 +21,8 @@ from tests.conftest import ROOT
 from tests.support.supervised import supervise
 
 TOOLS = ("ip", "unshare", "hostname", "taskset")
+APART = ("unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
+"""Before a command: it is PID 1 of a node, and what it has started ends with it."""
 
 
 def unavailable() -> str:
@@ -33,8 +35,7 @@ def unavailable() -> str:
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if made.returncode == 0:
         subprocess.run(["ip", "netns", "del", name], check=False)
-        alone = ["unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "true"]
-        made = subprocess.run(alone, capture_output=True, text=True, check=False)
+        made = subprocess.run([*APART, "true"], capture_output=True, text=True, check=False)
     return made.stderr.strip()
 
 
@@ -128,11 +129,6 @@ class Nodes:
 
     def start(self, node: int, *arguments: str, train: list[str], cwd: Path = ROOT, **variables: str) -> Job:
         """`python -m launch.supervise` as PID 1 of `node`; `arguments` win over what is usual here."""
-        cores = sorted(os.sched_getaffinity(0))
-        half = len(cores) // 2  # as many threads as a rank has that shares the machine with another
-        share = cores[node * half : (node + 1) * half] or cores
-        alone = ["taskset", "--cpu-list", ",".join(map(str, share))]
-        alone += ["unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
         named = ["sh", "-c", f'hostname node-{node}; exec "$@"', "sh"]
         usual = ["--nodes", "2", "--node-rank", str(node), "--master", "node-0", "--slots", "1"]
         process = supervise(
@@ -140,7 +136,7 @@ class Nodes:
             *arguments,
             "--",
             *train,
-            prefix=("ip", "netns", "exec", self.names[node], *alone, *named),
+            prefix=("ip", "netns", "exec", self.names[node], "taskset", "--cpu-list", cores(node), *APART, *named),
             cwd=cwd,
             GLOO_SOCKET_IFNAME="eth0",
             **variables,
@@ -160,6 +156,13 @@ class Nodes:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], check=False)
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+def cores(node: int) -> str:
+    """A node's half of this machine's cores, as taskset lists them; all of them where there is only one."""
+    all_ = sorted(os.sched_getaffinity(0))
+    half = len(all_) // 2  # as many threads as a rank has that shares the machine with another
+    return ",".join(map(str, all_[node * half : (node + 1) * half] or all_))
 
 
 def run(*command: str) -> None:

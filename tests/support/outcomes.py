@@ -1,6 +1,7 @@
 """`pytest --log-to FILE`: appends the command, the machine, and each test's outcome and time as it ends, to a file.
 
-docs/faults.log is such a file. Lines of earlier runs of pytest stay, so that several runs can share a file.
+docs/faults.log and docs/deploy.log are such files. Lines of earlier runs of pytest stay, so that several runs can share
+a file.
 """
 
 import os
@@ -29,11 +30,12 @@ class Outcomes:
         self._began = time.monotonic()
         packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "nvidia-dali-cuda130"))
         machine = f"{processor()}, {len(os.sched_getaffinity(0))} cores"
-        self._write(f"$ pytest {shlex.join(arguments)}")
-        self._write(f"{time.strftime('%Y-%m-%d %H:%M')}; {machine}; the program's hash {code_version.version()}")
-        self._write(f"Python {platform.python_version()}, {packages}")
+        self.write(f"$ pytest {shlex.join(arguments)}")
+        self.write(f"{time.strftime('%Y-%m-%d %H:%M')}; {machine}; the program's hash {code_version.version()}")
+        self.write(f"Python {platform.python_version()}, {packages}")
 
-    def _write(self, line: str) -> None:
+    def write(self, line: str) -> None:
+        """Appends a line."""
         self._file.write(line + "\n")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -46,9 +48,9 @@ class Outcomes:
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         outcome = self._said[nodeid]
         self._counts[outcome] += 1
-        self._write(f"{outcome:<7} {self._seconds[nodeid]:5.0f} s  {nodeid}")
+        self.write(f"{outcome:<7} {self._seconds[nodeid]:5.0f} s  {nodeid}")
 
     def pytest_sessionfinish(self) -> None:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self._counts.items())) or "nothing run"
-        self._write(f"{counts} in {time.monotonic() - self._began:.0f} s\n")
+        self.write(f"{counts} in {time.monotonic() - self._began:.0f} s\n")
         self._file.close()
