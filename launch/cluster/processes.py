@@ -83,8 +83,17 @@ class Processes:
     def orphans_codes(self) -> list[int]:
         """The exit codes of the ranks that outlived their launcher and have ended; negative: a signal. Where none was
         seen alive, of all that this process has reaped beside the launcher.
+
+        A process becomes an orphan when the last of the launcher has ended, a moment later: waits for it.
         """
-        reaped = {pid: code for pid, code in self._reaped.items() if pid != self._launcher.pid}
+        until = time.monotonic() + REACHED_S
+        while True:
+            self.poll()
+            reaped = {pid: code for pid, code in self._reaped.items() if pid != self._launcher.pid}
+            missing = self._ranks - reaped.keys() if self._ranks else not reaped
+            if not missing or time.monotonic() > until:
+                break
+            time.sleep(0.02)
         return [code for pid, code in reaped.items() if pid in self._ranks] or list(reaped.values())
 
     def living(self) -> dict[int, int]:
@@ -194,8 +203,7 @@ def attend(ranks: Processes, signals: Signals, grace_s: float, say: Callable[[st
             if alone_since is not None and now - alone_since > ALONE_S:
                 say(f"{most - len(living)} of {most} ranks have ended and the others wait for them: killing the others")
                 return EXIT_INTERNAL
-        signals.wait(0)  # both may have come since the last look
-        ranks.poll()
+        signals.wait(0)  # it may have come since the last look
         return _of_orphans(ended, ranks.orphans_codes()) if ended <= EXIT_DONE and signals.seen else ended
     finally:
         ranks.close()

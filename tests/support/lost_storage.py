@@ -73,8 +73,13 @@ class WhenWaited(logging.Handler):
             self._then()
 
     def __enter__(self) -> "WhenWaited":
-        logging.getLogger(outages.__name__).addHandler(self)
+        logger = logging.getLogger(outages.__name__)
+        self._before = logger.level
+        logger.setLevel(logging.WARNING)  # a rank other than 0 keeps silent, and a test may have played one here
+        logger.addHandler(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger(outages.__name__).removeHandler(self)
+        logger = logging.getLogger(outages.__name__)
+        logger.removeHandler(self)
+        logger.setLevel(self._before)

@@ -149,7 +149,8 @@ class _Fused(torch.autograd.Function):
         grad, _, grad_leak, sums, counts = ctx.call.backward(grads, None, rows, scale, shift, mean, None, counted)
         count, joint = n * h * w, sums
         if ctx.train and ctx.ranks is not None:
-            joint, count = ctx.ranks.sum(sums.double()), count * ctx.ranks.count
+            joint = ctx.ranks.sum(sums.to(torch.float64, copy=True))  # it may overwrite its argument
+            count *= ctx.ranks.count
         kernels = dispatch.gpu_kernels(rows)
         find = gradients if kernels is None else kernels.norm_gradients
         grad_gamma, grad_shift, b, d = find(sums, joint, mean, rstd, scale, count)
