@@ -21,7 +21,15 @@ NODE = f'{RUN}, instance=~"$node"'
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH = 24
 """Columns of Grafana's grid."""
-LAYERED = {"mode": "continuous-BlYlRd"}
+LAYERED = {"mode": "continuous-YlBl"}
+"""Without red and green: a high value is neither good nor bad."""
+CHI_ALERT = 0.2
+"""SnnChiLow of rules.yml."""
+COUNT = {"decimals": 0, "custom": {"axisSoftMax": 1}}
+"""Of whole numbers, and no axis up to 100 while all are 0."""
+RATIO = {"max": 1}
+LAYERS_BESIDE = {"displayMode": "table", "placement": "right", "showLegend": True, "calcs": ["lastNotNull"]}
+"""A network has dozens of layers: below the curves, their names would take half of the panel."""
 
 
 def metrics_of(expression: str) -> list[str]:
@@ -38,10 +46,16 @@ def panel(
     kind: str = "timeseries",
     size: tuple[int, int] = (12, 8),
     color: dict | None = None,
+    from_zero: bool = True,
+    overrides: dict[str, dict] | None = None,
     note: str = "",
     **options,
 ) -> dict:
-    """A panel of `queries` (expression by legend); `size` in columns and rows of the grid."""
+    """A panel of `queries` (expression by legend); `size` in columns and rows of the grid.
+
+    `overrides` are properties of the series whose legend ends in the key. Axes and colours begin at 0, so that small
+    changes look small, unless `from_zero` is False.
+    """
     instant = kind in ("stat", "bargauge", "table")
     about = [
         f"`snn_{name}{'_total' * (METRICS[name].kind == 'counter')}`: {METRICS[name].text}."
@@ -62,6 +76,19 @@ def panel(
         for index, (legend, expression) in enumerate(queries.items())
     ]
     defaults = {"unit": unit, "color": color or {"mode": "palette-classic"}, **options.pop("defaults", {})}
+    if from_zero and kind != "table":
+        defaults = {"min": 0, **defaults}
+    changed = [
+        {
+            "matcher": {"id": "byRegexp", "options": f"/{ending}$/"},
+            "properties": [{"id": name, "value": value} for name, value in properties.items()],
+        }
+        for ending, properties in (overrides or {}).items()
+    ]
+    # What is left are the labels: the value is 1, and the time is now. Grafana fails where an option is absent.
+    left_out = dict.fromkeys(("Time", "__name__", "Value"), True)
+    organized = {"excludeByName": left_out, "indexByName": {}, "renameByName": {}}
+    labels = [{"id": "organize", "options": organized}]
     return {
         "type": kind,
         "title": title,
@@ -69,17 +96,25 @@ def panel(
         "datasource": SOURCE,
         "targets": targets,
         "gridPos": {"w": size[0], "h": size[1]},
-        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "fieldConfig": {"defaults": defaults, "overrides": changed},
         "options": options,
+        **({"transformations": labels} if kind == "table" else {}),
     }
 
 
 def stat(title: str, expression: str, unit: str, **options) -> dict:
+    """A number, in the colour of text unless `options` give it `limits`."""
     reduce = {"values": False, "calcs": ["lastNotNull"], "fields": ""}
-    return panel(title, {"{{run}}": expression}, unit=unit, kind="stat", size=(4, 4), reduceOptions=reduce, **options)
+    color = {"kind": "stat", "size": (4, 4), "colorMode": "none", "reduceOptions": reduce}
+    return panel(title, {"{{run}}": expression}, unit=unit, **color | options)
 
 
-def by_layer(title: str, name: str, unit: str, note: str = "") -> Iterator[dict]:
+def limits(*steps: tuple[float | None, str]) -> dict:
+    """Colours from values on; the first has no value and holds below all others."""
+    return {"mode": "absolute", "steps": [{"value": value, "color": color} for value, color in steps]}
+
+
+def by_layer(title: str, name: str, unit: str, note: str = "", defaults: dict | None = None) -> Iterator[dict]:
     """A map of layers over time, and the same as curves."""
     query = {"{{layer}}": f"snn_layer_{name}{{{RUN}}}"}
     picture = panel(
@@ -90,6 +125,7 @@ def by_layer(title: str, name: str, unit: str, note: str = "") -> Iterator[dict]
         size=(12, 10),
         color=LAYERED,
         note=note,
+        defaults={name: value for name, value in (defaults or {}).items() if name in ("min", "max")},
         rowHeight=0.95,
         colWidth=1.0,
         showValue="never",
@@ -97,18 +133,28 @@ def by_layer(title: str, name: str, unit: str, note: str = "") -> Iterator[dict]
     )
     # Grafana refuses more points than pixels.
     yield picture | {"maxDataPoints": 120}
-    yield panel(f"{title}, as curves", query, unit=unit, size=(12, 10), note=note)
+    yield panel(
+        f"{title}, as curves",
+        query,
+        unit=unit,
+        size=(12, 10),
+        note=note,
+        defaults=defaults or {},
+        legend=LAYERS_BESIDE,
+    )
 
 
 def overview() -> list[dict]:
     left = f"(snn_train_steps_planned{{{RUN}}} - snn_train_step{{{RUN}}})"
     return [
         stat("Progress", f"snn_train_step{{{RUN}}} / snn_train_steps_planned{{{RUN}}}", "percentunit"),
-        stat("Time left", f"{left} / rate(snn_train_steps_total{{{RUN}}}[$__rate_interval])", "s"),
+        # At the end it is 0, where 0 / 0 would be nothing.
+        stat("Time left", f"{left} / (rate(snn_train_steps_total{{{RUN}}}[$__rate_interval]) > 0) or {left} == 0", "s"),
         stat("Training loss", f"snn_train_loss{{{RUN}}}", "short"),
         stat("Training accuracy", f"snn_train_accuracy_ratio{{{RUN}}}", "percentunit"),
-        stat("Network χ", f"snn_network_chi{{{RUN}}}", "percentunit"),
-        stat("Images per second", f"snn_train_images_per_second{{{RUN}}}", "short"),
+        stat("Network χ", f"snn_network_chi{{{RUN}}}", "percentunit", color={"mode": "thresholds"}, colorMode="value",
+             defaults={"thresholds": limits((None, "red"), (CHI_ALERT, "text"))}),
+        stat("Images/s", f"snn_train_images_per_second{{{RUN}}}", "short"),
         panel("Throughput, images per second", {
             "{{run}}, since the last logged step": f"snn_train_images_per_second{{{RUN}}}",
             "{{run}}, with checkpoints and evaluations": f"rate(snn_train_samples_total{{{RUN}}}[$__rate_interval])",
@@ -116,7 +162,7 @@ def overview() -> list[dict]:
         panel("Loss", {
             "{{run}}, training": f"snn_train_loss{{{RUN}}}",
             "{{run}}, validation": f"snn_eval_loss{{{RUN}}}",
-        }),
+        }, from_zero=False),
         panel("Accuracy", {
             "{{run}}, training": f"snn_train_accuracy_ratio{{{RUN}}}",
             "{{run}}, validation": f"snn_eval_accuracy_ratio{{{RUN}}}",
@@ -125,16 +171,18 @@ def overview() -> list[dict]:
             "{{run}}, network": f"snn_network_chi{{{RUN}}}",
             "{{run}}, lowest layer": f"min by (run) (snn_layer_chi{{{RUN}}})",
             "{{run}}, lowest participation": f"min by (run) (snn_layer_participation_ratio{{{RUN}}})",
-        }, unit="percentunit"),
-        panel("Learning rate", {"{{run}}": f"snn_train_learning_rate{{{RUN}}}"}, size=(6, 7)),
-        panel("Gradient norm", {"{{run}}": f"snn_train_grad_norm{{{RUN}}}"}, size=(6, 7)),
-        panel("Side of the images, pixels", {"{{run}}": f"snn_train_image_size_pixels{{{RUN}}}"}, size=(6, 7),
+        }, unit="percentunit", defaults=RATIO),
+        panel("Learning rate", {"{{run}}": f"snn_train_learning_rate{{{RUN}}}"}, size=(6, 8)),
+        panel("Gradient norm", {"{{run}}": f"snn_train_grad_norm{{{RUN}}}"}, size=(6, 8)),
+        panel("Side of the images, pixels", {"{{run}}": f"snn_train_image_size_pixels{{{RUN}}}"}, size=(6, 8),
               note="Only with data.image_size_start."),
-        panel("Steps without an update, and fp16's loss scale", {
-            "{{run}}, overflows per minute": f"60 * rate(snn_train_overflow_steps_total{{{RUN}}}[$__rate_interval])",
-            "{{run}}, not finite per minute": f"60 * rate(snn_train_nonfinite_steps_total{{{RUN}}}[$__rate_interval])",
+        panel("Steps without an update", {
+            "{{run}}, overflows/min": f"60 * rate(snn_train_overflow_steps_total{{{RUN}}}[$__rate_interval])",
+            "{{run}}, not finite/min": f"60 * rate(snn_train_nonfinite_steps_total{{{RUN}}}[$__rate_interval])",
             "{{run}}, loss scale": f"snn_train_loss_scale{{{RUN}}}",
-        }, size=(6, 7), note="There is a loss scale only with train.precision fp16."),
+        }, size=(6, 8), defaults={"custom": {"axisSoftMax": 1}},
+            overrides={"loss scale": {"custom.axisPlacement": "right"}},
+            note="There is a loss scale only with train.precision fp16."),
         panel("Runs", {"": f"snn_run_info{{{RUN}}}"}, kind="table", size=(WIDTH, 5)),
     ]  # fmt: skip
 
@@ -143,14 +191,19 @@ def layers() -> list[dict]:
     coverage = f"snn_layer_coverage_ratio{{{RUN}}}"
     off = f"{coverage} - snn_layer_coverage_target_ratio{{{RUN}}}"
     return [
-        *by_layer("χ: weights that receive gradient", "chi", "percentunit"),
-        *by_layer("Participation of the weights", "participation_ratio", "percentunit"),
+        *by_layer("χ: weights that receive gradient", "chi", "percentunit", f"SnnChiLow fires below {CHI_ALERT:.0%}.", {
+            **RATIO,
+            "thresholds": limits((None, "transparent"), (CHI_ALERT, "red")),
+            "custom": {"thresholdsStyle": {"mode": "dashed"}},
+        }),
+        *by_layer("Participation of the weights", "participation_ratio", "percentunit", defaults=RATIO),
         *by_layer("Coverage: near the threshold", "coverage_ratio", "percentunit",
                   "Only of surrogates with bounded support."),
         *by_layer("Width of the surrogate", "surrogate_width", "short", "In units of the potential."),
         *by_layer("Firing rate: neuron-steps that spike", "firing_rate_ratio", "percentunit"),
         *by_layer("Gradient norm", "gradient_norm", "short"),
-        panel("Coverage above its target", {"{{layer}}": off}, unit="percentunit", note="With chi.policy chi."),
+        panel("Coverage above its target", {"{{layer}}": off}, unit="percentunit", from_zero=False,
+              legend=LAYERS_BESIDE, note="With chi.policy chi."),
         panel("Now: firing rate", {"{{layer}}": f"snn_layer_firing_rate_ratio{{{RUN}}}"}, unit="percentunit",
               kind="bargauge", color=LAYERED, orientation="horizontal", displayMode="gradient"),
     ]  # fmt: skip
@@ -162,25 +215,33 @@ def data() -> list[dict]:
 
     def waiting(by: str) -> str:
         wait = f'rate(snn_train_phase_seconds_total{{{NODE}, phase="data_wait"}}[$__rate_interval])'
-        return f"sum by ({by}) ({wait}) / {phases(by)}"
+        return f"sum by ({by}) ({wait}) / ({phases(by)} > 0)"
 
     saved = f"snn_checkpoint_last_success_timestamp_seconds{{{RUN}}}"
     return [
-        panel("Where the time goes", {"{{phase}}": f"{phases('phase')} / on () group_left sum({phases('phase')})"},
-              unit="percentunit", defaults={"custom": {"stacking": {"mode": "normal"}, "fillOpacity": 60}}),
+        panel("Where the time goes", {
+            "{{phase}}": f"{phases('phase')} / on () group_left () (sum({phases('phase')}) > 0)",
+        }, unit="percentunit", defaults={
+            **RATIO,
+            "custom": {"stacking": {"mode": "normal"}, "fillOpacity": 60, "showPoints": "never"},
+        }),
         panel("Waiting for data, by rank", {"{{run}} {{rank}}": waiting("run, rank")}, unit="percentunit"),
         panel("Micro-batches that wait", {"{{run}} {{rank}}": f"snn_data_queue_depth{{{NODE}}}"},
-              note="At 0, the loader does not keep up."),
+              defaults=COUNT, note="At 0, the loader does not keep up."),
         panel("Bytes of samples read", {
             "{{instance}}": f"sum by (instance) (rate(snn_data_bytes_read_total{{{NODE}}}[$__rate_interval]))",
         }, unit="Bps"),
         panel("Samples replaced", {
             "{{run}}, {{reason}}": f"sum by (run, reason) (snn_data_samples_bad_total{{{NODE}}})",
-        }, size=(8, 8)),
+        }, size=(8, 8), defaults=COUNT),
         panel("Duration of a checkpoint", {"{{run}}": f"snn_checkpoint_duration_seconds{{{RUN}}}"}, unit="s",
               size=(8, 8)),
         panel("Age of the newest checkpoint", {"{{run}}": f"time() - {saved}"}, unit="s", size=(8, 8)),
-        panel("Checkpoints", {"{{run}}, {{result}}": f"snn_checkpoint_saves_total{{{RUN}}}"}),
+        panel("Checkpoints", {"{{run}}, {{result}}": f"snn_checkpoint_saves_total{{{RUN}}}"}, defaults=COUNT,
+              overrides={
+                  result: {"color": {"mode": "fixed", "fixedColor": color}}
+                  for result, color in (("error", "red"), ("success", "green"))
+              }),
         panel("Validation", {
             "{{run}}, accuracy": f"snn_eval_accuracy_ratio{{{RUN}}}",
         }, unit="percentunit"),
@@ -191,8 +252,9 @@ def cluster() -> list[dict]:
     step = f"snn_train_last_step_timestamp_seconds{{{NODE}}}"
     newest = f"max by (run) (snn_train_last_step_timestamp_seconds{{{RUN}}})"
     return [
-        panel("Nodes that answer", {"{{instance}}": 'up{job=~"$job", instance=~"$node"}'}, size=(12, 7)),
-        panel("Ranks that report", {"{{run}}": f"count by (run) ({step})"}, size=(12, 7)),
+        panel("Nodes that answer", {"{{instance}}": 'up{job=~"$job", instance=~"$node"}'}, size=(12, 7),
+              defaults=COUNT),
+        panel("Ranks that report", {"{{run}}": f"count by (run) ({step})"}, size=(12, 7), defaults=COUNT),
         panel("Since the last logged step", {"{{run}} {{rank}}": f"time() - {step}"}, unit="s"),
         panel("Behind the newest step", {"{{run}} {{rank}}": f"{newest} - on (run) group_right {step}"}, unit="s",
               note="A rank that rises here hangs, is gone, or has a wrong clock."),
@@ -206,7 +268,7 @@ def cluster() -> list[dict]:
             "{{run}}, finished": f"snn_run_finished{{{RUN}}}",
             "{{run}}, stopped on request": f"snn_run_stopped{{{RUN}}}",
             "{{run}}, {{node}} restarts": f"snn_run_restarts_total{{{NODE}}}",
-        }, note="There are restarts only under launch/supervise.py."),
+        }, defaults=COUNT, note="There are restarts only under launch/supervise.py."),
         panel("Firing alerts", {}, kind="alertlist", alertName="Snn", stateFilter={"firing": True, "pending": True},
               note="Alerts of rules.yml."),
         panel("Versions", {"": f"snn_build_info{{{RUN}}}"}, kind="table", size=(WIDTH, 5)),

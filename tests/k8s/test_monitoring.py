@@ -188,6 +188,46 @@ def test_every_alert_fires_where_it_should_and_only_there():
     assert fires == keeps_still == alerts
 
 
+def test_panels_of_a_run_that_is_over_divide_nothing_by_nothing(tmp_path):
+    """0 / 0 is NaN, which Grafana draws as an empty number and as spikes of a stack."""
+    boards = dashboards()
+
+    def expression(dashboard: str, title: str) -> str:
+        (panel,) = [one for one in boards[dashboard]["panels"] if one["title"] == title]
+        return script("picture").filled(panel["targets"][0]["expr"], ".+", 5)
+
+    left, phases, waiting = (
+        expression(*where)
+        for where in (("overview", "Time left"), ("data", "Where the time goes"), ("data", "Waiting for data, by rank"))
+    )
+    name = '{job="chispike", run="over", instance="there"'
+    trains, over = "0+5x60 300x200", "0+1x60 60x200"
+    series = {
+        f"snn_train_steps_planned{name}}}": "300x260",
+        f"snn_train_step{name}}}": trains,
+        f"snn_train_steps_total{name}}}": trains,
+        f'snn_train_phase_seconds_total{name}, rank="0", phase="compute"}}': over,
+        f'snn_train_phase_seconds_total{name}, rank="0", phase="data_wait"}}': over,
+    }
+    half, run = [{"labels": f'{{phase="{one}"}}', "value": 0.5} for one in ("compute", "data_wait")], f"{name}}}"
+    rank = [{"labels": '{run="over", rank="0"}', "value": 0.5}]
+    expected = [
+        *[(left, "2m30s", [{"labels": run, "value": 150}]), (left, "10m", [{"labels": run, "value": 0}])],
+        *[(phases, "2m30s", half), (phases, "10m", [])],
+        *[(waiting, "2m30s", rank), (waiting, "10m", [])],
+    ]
+    checks = [{"expr": expr, "eval_time": at, "exp_samples": samples} for expr, at, samples in expected]
+    inputs = [{"series": one, "values": values} for one, values in series.items()]
+    case = {"interval": "5s", "input_series": inputs, "promql_expr_test": checks}
+    (tmp_path / "over.yml").write_text(yaml.safe_dump({"rule_files": [], "tests": [case]}))
+    promtool("test", "rules", str(tmp_path / "over.yml"))
+
+
+def test_the_limit_in_the_panels_is_that_of_the_alert():
+    (low,) = [rule["expr"] for rule in RULES if rule.get("alert") == "SnnChiLow"]
+    assert low.endswith(f"< {script('dashboards').CHI_ALERT}")
+
+
 def test_prometheus_accepts_its_configurations(tmp_path):
     promtool("check", "config", "prometheus.yml")
     # Debian's build has no discovery in Kubernetes: the rest is checked, and that pods' labels are those of k8s/base.
@@ -253,44 +293,77 @@ class Prometheus:
         raise AssertionError(f"no series of {expression} came")
 
 
-@pytest.mark.faults
-def test_every_panel_has_data_from_a_run_that_prometheus_scrapes(digits, tmp_path):
+@pytest.fixture(scope="module")
+def watched(digits, tmp_path_factory):
+    """A Prometheus that scraped the run `watched` from its first step to its end."""
+    folder = tmp_path_factory.mktemp("prometheus")
     port = free_port()
-    (tmp_path / "prometheus").mkdir()
-    prometheus = Prometheus(tmp_path / "prometheus", f"127.0.0.1:{port}")
+    prometheus = Prometheus(folder, f"127.0.0.1:{port}")
     settings = {"--metrics.port": port, "--train.epochs": 6, "--train.eval_every_epochs": 2}
     words = [str(word) for pair in settings.items() for word in pair]
     try:
         prometheus.wait_for('up{job="chispike"}')  # it takes 5 s to find its target
-        run = start("launch/train.py", *arguments(digits, tmp_path / "watched"), *words)
+        run = start("launch/train.py", *arguments(digits, tmp_path_factory.mktemp("run") / "watched"), *words)
         output, _ = run.communicate(timeout=200)
         assert run.returncode == 0, output
         # The run stays until it was seen that it has finished; the rules need two evaluations more.
         assert prometheus.ask("last_over_time(snn_run_finished[5m])")[0]["value"][1] == "1", output
         prometheus.wait_for("run_rank:snn_data_wait:ratio_rate5m")
-        for variable in ("snn_run_info", 'snn_run_info{job="chispike"}'):
-            assert [one["metric"]["run"] for one in prometheus.ask(f"last_over_time({variable}[5m])")] == ["watched"]
-        ranks = prometheus.ask("last_over_time(snn_train_last_step_timestamp_seconds[5m])")
-        assert sorted(one["metric"]["rank"] for one in ranks) == ["0", "1"]
-        empty = [
-            (name, title, expression)
-            for name, dashboard in dashboards().items()
-            for title, expression in queries(dashboard)
-            if not any(f"snn_{metric}" in expression for metric in CONDITIONAL)
-            and not prometheus.ask(filled(expression))
-        ]
-        assert empty == []
-        for expression in script("picture").GRAPHS:
-            assert prometheus.ask(re.sub(r"\bsnn_\w+", r"last_over_time(\g<0>[5m])", expression)), expression
-        assert [one["metric"]["alertname"] for one in prometheus.ask('ALERTS{severity="critical"}')] == []
-        picture = tmp_path / "watched.png"
-        for run, code, said in (("watched", 0, ""), ("other", 1, "holds nothing of run 'other' within 30 minutes")):
-            words = [str(picture), "--url", prometheus.url, "--run", run]
-            drawn = subprocess.run([sys.executable, DRAW, *words], capture_output=True, text=True)
-            assert (drawn.returncode, said in drawn.stderr) == (code, True), drawn.stderr
-        assert picture.read_bytes().startswith(b"\x89PNG")
+        yield prometheus
     finally:
         kill(prometheus.process)
+
+
+@pytest.mark.faults
+def test_every_panel_has_data_from_a_run_that_prometheus_scrapes(watched, tmp_path):
+    for variable in ("snn_run_info", 'snn_run_info{job="chispike"}'):
+        assert [one["metric"]["run"] for one in watched.ask(f"last_over_time({variable}[5m])")] == ["watched"]
+    ranks = watched.ask("last_over_time(snn_train_last_step_timestamp_seconds[5m])")
+    assert sorted(one["metric"]["rank"] for one in ranks) == ["0", "1"]
+    empty = [
+        (name, title, expression)
+        for name, dashboard in dashboards().items()
+        for title, expression in queries(dashboard)
+        if not any(f"snn_{metric}" in expression for metric in CONDITIONAL) and not watched.ask(filled(expression))
+    ]
+    assert empty == []
+    for expression in script("picture").GRAPHS:
+        assert watched.ask(re.sub(r"\bsnn_\w+", r"last_over_time(\g<0>[5m])", expression)), expression
+    assert [one["metric"]["alertname"] for one in watched.ask('ALERTS{severity="critical"}')] == []
+    picture = tmp_path / "watched.png"
+    for run, code, said in (("watched", 0, ""), ("other", 1, "holds nothing of run 'other' within 30 minutes")):
+        words = [str(picture), "--url", watched.url, "--run", run]
+        drawn = subprocess.run([sys.executable, DRAW, *words], capture_output=True, text=True)
+        assert (drawn.returncode, said in drawn.stderr) == (code, True), drawn.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.faults
+def test_grafanas_own_code_draws_the_panels(watched, tmp_path):
+    """About a minute, most of it npm's."""
+    if missing := [name for name in ("node", "npm", "chromium") if shutil.which(name) is None]:
+        pytest.skip(f"there is no {' and no '.join(missing)}; apt install nodejs npm chromium")
+    draw = ["node", str(ROOT / "tests/k8s/grafana/pictures.mjs"), "--packages", str(tmp_path / "packages")]
+    words = ["--url", watched.url, "--scrape", "1", "--scale", "1", "--out", str(tmp_path)]
+
+    def drawn(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*draw, *words, *more], capture_output=True, text=True, timeout=400)
+
+    whole = drawn("--run", "watched", "--all")
+    if whole.returncode == 69:
+        pytest.skip(whole.stderr)
+    assert whole.returncode == 0, whole.stderr
+    for name, dashboard in dashboards().items():
+        kinds = [panel["type"] for panel in dashboard["panels"]]
+        count = sum(kind in ("timeseries", "stat", "bargauge", "table") for kind in kinds)
+        curves = kinds.count("timeseries")
+        assert f"{name}.png: {count} panels, {curves} with curves\n" in whole.stdout
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    chosen = drawn("--run", "watched")
+    assert chosen.returncode == 0, chosen.stderr
+    assert (tmp_path / "monitoring.png").exists()
+    other = drawn("--run", "other")
+    assert (other.returncode, "holds nothing of run 'other' within 30 minutes" in other.stderr) == (1, True)
 
 
 def filled(expression: str) -> str:
