@@ -22,7 +22,7 @@ test-faults: $(VENV)/installed-dev ## the long fault and matrix tests; their log
 	@rm -f build/faults.log
 	$(BIN)/python -m pytest -m faults --log-to build/faults.log $(ARGS)
 
-test-deploy: $(VENV)/installed-dev ## as root, with the real Slurm, ssh, systemd, podman and GlusterFS; DEPLOY_INSTALL=1 installs them
+test-deploy: $(VENV)/installed-dev ## as root, with the real Slurm, ssh, systemd, podman, GlusterFS and Alertmanager; DEPLOY_INSTALL=1 installs them
 	@rm -f build/deploy.log
 	$(BIN)/python -m pytest -m deploy --log-to build/deploy.log $(ARGS)
 

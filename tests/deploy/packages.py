@@ -26,6 +26,8 @@ TOOLS = {
     "crun": "crun",
     "catatonit": "catatonit",
     "debootstrap": "debootstrap",
+    "prometheus": "prometheus",
+    "prometheus-alertmanager": "prometheus-alertmanager",
     "glusterd": "glusterfs-server",
     "gluster": "glusterfs-server",
     "glusterfs": "glusterfs-client",
@@ -45,13 +47,17 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=FOLDERS)
 
 
-def need(*tools: str) -> None:
-    """Skips the test where it is not root or `tools` are missing and may not be installed; fails where apt-get does."""
-    if os.geteuid() != 0:
+def need(*tools: str, root: bool = True) -> None:
+    """Skips the test where it is not root or `tools` are missing and may not be installed; fails where apt-get does.
+
+    Without `root` only the installation needs it.
+    """
+    am_root = os.geteuid() == 0
+    if root and not am_root:
         pytest.skip("needs root")
     packages = sorted({TOOLS[name] for name in tools if tool(name) is None})
-    if packages and os.environ.get("DEPLOY_INSTALL") != "1":
-        pytest.skip(f"needs apt-get install {' '.join(packages)}; DEPLOY_INSTALL=1 lets the test do so")
+    if packages and not (am_root and os.environ.get("DEPLOY_INSTALL") == "1"):
+        pytest.skip(f"needs apt-get install {' '.join(packages)}; as root, DEPLOY_INSTALL=1 lets the test do so")
     if packages:
         _install(packages)
     used.update(TOOLS[name] for name in tools)
