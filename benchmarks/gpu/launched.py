@@ -159,7 +159,7 @@ def flagship(findings: Findings, device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data, run_dir = images_of(findings, Path(scratch)), Path(scratch) / "run"
         command = words(data, run_dir, ranks, findings.simulated)
-        _, said = launched(command, KILLED_AFTER)
+        _, said = launched(command, KILLED_AFTER + 1)  # a step is printed before it is in the journal
         before = records(run_dir)
         findings.check(f"{KILLED_AFTER} steps of {ranks} ranks", KILLED_AFTER in before, " | ".join(said)[-300:])
         if KILLED_AFTER not in before:

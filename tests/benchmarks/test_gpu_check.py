@@ -69,7 +69,6 @@ def test_every_side_of_the_step_ran(simulated):
     assert compared or any(row["name"] == "SpikingJelly" and row["absent"] for row in of(report, "speed")["rows"])
 
 
-@pytest.mark.faults
 def test_tier_2_trains_through_the_launcher_and_resumes_after_a_kill(tmp_path):
     path = tmp_path / "found.json"
     assert gpu_check.main(["--simulate", "--tier", "2", "--json", str(path)]) == 0
