@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,16 @@ def test_neurons_with_a_leak_and_a_reset_in_the_gradient_do_not_spill(dtype, cap
 def test_the_most_steps_of_a_call_do_not_spill(cache):
     made = kernel_table.noted(BF16, 2, arch="sew_resnet18", T=CHUNK, **FULL)
     assert spilling([launch for launch in made if launch.name == "backward"], 90) == []
+
+
+@pytest.mark.parametrize("name", ["width_ptr", "amplitude_ptr", "partial_ptr", "sum_ptr", "product_ptr"])
+def test_one_variant_serves_every_alignment_of_a_layers_part_of_a_vector(name):
+    launch = next(one for one in kernel_table.noted(BF16, 2, arch="sew_resnet18") if one.name == "backward")
+    vector = torch.zeros(64)
+    parts = [replace(launch, arguments={**launch.arguments, name: vector[at:]}) for at in (0, 1)]
+    assert len(kernel_table.variants({2: parts}, 90)) == 1
+    of_x = [replace(launch, arguments={**launch.arguments, "x_ptr": vector.bfloat16()[at:]}) for at in (0, 1)]
+    assert len(kernel_table.variants({2: of_x}, 90)) == 2, "whole tensors are loaded in vectors where they are aligned"
 
 
 def test_a_spill_is_seen(cache):
