@@ -29,7 +29,8 @@ from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.engine.engine import build
 from pipeline.ranks.group import join, leave
-from pipeline.snn import losses, sew_resnet
+from pipeline.snn import losses
+from pipeline.snn.networks import sew_resnet
 from pipeline.snn.neurons import bind
 
 MICRO, ACCUMULATION = 4, 8

@@ -16,8 +16,8 @@ from torch import Tensor
 from pipeline import chi
 from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.loader import evaluation_batches
-from pipeline.snn import sew_resnet
 from pipeline.snn.losses import cross_entropy
+from pipeline.snn.networks import sew_resnet
 
 DATA = {"cifar10": (40_000, 10), "cifar100": (20_000, 100), "digits": (1_078, 10)}
 """By data set: the number of images for training, and of classes."""

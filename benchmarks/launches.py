@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import table
 from pipeline.config import ModelConfig
 from pipeline.snn import kernels as kernel_files
-from pipeline.snn import losses, neurons, sew_resnet
+from pipeline.snn import losses, neurons
 from pipeline.snn.kernels import dispatch, fused_triton, packing
+from pipeline.snn.networks import sew_resnet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAST = torch.channels_last

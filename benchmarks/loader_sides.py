@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import Windows, random_windows
-from pipeline.data.dali_pipeline import MEAN, STD, Graph
+from pipeline.data.decode.augment import Windows, random_windows
+from pipeline.data.decode.dali_pipeline import MEAN, STD, Graph
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest, read_samples
 

@@ -27,8 +27,9 @@ def kept_by(function: Callable[[], object]) -> int:
 def our_ops(T: int, C: int, checkpoint: bool) -> dict[str, Callable]:
     """This project's neurons, BN + neurons + shortcut, and a residual block, on (T N, C, H, W)."""
     from pipeline.config import ModelConfig
-    from pipeline.snn import neurons, sew_resnet
-    from pipeline.snn.archs import TABLE
+    from pipeline.snn import neurons
+    from pipeline.snn.networks import sew_resnet
+    from pipeline.snn.networks.archs import TABLE
 
     model = ModelConfig(arch="sew_resnet34", T=T, surrogate="atan", width=1 / torch.pi, checkpoint=checkpoint)
     neuron, bn = neurons.from_config(model), nn.BatchNorm2d(C)

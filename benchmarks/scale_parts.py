@@ -23,7 +23,7 @@ from pipeline.metrics.catalogue import METRICS
 from pipeline.metrics.rank_metrics import PHASES, RESULTS
 from pipeline.metrics.snapshots import Snapshot
 from pipeline.run_dir import checkpoint_files
-from pipeline.snn import sew_resnet
+from pipeline.snn.networks import sew_resnet
 
 SAMPLES = 1_281_167  # ImageNet's training split
 RANKS_PER_NODE = 8

@@ -26,7 +26,8 @@ from pipeline.metrics.catalogue import METRICS
 from pipeline.metrics.exporter import NodeServer
 from pipeline.metrics.journal import layer_labels
 from pipeline.metrics.snapshots import Snapshot
-from pipeline.snn import losses, sew_resnet
+from pipeline.snn import losses
+from pipeline.snn.networks import sew_resnet
 
 INTERVAL_S = 15
 """Seconds between two scrapes, as in k8s/monitoring."""

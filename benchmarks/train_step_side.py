@@ -53,7 +53,8 @@ def peer_network(arch: str, T: int):
 def our_network(arch: str, T: int, counted: bool, checkpoint: bool, surrogate: str = "atan"):
     """This project's network with the same neurons, and the same surrogate unless another is named."""
     from pipeline.config import ModelConfig
-    from pipeline.snn import neurons, sew_resnet
+    from pipeline.snn import neurons
+    from pipeline.snn.networks import sew_resnet
 
     width = 1 / torch.pi if surrogate == "atan" else 1.0
     model = ModelConfig(arch=arch, T=T, surrogate=surrogate, width=width, checkpoint=checkpoint)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from pipeline.data.image_headers import JPEG_MAGIC, PNG_MAGIC, Header, HeaderError, jpeg_segments, read_header
+from pipeline.data.decode.image_headers import JPEG_MAGIC, PNG_MAGIC, Header, HeaderError, jpeg_segments, read_header
 
 MAX_IMAGE_BYTES = 64 << 20
 """Largest file that is taken as an image: bounds the memory of a worker."""

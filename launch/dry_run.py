@@ -12,7 +12,8 @@ from pipeline.config.config_json import flatten
 from pipeline.data.manifest import TRAIN, load_manifest
 from pipeline.engine.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
-from pipeline.snn import memory_estimate, sew_resnet
+from pipeline.snn import memory_estimate
+from pipeline.snn.networks import sew_resnet
 
 CLASSES = 1000
 """Classes of the network where there are no data here to give their number."""

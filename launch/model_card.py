@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from launch.evaluation_table import percent, shown
-from pipeline.data.dali_pipeline import MEAN, STD
+from pipeline.data.decode.dali_pipeline import MEAN, STD
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir.run_folder import Stored
 
@@ -74,7 +74,8 @@ def _loading(stored: Stored, about: dict, weights: Path) -> str:
     settings = ", ".join(f"{name}={getattr(model, name)!r}" for name in names)
     return f"""```python
 from pipeline.config import ModelConfig
-from pipeline.snn import sew_resnet, state_dicts
+from pipeline.snn import state_dicts
+from pipeline.snn.networks import sew_resnet
 network = sew_resnet.build(ModelConfig({settings}), num_classes={about["num_classes"]}, image_size={size}).eval()
 state_dicts.load_safetensors(network, {weights.name!r})
 logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})

@@ -20,7 +20,7 @@ from pipeline.config.checks import one_of
 from pipeline.config.config_json import foreign_keys
 from pipeline.errors import ConfigError
 from pipeline.run_dir import run_folder
-from pipeline.snn.archs import ARCHS
+from pipeline.snn.networks.archs import ARCHS
 
 
 @functools.cache

@@ -35,10 +35,10 @@ from pipeline.ranks.stop_requests import Watch
 from pipeline.ranks.straggler import Straggler
 from pipeline.run_dir import checkpoint_files, code_version, locks, run_folder
 from pipeline.run_dir.checkpoint_writer import Writer
-from pipeline.snn import sew_resnet
 from pipeline.snn.graphed_pass import record_passes, require_graphs
+from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.sew_resnet import SpikingLayer
 from pipeline.snn.neurons import NeuronState, bind
-from pipeline.snn.sew_resnet import SpikingLayer
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from pipeline.data.order import mix
 from pipeline.errors import EXIT_DONE
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir.checkpoint_files import load_newest
-from pipeline.snn import sew_resnet
+from pipeline.snn.networks import sew_resnet
 from tests.conftest import ROOT, launch
 
 FILE = Path(__file__).with_name("golden.json")

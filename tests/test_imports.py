@@ -27,7 +27,7 @@ SHARED_WITH_DATA_PREP = {
     "pipeline",
     "pipeline.data.manifest",  # the shard format
     "pipeline.data.order",  # the hash that shuffles
-    "pipeline.data.image_headers",  # what a whole image is
+    "pipeline.data.decode.image_headers",  # what a whole image is
     "pipeline.errors",
     "pipeline.run_dir.atomic",
     "pipeline.run_dir.caches",

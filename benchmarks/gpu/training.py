@@ -4,7 +4,8 @@ import torch
 
 from benchmarks.gpu.findings import Findings
 from pipeline.config import ModelConfig
-from pipeline.snn import losses, neurons, sew_resnet
+from pipeline.snn import losses, neurons
+from pipeline.snn.networks import sew_resnet
 
 STEPS, BATCH, SIZE, CLASSES = 200, 32, 32, 10
 FIRST, LAST = 0.01, 0.15

@@ -8,10 +8,11 @@ from torch import nn
 from benchmarks.gpu.findings import Findings
 from benchmarks.gpu.kernel_checks import numbers
 from pipeline.config import ChiConfig, ModelConfig
-from pipeline.snn import losses, neurons, sew_resnet
+from pipeline.snn import losses, neurons
 from pipeline.snn.kernels import dispatch, norm, packing
 from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.kernels.tally import Tally
+from pipeline.snn.networks import sew_resnet
 
 
 def traps(findings: Findings, device: torch.device) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import central_windows, image_size_at, random_windows
 from pipeline.data.cache import READ_AHEAD, check_cache
+from pipeline.data.decode.augment import central_windows, image_size_at, random_windows
 from pipeline.data.manifest import EVALUATION, TRAIN, load_manifest
 from pipeline.data.order import Order
 from pipeline.data.prefetcher import Batch, Request, Stream

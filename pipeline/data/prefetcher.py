@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import Windows
 from pipeline.data.background import Background
-from pipeline.data.dali_pipeline import Copied, DeviceCopies, Graph, undecodable
+from pipeline.data.decode.augment import Windows
+from pipeline.data.decode.dali_pipeline import Copied, DeviceCopies, Graph, undecodable
 from pipeline.data.remote import ClosedError
 from pipeline.data.samples import UNDECODABLE, BadSamples, Samples
 

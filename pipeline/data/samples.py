@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data.image_headers import HeaderError, TruncatedError, read_header
+from pipeline.data.decode.image_headers import HeaderError, TruncatedError, read_header
 from pipeline.data.shard_reader import Shards
 from pipeline.errors import DataError
 

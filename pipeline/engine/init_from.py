@@ -21,7 +21,7 @@ from pipeline.config.checks import LARGEST, SMALLEST
 from pipeline.errors import ConfigError, is_outage
 from pipeline.run_dir import checkpoint_files
 from pipeline.snn import state_dicts
-from pipeline.snn.sew_resnet import SEWResNet
+from pipeline.snn.networks.sew_resnet import SEWResNet
 
 CLASSIFIER = ("fc.weight", "fc.bias")
 

@@ -8,7 +8,8 @@ import torch
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.run_dir import checkpoint_files
-from pipeline.snn import sew_resnet, state_dicts
+from pipeline.snn import state_dicts
+from pipeline.snn.networks import sew_resnet
 
 
 class Trained(NamedTuple):

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.snn.kernels.chunked import CHUNK
 from pipeline.snn.kernels.packing import bits_for
-from pipeline.snn.sew_resnet import SEWResNet
+from pipeline.snn.networks.sew_resnet import SEWResNet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,8 +11,9 @@ if importlib.util.find_spec("triton") is None:
 
 from benchmarks import launches, retained
 from pipeline.config import ModelConfig
-from pipeline.snn import memory_estimate, neurons, sew_resnet
+from pipeline.snn import memory_estimate, neurons
 from pipeline.snn.kernels import compiled
+from pipeline.snn.networks import sew_resnet
 from tests.conftest import ROOT
 from tests.support import peers
 

@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import chi
 from pipeline.chi.indicators import gradient_sums
 from pipeline.config import ModelConfig
-from pipeline.snn import losses, sew_resnet
+from pipeline.snn import losses
+from pipeline.snn.networks import sew_resnet
 
 STEPS = 6
 

@@ -27,9 +27,9 @@ from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, OptimCon
 from pipeline.engine.engine import build
 from pipeline.engine.engine_state import EngineState
 from pipeline.errors import ConfigError, NonFiniteError
-from pipeline.snn import sew_resnet
 from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.membrane_probe import probed
+from pipeline.snn.networks import sew_resnet
 from pipeline.snn.neurons import bind
 from tests.chi.chi_engines import MICRO_BATCH, Counter, batches, make, parameters, plain_gradient, step
 from tests.support.rank_lines import tell

@@ -18,9 +18,9 @@ from pipeline.chi.tap import Tap
 from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.engine.engine import build
-from pipeline.snn import sew_resnet
 from pipeline.snn.kernels import compiled
 from pipeline.snn.losses import cross_entropy
+from pipeline.snn.networks import sew_resnet
 from pipeline.snn.neurons import bind
 from tests.support.rank_lines import leave, tell
 

@@ -12,8 +12,9 @@ from benchmarks import chi_quality
 from pipeline.chi import quality
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
-from pipeline.snn import neurons, sew_resnet
+from pipeline.snn import neurons
 from pipeline.snn.losses import cross_entropy
+from pipeline.snn.networks import sew_resnet
 from tests.conftest import ROOT
 
 

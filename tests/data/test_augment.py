@@ -8,7 +8,7 @@ import torch
 
 from launch.options import parse
 from pipeline.config import DataConfig
-from pipeline.data.augment import image_size_at
+from pipeline.data.decode.augment import image_size_at
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.errors import ConfigError
 from tests.support.data_sets import drawn_jpeg, write_set

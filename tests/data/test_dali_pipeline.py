@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.data import prefetcher
-from pipeline.data.dali_pipeline import DeviceCopies, Mark
+from pipeline.data.decode.dali_pipeline import DeviceCopies, Mark
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from tests.data.test_samples import UNDECODABLE
 from tests.support.data_sets import drawn_jpeg, write_set

@@ -1,4 +1,4 @@
-"""`pipeline/data/image_headers.py`: an image that is packed as whole also trains, with the pixels that Pillow shows."""
+"""`decode/image_headers.py`: an image that is packed as whole also trains, with the pixels that Pillow shows."""
 
 import ast
 import contextlib
@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 from data_prep.images import Inspected, RefusedError, inspect
 from pipeline.config import DataConfig
-from pipeline.data.augment import Windows
-from pipeline.data.dali_pipeline import MEAN, STD, Graph
+from pipeline.data.decode.augment import Windows
+from pipeline.data.decode.dali_pipeline import MEAN, STD, Graph
 from pipeline.data.samples import flaw
 from tests.conftest import ROOT
 from tests.support import image_corpus

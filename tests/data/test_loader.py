@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig
-from pipeline.data.dali_pipeline import Graph
+from pipeline.data.decode.dali_pipeline import Graph
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.errors import ConfigError, DataError
 from tests.support.data_sets import ROOT, drawn_jpeg, real_jpegs, write_set

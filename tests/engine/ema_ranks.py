@@ -15,8 +15,8 @@ from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.engine import engine_state
 from pipeline.engine.ema import Ema
 from pipeline.engine.engine import build
-from pipeline.snn import sew_resnet
 from pipeline.snn.losses import cross_entropy
+from pipeline.snn.networks import sew_resnet
 from tests.support.rank_lines import leave, tell
 
 STEPS, MICRO_BATCH, DECAY = 3, 4, 0.15  # step 0 keeps 1/10, step 1 keeps 0.15, since 2/11 is more

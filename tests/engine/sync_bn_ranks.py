@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pipeline.config import Config, DataConfig, ModelConfig, TrainConfig
 from pipeline.engine.engine import build, normalise_as_one
-from pipeline.snn import sew_resnet
 from pipeline.snn.kernels import compiled, norm
 from pipeline.snn.kernels.norm import Ranks
 from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.losses import cross_entropy
+from pipeline.snn.networks import sew_resnet
 from pipeline.snn.neurons import bind
 from tests.support.rank_lines import leave, tell
 

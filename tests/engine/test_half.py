@@ -18,7 +18,7 @@ from pipeline.engine import load_network
 from pipeline.errors import EXIT_DONE
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir.checkpoint_files import load_newest
-from pipeline.snn import sew_resnet
+from pipeline.snn.networks import sew_resnet
 from tests.conftest import free_port, launch
 
 STEPS, SAVED, BATCH = 6, 3, 16

@@ -15,7 +15,8 @@ from pipeline.config import Config, ModelConfig
 from pipeline.engine import init_from
 from pipeline.errors import ConfigError
 from pipeline.run_dir import checkpoint_files
-from pipeline.snn import sew_resnet, state_dicts
+from pipeline.snn import state_dicts
+from pipeline.snn.networks import sew_resnet
 
 
 def network(num_classes: int = 10, seed: int = 0, **model) -> sew_resnet.SEWResNet:

@@ -11,7 +11,7 @@ from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig, TrainC
 from pipeline.engine.optimizer import optimizer_of, parameter_groups
 from pipeline.engine.schedule import Schedule
 from pipeline.errors import ConfigError
-from pipeline.snn import sew_resnet
+from pipeline.snn.networks import sew_resnet
 
 SAMPLES, STEPS_AN_EPOCH = 1280, 10
 

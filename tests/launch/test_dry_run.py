@@ -16,7 +16,7 @@ from pipeline.config import OptimConfig, TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
 from pipeline.metrics.journal import read_journal
-from pipeline.snn import sew_resnet
+from pipeline.snn.networks import sew_resnet
 from tests.conftest import ROOT
 from tests.support import training_runs
 

@@ -16,7 +16,8 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.prefetcher import Batch
 from pipeline.engine.evaluate import _answers, evaluate_in_detail
 from pipeline.errors import ConfigError, DataError
-from pipeline.snn import energy, sew_resnet
+from pipeline.snn import energy
+from pipeline.snn.networks import sew_resnet
 from tests.conftest import ROOT
 from tests.support.data_sets import drawn_jpeg, write_set
 from tests.support.training_runs import STEPS

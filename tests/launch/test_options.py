@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.engine.schedule import Schedule
 from pipeline.errors import EXIT_DATA, EXIT_USAGE, ConfigError
-from pipeline.snn.archs import ARCHS
+from pipeline.snn.networks.archs import ARCHS
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from pipeline.config import ModelConfig, OptimConfig
 from pipeline.engine.deepspeed_settings import deepspeed_settings
 from pipeline.engine.schedule import Schedule
 from pipeline.ranks import cores
-from pipeline.snn import sew_resnet
+from pipeline.snn.networks import sew_resnet
 
 GPUS = {"digits": 8, "cifar10": 4, "tiny_imagenet": 4}
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet100": 100, "tiny_imagenet": 200}

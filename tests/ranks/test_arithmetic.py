@@ -10,7 +10,8 @@ from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig, ModelConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.ranks import arithmetic
-from pipeline.snn import losses, sew_resnet
+from pipeline.snn import losses
+from pipeline.snn.networks import sew_resnet
 from pipeline.snn.neurons import bind
 
 DIFFER = (

@@ -17,9 +17,9 @@ from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, TrainCon
 from pipeline.engine.ema import Ema
 from pipeline.engine.engine import build
 from pipeline.engine.engine_state import EngineState
-from pipeline.snn import sew_resnet
 from pipeline.snn.graphed_pass import HostReplay, record_passes
 from pipeline.snn.losses import cross_entropy
+from pipeline.snn.networks import sew_resnet
 from pipeline.snn.neurons import bind
 from tests.support.rank_lines import leave, tell
 

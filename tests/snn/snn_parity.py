@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from pipeline.config import ModelConfig
-from pipeline.snn import sew_resnet, state_dicts
+from pipeline.snn import state_dicts
 from pipeline.snn.kernels import dispatch
 from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.networks import sew_resnet
 from pipeline.snn.neurons import Neuron
 from tests.snn import snn_network_case as case
 

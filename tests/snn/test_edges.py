@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from pipeline.config import ModelConfig
-from pipeline.snn import neurons, sew_resnet
+from pipeline.snn import neurons
 from pipeline.snn.kernels import dispatch, norm, packing
 from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.networks import sew_resnet
 from tests.support.snn_twins import new_tally, poison, require_compiler
 
 WIDTH, AMPLITUDE = torch.tensor(0.8), torch.tensor(1.25)

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.config import ModelConfig
-from pipeline.snn import sew_resnet
 from pipeline.snn.kernels import norm, reference
 from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.networks import sew_resnet
 from tests.support.snn_twins import require_compiler
 
 EPS = 2.0**-23

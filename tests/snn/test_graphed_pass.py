@@ -11,9 +11,9 @@ from torch import nn
 
 from pipeline.config import Config, ModelConfig, TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.snn import sew_resnet
 from pipeline.snn.graphed_pass import AS_IT_IS, CudaReplay, GraphedPass, HostReplay, record_passes, require_graphs
 from pipeline.snn.losses import cross_entropy
+from pipeline.snn.networks import sew_resnet
 from pipeline.snn.neurons import NeuronState, bind
 from tests.conftest import launch
 from tests.snn.graph_ranks import ACCUMULATION, CASES, STEPS

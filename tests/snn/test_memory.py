@@ -6,8 +6,9 @@ from torch import nn
 
 from benchmarks.neuron_bytes_side import kept, kept_by, our_ops
 from pipeline.config import ModelConfig
-from pipeline.snn import losses, memory_estimate, neurons, sew_resnet
+from pipeline.snn import losses, memory_estimate, neurons
 from pipeline.snn.kernels import compiled
+from pipeline.snn.networks import sew_resnet
 
 
 def require_compiler() -> None:

@@ -9,8 +9,9 @@ from torch import nn
 
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.snn import energy, losses, neurons, sew_resnet, state_dicts
-from pipeline.snn.archs import ARCHS
+from pipeline.snn import energy, losses, neurons, state_dicts
+from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.archs import ARCHS
 
 
 def build(arch: str = "sew_tiny", size: int = 16, **fields) -> sew_resnet.SEWResNet:

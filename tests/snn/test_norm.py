@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from pipeline.config import ModelConfig
-from pipeline.snn import membrane_probe, sew_resnet
+from pipeline.snn import membrane_probe
 from pipeline.snn.kernels import compiled, norm, packing
 from pipeline.snn.kernels.chunked import CHUNK
 from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.networks import sew_resnet
 from tests.support.snn_twins import new_tally, require_compiler
 
 
@@ -150,7 +151,7 @@ def test_a_machine_that_cannot_compile_says_so_once_and_trains(tmp_path):
 import logging, torch
 logging.basicConfig(level=logging.WARNING)
 from pipeline.config import ModelConfig
-from pipeline.snn import sew_resnet
+from pipeline.snn.networks import sew_resnet
 torch.manual_seed(0)
 net = sew_resnet.build(ModelConfig(), num_classes=3, image_size=16)
 out = net(torch.randn(4, 3, 16, 16))

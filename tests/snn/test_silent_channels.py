@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
-from pipeline.snn import sew_resnet
 from pipeline.snn.kernels import compiled, dispatch
 from pipeline.snn.losses import cross_entropy
-from pipeline.snn.sew_resnet import SEWResNet
+from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.sew_resnet import SEWResNet
 from tests.support.snn_twins import require_compiler
 
 MICRO_BATCHES = 3

@@ -24,7 +24,7 @@ from nvidia.dali.pipeline import pipeline_def
 from torch import Tensor
 
 from pipeline.config import DataConfig
-from pipeline.data.augment import Windows
+from pipeline.data.decode.augment import Windows
 from pipeline.ranks.cores import cores_per_rank
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, in 8-bit levels

@@ -14,8 +14,8 @@ from torch import nn
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import neurons
-from pipeline.snn.archs import ARCHS, TABLE, Arch
 from pipeline.snn.kernels import packing
+from pipeline.snn.networks.archs import ARCHS, TABLE, Arch
 from pipeline.snn.neurons import Neuron
 
 
