@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import chi_regret, study_runs
+from benchmarks import chi_long, chi_regret, study_runs
 
 
 def made_up(where: str, arms: Mapping[str, Sequence[float]]) -> list[dict]:
@@ -55,11 +55,26 @@ def test_the_table_takes_means_over_settings_and_names_the_worst(monkeypatch):
     assert rows["chi, calibrated against triangle 1: mean over 6 pairs"]["value"] == pytest.approx(-1)
 
 
-def test_the_committed_runs_are_those_of_the_protocol():
-    planned = {study_runs.key_of(asdict(setting)) for setting in chi_regret.settings()}
-    assert len(planned) == chi_regret.SEEDS * len(chi_regret.SETTINGS) * 10
-    records = study_runs.finished(chi_regret.RUNS)
-    assert chi_regret.missing(records) == len(planned) - len(records)
-    keys = [record["key"] for record in records]
+def test_the_bound_in_deep_networks_is_one_sided_and_judged_once_every_pair_is_there():
+    # Of 10 pairs with mean 1 and standard deviation 2.108, 1.833 standard errors (Student's t, 9 degrees) are 1.222.
+    differences = [3, -1] * 5
+    arms = {chi_long.BEST: [30] * 10, chi_long.CALIBRATED: [30 + gain for gain in differences]}
+    name = "27 layers and more: χ against the best fixed width, one-sided 95 % bound"
+    rows = {row["name"]: row for row in chi_long.rows(made_up(chi_long.DEEP[0], arms) + made_up("shallow", arms))}
+    assert rows[name]["value"] == pytest.approx(1 - 1.222, abs=1e-3)
+    assert rows[name]["goal"] is None
+    rows = {row["name"]: row for row in chi_long.rows([row for at in chi_long.DEEP for row in made_up(at, arms)])}
+    assert rows[name]["met"] is True
+
+
+@pytest.mark.parametrize("study", [chi_regret, chi_long])
+def test_the_committed_runs_are_those_of_the_protocol(study):
+    planned = {study_runs.key_of(asdict(setting)) for setting in study.settings()}
+    assert len(planned) == (420 if study is chi_regret else 96)
+    keys = [record["key"] for record in study_runs.finished(study.RUNS)]
     assert len(keys) == len(set(keys))
     assert set(keys) <= planned
+
+
+def test_missing_runs_are_those_that_are_not_committed():
+    assert chi_regret.missing(study_runs.finished(chi_regret.RUNS)) == 420 - len(study_runs.finished(chi_regret.RUNS))
