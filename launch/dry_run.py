@@ -41,7 +41,12 @@ def report(config: Config, ranks: int) -> list[str]:
     steps = config.num_steps(manifest.num_samples) if manifest else None
     num_classes = len(manifest.classes) if manifest else CLASSES
     with torch.device("meta"):
-        network = build(config.model, num_classes=num_classes, image_size=data.smallest_image)
+        network = build(
+            config.model,
+            num_classes=num_classes,
+            image_size=data.image_size,
+            image_size_start=data.image_size_start,
+        )
     num_parameters = sum(p.numel() for p in network.parameters())
     lines = ["configuration"]
     lines += [f"  {name} = {value!r}" for name, value in flatten(config.to_dict()).items()]

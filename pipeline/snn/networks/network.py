@@ -15,9 +15,10 @@ class SpikingLayer:
     name: str
     """Dotted name of the neuron module."""
     neuron: Steered
-    weight: nn.Parameter
-    """W of the convolution or linear layer, (C_out, C_in, ...)."""
-    norm: nn.BatchNorm2d | None = None
+    weight: nn.Parameter | None
+    """W of the convolution or linear layer, (C_out, C_in, ...). None where the neurons get a product of other layers'
+    spikes, as in attention: then the layer has no χ, and is steered by its coverage or firing rate."""
+    norm: nn.Module | None = None
     """The batch normalisation between the two."""
 
 
