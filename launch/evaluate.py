@@ -191,8 +191,8 @@ def numbers(detail: "Detail", classes: Sequence[str], shown: Sequence[str], netw
             "acs": layer.acs,
             "input_rate_ratio": layer.input_rate,
             "energy_nanojoule": layer.picojoule / 1000,
-            "neurons": neurons[layer.name],
-            "firing_rate_ratio": detail.energy.firing_rates.get(neurons[layer.name] or ""),
+            "neurons": neurons.get(layer.name),
+            "firing_rate_ratio": detail.energy.firing_rates.get(neurons.get(layer.name) or ""),
         }
         for layer in detail.energy.layers
     ]

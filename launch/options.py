@@ -16,10 +16,10 @@ from launch import near_misses
 from launch.command import Parser
 from launch.recipes import RECIPES
 from pipeline.config import Config, config_json
-from pipeline.config.checks import one_of
 from pipeline.config.config_json import foreign_keys
 from pipeline.errors import ConfigError
 from pipeline.run_dir import run_folder
+from pipeline.snn.networks import own_source
 from pipeline.snn.networks.archs import ARCHS
 
 
@@ -247,7 +247,7 @@ def _configured(document: dict, where: str, given: dict[str, object]) -> Config:
             document = {**document, field: value}
     try:
         config = config_json.config_of(document)
-        one_of("model.arch", config.model.arch, ARCHS)
+        own_source.check(config.model.arch)
         return config
     except ConfigError as error:
         own = str(error).partition("=")[0] in given

@@ -35,6 +35,7 @@ from pipeline.errors import (
 from pipeline.metrics import trackers
 from pipeline.ranks.stop_requests import Watch
 from pipeline.run_dir import caches, locks, outages, rank_log, run_folder
+from pipeline.snn.networks import own_source
 
 PATIENCE_S = 10
 QUIET = ("pipeline.engine", "pipeline.snn", "pipeline.run_dir.checkpoint_files")
@@ -110,11 +111,14 @@ def alone_without_launcher(environ: MutableMapping[str, str]) -> None:
 def preflight(config: Config, world_size: int) -> dict | None:
     """Checks configuration, data and run folder for `world_size` ranks; the summary of a finished run, else None."""
     deepspeed_settings(config, world_size, num_parameters=0)
+    source = own_source.find(config.model.arch)
     train = check_splits(config.data)
     config.num_steps(train.num_samples)
     trackers.require(config)
     finished = run_folder.admit(config, world_size)
     run_folder.refuse_other_data(config, train.identity)
+    if source is not None:
+        run_folder.refuse_other_network(config, source.digest)
     if (
         config.init_from
         and not (Path(config.run_dir) / "checkpoints").exists()

@@ -36,8 +36,9 @@ from pipeline.ranks.straggler import Straggler
 from pipeline.run_dir import checkpoint_files, code_version, locks, run_folder
 from pipeline.run_dir.checkpoint_writer import Writer
 from pipeline.snn.graphed_pass import record_passes, require_graphs
-from pipeline.snn.networks import sew_resnet
-from pipeline.snn.networks.sew_resnet import SpikingLayer
+from pipeline.snn.networks import own_source
+from pipeline.snn.networks.build import build as build_network
+from pipeline.snn.networks.network import SpikingLayer
 from pipeline.snn.neurons import NeuronState, bind
 
 log = logging.getLogger(__name__)
@@ -135,9 +136,15 @@ def prepare(config: Config, watch: Watch) -> Run:
         locks.look_from_another_node(Path(config.run_dir))
     saved = checkpoint_files.load_to_resume(Path(config.run_dir))
     step = saved["step"] if saved else 0
-    agree(config, step, loader.manifest.identity, place.device)
+    source = own_source.find(config.model.arch)
+    agree(config, step, loader.manifest.identity, "" if source is None else source.digest, place.device)
     classes = len(loader.manifest.classes)
-    model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)
+    model = build_network(
+        config.model,
+        num_classes=classes,
+        image_size=config.data.image_size,
+        image_size_start=config.data.image_size_start,
+    ).to(place.device)
     if config.train.precision == "fp64":
         model.double()  # before weights are loaded into it
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 partitions them
@@ -163,6 +170,7 @@ def prepare(config: Config, watch: Watch) -> Run:
             layers=neurons.names,
             num_parameters=num_parameters,
             world_size=place.world_size,
+            network_code=b"" if source is None else source.code,
         )
     run = assembled(config, place, loader, engine, neurons, layers, schedule, step)
     if saved is not None:
@@ -247,7 +255,7 @@ def assembled(
         ema=Ema(engine, config.train.ema_decay, keeps=place.rank == 0),
         nonfinite=nonfinite,
         widths=widths,
-        stats=StepStats(tap, nonfinite, flags),
+        stats=StepStats(tap, nonfinite, flags, config.train.seed),
         flags=flags,
         log=log,
         trace=Profiler(Path(config.run_dir), config.train.profile_steps if place.rank == 0 else 0, step),
@@ -266,8 +274,8 @@ def calibrate(run: Run) -> None:
     run.widths.calibrate(run.engine, images, lambda widths: dist.broadcast(widths, 0))
 
 
-def agree(config: Config, step: int, data_identity: str, device: torch.device) -> None:
-    """Checks that all ranks have the same program, configuration, data and first step.
+def agree(config: Config, step: int, data_identity: str, network: str, device: torch.device) -> None:
+    """Checks that all ranks have the same program, configuration, data, code of the network and first step.
 
     Raises:
         ConfigError: on every rank, naming what differs between them.
@@ -278,6 +286,7 @@ def agree(config: Config, step: int, data_identity: str, device: torch.device) -
         "the program is of different versions; install one on all nodes": code_version.version(),
         "the configurations differ; start every node with the same options": repr(sorted(settings.items())),
         f"data.path={config.data.path!r} holds different data; put the same shards on all nodes": data_identity,
+        f"model.arch={config.model.arch!r} is of different code; put the same file on all nodes": network,
         f"run_dir={config.run_dir!r} holds checkpoints of different steps; {shared}": step,
     }
     digests = [int(hashlib.sha256(str(value).encode()).hexdigest()[:15], 16) for value in same.values()]

@@ -10,6 +10,7 @@ from pipeline.config import Config
 from pipeline.data.manifest import TRAIN, check_splits, load_manifest
 from pipeline.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, ConfigError, DataError, StoreError, is_outage
 from pipeline.run_dir import code_version, run_folder
+from pipeline.snn.networks import own_source
 
 Refusal = ConfigError | DataError
 
@@ -25,6 +26,8 @@ class Hello:
     """Version of its code, see pipeline/run_dir/code_version.py."""
     data: str
     """Identity of its training split."""
+    network: str
+    """Hash of the code of a user's own network; empty for another."""
     problem: str
     """Why it cannot train, and so no node can; empty where it can."""
     host: str
@@ -42,12 +45,16 @@ def introduce(place: Placement, config: Config) -> Hello:
     """What this node says of itself. Its problem is found before ranks start: otherwise its ranks would end, and those
     of the other nodes would wait for them in vain.
     """
-    identity, problem = "", None
+    identity, network, problem = "", "", None
     try:
+        source = own_source.find(config.model.arch)
+        network = "" if source is None else source.digest
         identity = load_manifest(config.data, TRAIN).identity
         check_splits(config.data)
         run_folder.admit(config, place.nodes * place.slots)
         run_folder.refuse_other_data(config, identity)
+        if source is not None:
+            run_folder.refuse_other_network(config, source.digest)
     except (ConfigError, DataError) as error:
         problem = error
     hello = Hello(
@@ -56,6 +63,7 @@ def introduce(place: Placement, config: Config) -> Hello:
         slots=place.slots,
         source=code_version.version(),
         data=identity[:16],
+        network=network[:16],
         problem="",
         host=socket.gethostname(),
     )
@@ -66,6 +74,7 @@ def why_not(own: Hello, others: Sequence[Hello]) -> str:
     """Why these nodes cannot train together; empty where they can."""
     hosts = {own.node: own.host}
     fields = {"nodes": "--nodes", "slots": "--slots", "source": "code version", "data": "data's identity"}
+    fields["network"] = "the code of model.arch"
     for node in (own, *others):
         if node.problem:
             return f"node {node.node} ({node.host}) cannot train: {node.problem}"

@@ -102,14 +102,16 @@ class Total:
 class Watched:
     """The trainable parameters of a network, P of them, and which are the weights of its L spiking layers."""
 
-    def __init__(self, module: nn.Module, weights: Sequence[nn.Parameter]) -> None:
+    def __init__(self, module: nn.Module, weights: Sequence[nn.Parameter | None]) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         self.device = self.parameters[0].device
         self._rows = {id(p): row for row, p in enumerate(self.parameters)}
-        self.layers = torch.tensor(self.rows(weights), device=self.device)
-        """`(L,)` rows of the layers' weights."""
+        self.layers = torch.tensor([0 if w is None else self._rows[id(w)] for w in weights], device=self.device)
+        """`(L,)` rows of the layers' weights; row 0 for a layer without one."""
+        self.has_weight = torch.tensor([w is not None for w in weights], device=self.device)
+        """`(L,)` bool."""
         self.numel = torch.tensor([numel(p) for p in self.parameters], device=self.device)
         """`(P,)` elements of every parameter."""
 

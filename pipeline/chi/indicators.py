@@ -37,7 +37,10 @@ def sums_of_each(gradients: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Indicators:
-    """One step's indicators; tensors of `(L,)` float64 on the training device, and the network's χ."""
+    """One step's indicators; tensors of `(L,)` float64 on the training device, and the network's χ.
+
+    χ, participation and gradient norm are NaN for a layer that no weight feeds (attention's).
+    """
 
     chi: Tensor
     participation: Tensor

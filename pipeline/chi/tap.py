@@ -18,7 +18,7 @@ from pipeline.chi.indicators import Indicators, indicators
 from pipeline.chi.potential_stats import PotentialStats
 from pipeline.chi.small_allreduce import PartitionCarrier
 from pipeline.errors import ConfigError
-from pipeline.snn.networks.sew_resnet import SpikingLayer
+from pipeline.snn.networks.network import SpikingLayer
 from pipeline.snn.neurons import NeuronState
 
 
@@ -89,7 +89,7 @@ class Tap:
         _refuse_unsupported(engine, carrier.max_ranks)
         watched = Watched(engine.module, [layer.weight for layer in self._layers])
         self._num_parameters = int(watched.numel.sum())
-        self._weights = watched.numel[watched.layers]
+        self._weights, self._has_weight = watched.numel[watched.layers], watched.has_weight
         self.flags = torch.zeros(len(FLAGS), dtype=torch.int64, device=watched.device)
         """This rank's values of `FLAGS`, sent with every step."""
         self._loss = torch.zeros((), device=watched.device)
@@ -126,7 +126,7 @@ class Tap:
         neuron_steps, spikes, covered = total.counts[: 3 * num_layers].view(3, -1).double()
         reading = Reading(
             indicators=indicators(
-                total.sums,
+                torch.where(self._has_weight[:, None], total.sums, float("nan")),
                 total.nnz,
                 weights=self._weights,
                 parameters=self._num_parameters,

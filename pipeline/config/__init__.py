@@ -172,6 +172,10 @@ class Config:
                 f"data.image_size={data.image_size} with data.micro_batch={data.micro_batch} and model.T={T} is more "
                 f"than any memory holds; use values with T x micro_batch x image_size² of at most {POSITIONS_MAX}"
             )
+        if self.model.is_own:
+            for name in ("cuda_graph", "sync_bn"):
+                allowed = "false with your own model.arch, whose layers it does not know"
+                require(not getattr(self.train, name), f"train.{name}", True, allowed)
         if self.chi.policy == "mpd_agl" and self.train.zero_stage == 3:
             raise ConfigError(
                 "chi.policy='mpd_agl' reads the batch normalisations, which train.zero_stage=3 keeps in pieces; use "

@@ -16,7 +16,7 @@ coverage is defined.
 class ModelConfig:
     arch: str = "sew_tiny"
     """Name of the network: sew_tiny; for small images sew_cifar8, or 20, 26, 32, 56; sew_resnet18, or 34, 50, 101,
-    152."""
+    152. Or your own, as package.module:function or path/to/file.py:function; see docs/own_network.md."""
     T: int = 4
     """Time steps, at least 1."""
     connect: str = "add"
@@ -45,8 +45,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         checked("model.", self)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the network is a user's own, and not one of this package."""
+        return ":" in self.arch
+
     def check(self) -> None:
         """Checks the section's own rules; raises ConfigError."""
+        for name, default in (("connect", "add"), ("zero_init_residual", False), ("checkpoint", False)):
+            fits = not self.is_own or getattr(self, name) == default
+            shown = str(default).lower()
+            require(fits, f"model.{name}", getattr(self, name), f"{shown} with your own model.arch, which does without")
         require(self.T >= 1, "model.T", self.T, "an integer of at least 1")
         one_of("model.connect", self.connect, ("add", "and", "iand", "none"))
         require(

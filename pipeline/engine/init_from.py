@@ -21,9 +21,7 @@ from pipeline.config.checks import LARGEST, SMALLEST
 from pipeline.errors import ConfigError, is_outage
 from pipeline.run_dir import checkpoint_files
 from pipeline.snn import state_dicts
-from pipeline.snn.networks.sew_resnet import SEWResNet
-
-CLASSIFIER = ("fc.weight", "fc.bias")
+from pipeline.snn.networks.network import Network
 
 
 class Start(NamedTuple):
@@ -35,7 +33,7 @@ class Start(NamedTuple):
     """`(L,)` float64, of the surrogates; None if they are not taken."""
 
 
-def load(network: SEWResNet, config: Config) -> Start:
+def load(network: Network, config: Config) -> Start:
     """Puts the weights at `config.init_from` into `network`.
 
     Raises:
@@ -74,26 +72,32 @@ def _widths(saved: object, model: ModelConfig, num_layers: int) -> tuple[torch.T
     return widths, ""
 
 
-def _load_weights(network: SEWResNet, tensors: dict[str, torch.Tensor], path: str) -> str:
+def _load_weights(network: Network, tensors: dict[str, torch.Tensor], path: str) -> str:
     """Loads the tensors into the network; returns what matched, in a line."""
-    weights = state_dicts.from_original(tensors)
     ours = network.state_dict()
-    anew = all(name in weights for name in CLASSIFIER) and (
-        weights["fc.weight"].shape[1:] == ours["fc.weight"].shape[1:]
-        and weights["fc.weight"].shape[0] != ours["fc.weight"].shape[0]
-    )
-    num_classes = len(weights["fc.bias"]) if anew else 0
+    buffers = dict(network.named_buffers())  # a checkpoint has those too that a state dict leaves out
+    tensors = {name: tensor for name, tensor in tensors.items() if name in ours or name not in buffers}
+    weights = dict(tensors) if tensors.keys() == ours.keys() else state_dicts.from_original(tensors)
+    others = [name for name in ours if name in weights and weights[name].shape != ours[name].shape]
+    anew = _of_other_classes([weights[name].shape for name in others], [ours[name].shape for name in others])
+    before, now = (weights[others[0]].shape[0], ours[others[0]].shape[0]) if anew else (0, 0)
     if anew:
-        weights |= {name: ours[name] for name in CLASSIFIER}
+        weights |= {name: ours[name] for name in others}
     try:
         state_dicts.load(network, weights)
     except ValueError as error:
         raise ConfigError(f"init_from={path!r}: {error}") from None
-    matched = len(ours) - (len(CLASSIFIER) if anew else 0)
+    matched = len(ours) - (len(others) if anew else 0)
     said = f"init_from: {matched} of {len(ours)} tensors from {path}"
     if anew:
-        said += f"; the classifier starts anew, from {num_classes} classes to {len(ours['fc.bias'])}"
+        said += f"; the classifier starts anew, from {before} classes to {now}"
     return said
+
+
+def _of_other_classes(theirs: list[torch.Size], ours: list[torch.Size]) -> bool:
+    """Whether the tensors that do not fit are a classifier's of another number of classes, its first dimension."""
+    pairs = {(before[0], now[0]) for before, now in zip(theirs, ours, strict=True) if before and now}
+    return len(pairs) == 1 and all(before[1:] == now[1:] for before, now in zip(theirs, ours, strict=True))
 
 
 def read(path: str) -> object:

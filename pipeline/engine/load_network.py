@@ -7,9 +7,10 @@ import torch
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.run_dir import checkpoint_files
+from pipeline.run_dir import checkpoint_files, run_folder
 from pipeline.snn import state_dicts
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
+from pipeline.snn.networks.network import Network
 
 
 class Trained(NamedTuple):
@@ -18,7 +19,7 @@ class Trained(NamedTuple):
     weights: str
     """Which weights: last, or ema (their moving average)."""
     num_classes: int
-    network: sew_resnet.SEWResNet
+    network: Network
     """In evaluation mode, in fp32 (fp64 where the run trained in it), on the CPU."""
 
 
@@ -26,7 +27,7 @@ PARAMETERS = {"fp16": torch.float16, "fp64": torch.float64}
 """dtype of the parameters in each precision; fp32 in the others."""
 
 
-def cast(network: sew_resnet.SEWResNet, precision: str) -> None:
+def cast(network: Network, precision: str) -> None:
     """Gives the network the dtypes that it has in a run of this precision.
 
     In fp16 the parameters alone are cast, as DeepSpeed does: batch normalisation's statistics stay fp32.
@@ -58,9 +59,13 @@ def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str
         raise ConfigError(f"{run_dir} keeps no moving average of its weights (train.ema_decay=0); use --weights last")
     chosen = found["model"] if average is None or weights == "last" else average
     tensors = {**chosen["parameters"], **chosen["buffers"]}
-    num_classes = len(tensors["fc.weight"])
-    network = sew_resnet.build(config.model, num_classes=num_classes, image_size=config.data.image_size).eval()
-    network.to(tensors["fc.weight"].dtype)
+    classes = run_folder.read(run_dir).about.get("classes")
+    num_classes = len(classes or tensors["fc.weight"])  # older runs have no record of their classes
+    size = config.data.image_size
+    network = build(config.model, num_classes=num_classes, image_size=size, run=run_dir).eval()
+    network.to(next(iter(chosen["parameters"].values())).dtype)
+    saved, there = network.state_dict(), dict(network.named_buffers())
+    tensors = {name: tensor for name, tensor in tensors.items() if name in saved or name not in there}  # persistent
     try:
         state_dicts.load(network, tensors)
     except ValueError as error:

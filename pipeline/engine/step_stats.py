@@ -111,15 +111,22 @@ class StepStats:
         tap: measures χ and its companions, loss and correct answers.
         nonfinite: judges the step.
         flags: the ranks exchange them with each step.
+        seed: the run's.
     """
 
-    def __init__(self, tap: Tap, nonfinite: NonFinite, flags: Flags) -> None:
-        self._tap, self._nonfinite, self._flags = tap, nonfinite, flags
+    def __init__(self, tap: Tap, nonfinite: NonFinite, flags: Flags, seed: int) -> None:
+        self._tap, self._nonfinite, self._flags, self._seed = tap, nonfinite, flags, seed
 
     def begin(self, micro_batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yields the micro-batches of a step, after a copy of what their forward passes change."""
+        """Yields the micro-batches of a step, after a copy of what their forward passes change.
+
+        torch's random numbers (a dropout's) follow from the seed and the micro-batch's place in the stream alone: they
+        are the same after a resume, and at every number of ranks.
+        """
         self._nonfinite.begin()
-        yield from micro_batches
+        for batch in micro_batches:
+            torch.manual_seed((self._seed * 0x9E3779B97F4A7C15 + batch.position) % 2**63)
+            yield batch
 
     def observe(self, batch: Batch, loss: Tensor, logits: Tensor) -> None:
         """Call it between a micro-batch's forward and backward pass; logits `(T, N, K)`."""

@@ -146,7 +146,7 @@ class RunLog:
             "train_loss": reading.loss.item(),
             "train_accuracy_ratio": self._correct.item() / self._judged if self._correct is not None else float("nan"),
             "train_learning_rate": learning_rate,
-            "train_grad_norm": reading.indicators.grad_norm.square().sum().sqrt().item(),
+            "train_grad_norm": reading.indicators.grad_norm.square().nansum().sqrt().item(),
             "train_images_per_second": self._config.data.global_batch / step_s,
             **({"train_image_size_pixels": data.image_size} if self._config.data.image_size_start else {}),
             "data_wait_ratio": (data.wait_s - self._wait_s) / (steps * step_s),

@@ -2,6 +2,7 @@
 
 RUN/config.json     the resolved configuration
 RUN/run.json        versions, commit, seed, data identity, classes, layers
+RUN/network.py      the file of a user's own network (snn/networks/own.py)
 RUN/lock            held by rank 0 of the run that goes on in the folder (locks.py)
 RUN/logs/           each rank's lines (rank_log.py)
 RUN/metrics.jsonl   one record for each logged step (metrics/journal.py)
@@ -14,6 +15,7 @@ RUN/evaluations/    results of python -m launch.evaluate, by checkpoint and spli
 """
 
 import errno
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -63,6 +65,8 @@ FREE = OWN | {
     "train.timeout_s",
     "train.verify_every",
 }
+NETWORK = "network.py"
+"""The copy of a user's own network in a run's folder."""
 MEND = "remove the folder, or choose another --run_dir"
 PACKAGES = ("torch", "deepspeed", "nvidia-dali", "webdataset", "numpy", "prometheus-client")
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # DALI has a package for each CUDA version; one is installed
@@ -155,6 +159,25 @@ def refuse_other_data(config: Config, data_identity: str) -> None:
         )
 
 
+def refuse_other_network(config: Config, digest: str) -> None:
+    """Raises ConfigError if the user's own network has other code than when the run in the folder began.
+
+    Args:
+        config: its `model.arch` names the code.
+        digest: SHA-256 of the file that holds the network now.
+    """
+    about = Path(config.run_dir) / "run.json"
+    stored = outages.outlast(lambda: _read(about), f"run_dir={config.run_dir!r}")
+    if (stored or {}).get("network_sha256", digest) != digest:
+        kept = Path(config.run_dir) / NETWORK
+        where = f" ({kept} holds it)" if kept.exists() else ""
+        raise ConfigError(
+            f"model.arch={config.model.arch!r}: its code has changed since the run in {config.run_dir} was started; "
+            f"put the old code back{where}, or start a new run with another --run_dir, from this one's weights with "
+            f"--init-from {config.run_dir}"
+        )
+
+
 class Stored(NamedTuple):
     """What a run's folder says about the run."""
 
@@ -193,8 +216,9 @@ def describe(
     layers: Sequence[str],
     num_parameters: int,
     world_size: int,
+    network_code: bytes = b"",
 ) -> None:
-    """Writes config.json and run.json."""
+    """Writes config.json and run.json; of a user's own network its hash, and a copy where it is a single file."""
     folder = Path(config.run_dir)
     description = {
         "versions": {"python": platform.python_version(), **_versions()},
@@ -208,6 +232,11 @@ def describe(
         "cores": os.cpu_count(),
         "layers": list(layers),
     }
+    if network_code:
+        description["network_sha256"] = hashlib.sha256(network_code).hexdigest()
+        if config.model.arch.rpartition(":")[0].endswith(".py"):
+            code, kept = network_code.decode(), folder / NETWORK
+            outages.outlast(partial(atomic.write, kept, code), str(kept), was_writable=True)
     for name, document in (("config.json", config.to_dict()), ("run.json", description)):
         outages.outlast(partial(write_json, folder / name, document), str(folder / name), was_writable=True)
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pipeline.snn.external_neurons import Surrogate
 from pipeline.snn.neurons import Neuron
 
 PJ_PER_MAC = 4.6
@@ -75,6 +76,13 @@ def _connections(module: nn.Conv2d | nn.Linear, x: torch.Tensor) -> torch.Tensor
     return covering * (module.out_channels // module.groups)
 
 
+def _sum(earlier: LayerEnergy, now: LayerEnergy, calls: int) -> LayerEnergy:
+    """A layer's operations after one more call, its `calls`-th."""
+    rates = (earlier.input_rate, now.input_rate)
+    mean = None if rates[0] is None or rates[1] is None else (rates[0] * (calls - 1) + rates[1]) / calls
+    return LayerEnergy(name=now.name, macs=earlier.macs + now.macs, acs=earlier.acs + now.acs, input_rate=mean)
+
+
 def average(parts: Sequence[tuple[Energy, int]]) -> Energy:
     """The mean over all samples, from the mean and number of samples of each part; needs at least one part."""
     total = sum(count for _, count in parts)
@@ -101,7 +109,8 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
     """Count the operations of one evaluation forward pass.
 
     A layer's input counts as spikes if all its values are integers >= 0 and a neuron layer ran before it. The mean over
-    positions before the last linear layer counts as the spikes that it averages.
+    positions before a linear layer counts as the spikes that it averages. A layer that is called several times, as once
+    in each time step, counts every time. Products of activations, as in attention, are not counted.
 
     Args:
         network: a network of this package; its training flag is restored afterwards.
@@ -113,32 +122,48 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
     N = images.shape[-4]
     found: dict[str, LayerEnergy] = {}
     rates: dict[str, float] = {}
-    pooled: list[torch.Tensor] = []
+    calls: dict[str, int] = {}
+    seen: dict[str, list[float]] = {}
+    averaged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    """Means over positions, by their place in memory: what went in, and what came out."""
 
     def on_layer(name: str):
         def hook(module, inputs):
-            x = inputs[0].double()
-            if isinstance(module, nn.Linear) and pooled:
-                x = pooled[-1].double()
+            x, _ = averaged.get(inputs[0].untyped_storage().data_ptr(), inputs * 2)
+            x = x.double()
             with torch.autocast(x.device.type, enabled=False):  # bf16 would round counts above 256
                 connections = _connections(module, x.float()).double()
             is_spikes = bool(rates) and bool((x >= 0).all()) and torch.equal(x, x.round())
             operations = (x * connections if is_spikes else torch.ones_like(x) * connections).sum().item() / N
             rate = x.mean().item() if is_spikes else None
             macs, acs = (0.0, operations) if is_spikes else (operations, 0.0)
-            found[name] = LayerEnergy(name=name, macs=macs, acs=acs, input_rate=rate)
+            now = LayerEnergy(name=name, macs=macs, acs=acs, input_rate=rate)
+            calls[name] = calls.get(name, 0) + 1
+            found[name] = _sum(found[name], now, calls[name]) if name in found else now
 
         return hook
+
+    def on_surrogate(name: str):
+        def hook(_, __, spikes):
+            seen.setdefault(name, []).append(spikes.float().mean().item())
+            rates[name] = sum(seen[name]) / len(seen[name])
+
+        return hook
+
+    def on_mean(_, inputs, out):
+        averaged[out.untyped_storage().data_ptr()] = inputs[0], out
 
     handles, watched = [], []
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             handles.append(module.register_forward_pre_hook(on_layer(name)))
         elif isinstance(module, nn.AdaptiveAvgPool2d):
-            handles.append(module.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0])))
+            handles.append(module.register_forward_hook(on_mean))
         elif isinstance(module, Neuron):
             module.watch = lambda rate, name=name: rates.__setitem__(name, rate)
             watched.append(module)
+        elif isinstance(module, Surrogate):
+            handles.append(module.register_forward_hook(on_surrogate(name)))
     training = network.training
     network.eval()
     try:

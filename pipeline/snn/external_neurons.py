@@ -37,8 +37,9 @@ class Steered(nn.Module):
         self.tally: Tally | None = None
         self.probe: Callable[[torch.Tensor], None] | None = None
         """Called with h - v_th (...) of every step, computed beside the layer's own pass; see membrane_probe.py."""
-        self.on_input: Callable[[torch.Tensor], None] | None = None
-        """Called with the input of a training pass through which a gradient will flow; not in a compiled model."""
+        self.on_input: Callable[[torch.Tensor, nn.Module | None], None] | None = None
+        """Called with the input of a training pass through which a gradient will flow, and the batch normalisation that
+        the layer applies to it itself; not in a compiled model."""
         self.traced = False
         """Whether a pass of this layer was compiled by torch.compile."""
         self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -83,12 +84,12 @@ class Steered(nn.Module):
                               f"{x.device}; move it first, then chi.attach (or bind) again")  # fmt: skip
         return self._scalars
 
-    def begin(self, x: torch.Tensor) -> Tally | None:
-        """At the start of a pass with input x: the tally to count into, in training mode."""
+    def begin(self, x: torch.Tensor, norm: nn.Module | None = None) -> Tally | None:
+        """At the start of a pass with input x, before `norm`: the tally to count into, in training mode."""
         if torch.compiler.is_compiling():
             self.traced = True
         elif self.on_input is not None and self.training and torch.is_grad_enabled() and x.requires_grad:
-            self.on_input(x)
+            self.on_input(x, norm)
         return self.tally if self.training else None
 
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from pipeline.snn.kernels.chunked import CHUNK
 from pipeline.snn.kernels.packing import bits_for
+from pipeline.snn.networks.network import Network
+from pipeline.snn.networks.own import OwnNetwork, trial
 from pipeline.snn.networks.sew_resnet import SEWResNet
 
 
@@ -29,14 +31,20 @@ class Footprint:
     """More bytes in the backward pass of the largest layer: its input unpacked, gradients of its output and input."""
 
 
-def of(network: SEWResNet, images: tuple[int, ...], itemsize: int) -> Footprint:
+def of(network: Network, images: tuple[int, ...], itemsize: int) -> Footprint:
     """The footprint of a training step on one micro-batch.
 
+    Of a user's own network it is measured, on the CPU: what autograd keeps of 2 and of 3 images; their difference is
+    one image's.
+
     Args:
-        network: on the meta device.
+        network: on the meta device; a user's own on the CPU.
         images: shape of the micro-batch, (N, C, H, W) or (T, N, C, H, W).
         itemsize: bytes of a number in the forward pass, 2 or 4.
     """
+    if isinstance(network, OwnNetwork):
+        return _measured(network, images, itemsize)
+    assert isinstance(network, SEWResNet)
     static = len(images) == 4
     frames = torch.empty(images, device="meta") if static else torch.empty(images, device="meta").flatten(0, 1)
     x = network.conv1(frames)
@@ -65,3 +73,33 @@ def of(network: SEWResNet, images: tuple[int, ...], itemsize: int) -> Footprint:
     kept += 0 if network.checkpoint else outputs * itemsize
     kept += borders * 4 * sum(layers) // network.T
     return Footprint(neuron_steps=sum(layers), kept_bytes=kept, working_bytes=3 * max(layers) * itemsize)
+
+
+def _measured(network: OwnNetwork, images: tuple[int, ...], itemsize: int) -> Footprint:
+    of_two, of_three = (_kept_by_autograd(network, (*images[:-4], N, *images[-3:]), itemsize) for N in (2, 3))
+    N, largest = images[-4], max(of_two[1]) // 2
+    return Footprint(
+        neuron_steps=N * sum(of_two[1]) // 2,
+        kept_bytes=N * (of_three[0] - of_two[0]),
+        working_bytes=3 * N * largest * itemsize,
+    )
+
+
+def _kept_by_autograd(network: OwnNetwork, shape: tuple[int, ...], itemsize: int) -> tuple[int, list[int]]:
+    """Bytes kept from the forward to the backward pass, weights among them; and the neuron-steps of every layer."""
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with trial(network) as neurons:
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=itemsize == 2),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            logits = network(images)
+        logits.float().square().sum().backward()
+        return sum(held.values()) * max(1, itemsize // 4), [int(steps) for steps in neurons.neuron_steps.tolist()]

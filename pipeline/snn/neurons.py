@@ -136,7 +136,7 @@ class Neuron(Steered):
             static=static,
             leak=self.leak(y),
             shortcut=shortcut,
-            tally=self.begin(y),
+            tally=self.begin(y, bn),
             again=again,
             ranks=self.ranks,
         )

@@ -61,7 +61,8 @@ def load(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ValueError: a tensor is missing, left over or of another shape; the message names the first of each.
     """
-    ours, given = network.state_dict(), from_original(weights)
+    ours = network.state_dict()
+    given = weights if weights.keys() == ours.keys() else from_original(weights)
     missing = [name for name in ours if name not in given]
     extra = [name for name in given if name not in ours]
     shapes = [name for name in ours if name in given and ours[name].shape != given[name].shape]

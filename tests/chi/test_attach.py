@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from pipeline import chi
-from pipeline.chi.attach.feeding import fed_layers
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import losses
 from pipeline.snn.membrane_probe import by_time_step
 from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.feeding import fed_layers
 from pipeline.snn.neurons import bind
 
 ROOT = Path(__file__).parents[2]

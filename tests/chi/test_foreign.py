@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import chi
-from pipeline.chi.attach import foreign
 from pipeline.errors import ConfigError
 from pipeline.snn.external_neurons import Surrogate
+from pipeline.snn.networks import foreign
 from tests.support import peers
 
 T, N, C = 3, 5, 8

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.chi.attach import foreign
-from pipeline.chi.attach.feeding import FedLayer
 from pipeline.chi.attach.ranks import DdpRanks, GroupRanks, OneRank
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError
 from pipeline.snn.external_neurons import Steered
+from pipeline.snn.networks import foreign
+from pipeline.snn.networks.feeding import FedLayer
 from pipeline.snn.neurons import NeuronState
 
 _NOT_HERE = {

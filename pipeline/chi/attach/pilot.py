@@ -20,13 +20,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeline.chi.async_read import Constants
 from pipeline.chi.attach import checks
-from pipeline.chi.attach.feeding import FedLayer, fed_layers
 from pipeline.chi.attach.ranks import DdpRanks, OneRank
 from pipeline.chi.comm_hook import Share
 from pipeline.chi.indicators import Indicators, indicators, sums_of_each
 from pipeline.chi.widths import Widths
 from pipeline.config import ChiConfig
 from pipeline.errors import ConfigError
+from pipeline.snn.networks.feeding import FedLayer, fed_layers
 from pipeline.snn.neurons import NeuronState, bind
 
 _MISSED = 3

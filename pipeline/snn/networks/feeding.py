@@ -47,9 +47,10 @@ def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
     if hasattr(network, "spiking_layers"):
         names = {id(parameter): name for name, parameter in network.named_parameters()}
         listed = network.spiking_layers()  # pyright: ignore
+        feeds = [() if layer.weight is None else (names[id(layer.weight)],) for layer in listed]
         return [
-            FedLayer(layer.name, layer.neuron, (names[id(layer.weight)],), True, layer.norm, network)
-            for layer in listed
+            FedLayer(layer.name, layer.neuron, feed, True, layer.norm, network)
+            for layer, feed in zip(listed, feeds, strict=True)
         ]
     of_neuron = {id(neuron): name for name, neuron in zip(neurons.names, neurons.neurons, strict=True)}
     layers, parameters, norm = [], (), None
@@ -66,36 +67,45 @@ def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
     return layers
 
 
-def _look(layer: FedLayer, network: nn.Module, neurons: NeuronState) -> Callable[[Tensor], None]:
-    def look(x: Tensor) -> None:
+def _look(layer: FedLayer, network: nn.Module, neurons: NeuronState) -> Callable[[Tensor, nn.Module | None], None]:
+    def look(x: Tensor, norm: nn.Module | None) -> None:
         layer.neuron.on_input = None
-        found = nearest(x, network, layer.name, neurons)
+        found, before = nearest(x, network, layer.name, neurons)
         layer.parameters, layer.known = found or layer.parameters, bool(found)
+        if found:
+            layer.norm = norm or before
 
     return look
 
 
-def nearest(x: Tensor, network: nn.Module, name: str, neurons: NeuronState) -> tuple[str, ...]:
-    """Names of the parameters of `network` that make the weight nearest behind `x`, the input of the neurons `name`.
+def nearest(x: Tensor, network: nn.Module, name: str, neurons: NeuronState) -> tuple[tuple[str, ...], nn.Module | None]:
+    """Names of the parameters of `network` that make the weight nearest behind `x`, the input of the neurons `name`,
+    and the batch normalisation between the two.
 
     Convolutions and linear layers come before other parameters of two dimensions, and these before what belongs to the
     neurons themselves (recurrent weights). Empty where no such parameter is behind x.
     """
-    names = {id(parameter): path for path, parameter in network.named_parameters() if parameter.dim() >= 2}
+    names = {id(parameter): path for path, parameter in network.named_parameters()}
     modules = dict(network.named_modules())
     holder = name.rpartition(".")[0]
     recurrent = holder + "." if type(modules[holder]).__module__.split(".")[0] in LIBRARIES else name + "."
-    reached = []
+    reached, norms = [], []
     for distance, parameter in _behind(x, {id(tally.meter) for tally in neurons.tallies}):
         path = names.get(id(parameter))
-        if path is not None:
-            owner = _owner(path)
+        if path is None:
+            continue
+        owner = _owner(path)
+        if isinstance(modules[owner], nn.modules.batchnorm._BatchNorm):
+            norms.append((distance, owner))
+        elif parameter.dim() >= 2:
             weighted = isinstance(modules[owner], _WEIGHTED)
             reached.append((path.startswith(recurrent), not weighted, distance, owner, path))
     if not reached:
-        return ()
-    *_, owner, path = min(reached)
-    return _weight_of(network, owner) if isinstance(modules[owner], _WEIGHTED) else (path,)
+        return (), None
+    _, _, away, owner, path = min(reached)
+    parameters = _weight_of(network, owner) if isinstance(modules[owner], _WEIGHTED) else (path,)
+    between = min((one for one in norms if one[0] < away), default=None)
+    return parameters, None if between is None else modules[between[1]]
 
 
 def _behind(x: Tensor, meters: set[int]) -> Iterator[tuple[int, Tensor]]:

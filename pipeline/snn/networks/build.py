@@ -1,0 +1,39 @@
+"""The network that a configuration names. Everything that needs a network gets it here."""
+
+from pathlib import Path
+
+from pipeline.config import ModelConfig
+from pipeline.snn.networks import own, own_source, sew_resnet
+from pipeline.snn.networks.network import Network
+
+
+def build(
+    model: ModelConfig,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int,
+    image_size_start: int = 0,
+    run: Path | None = None,
+) -> Network:
+    """The network of `model.arch`, with fresh weights from torch's default generator.
+
+    Args:
+        model: the configuration.
+        num_classes: K, at least 1.
+        in_channels: C of the images: 3 for colour, 1 for grey, 2 for event frames.
+        image_size: H = W of the images, in pixels; at least the network's total stride.
+        image_size_start: side of the first images where they grow to image_size; 0 where they do not.
+        run: folder of a run: a user's own network is built from the copy of its file there, if there is one.
+
+    Raises:
+        ConfigError: unknown architecture, neuron or connection; an image smaller than the network's stride; a user's
+            network that breaks the contract of own.py.
+    """
+    own_source.check(model.arch)
+    source = own_source.find(model.arch, run)
+    if source is None:
+        smallest = image_size_start or image_size
+        return sew_resnet.build(model, num_classes=num_classes, in_channels=in_channels, image_size=smallest)
+    sizes = (image_size, image_size_start) if image_size_start else (image_size,)
+    return own.build(source, model, num_classes=num_classes, in_channels=in_channels, image_sizes=sizes)

@@ -1,0 +1,315 @@
+"""A network of the user's own: `--model.arch package.module:function`, or `path/to/file.py:function`.
+
+    def network(model, num_classes, in_channels, image_size):
+        return MyNetwork(...)
+
+The function is called with those of these four that it takes, by name; it returns a `torch.nn.Module`:
+
+    model          the options model.* as a `pipeline.config.ModelConfig`: T, neuron, v_th, width, ...
+    num_classes    K, the classes of the data
+    in_channels    C of the images: 3 for colour, 2 for event frames
+    image_size     H = W of the images, in pixels
+
+The module
+    takes images (N, C, H, W), which it shows for model.T time steps, or event frames (T, N, C, H, W);
+    returns logits (T, N, K), or (N, K) where it takes the mean over time itself;
+    has neurons of `pipeline.snn.neurons.from_config(model)`, or of SpikingJelly, snnTorch or norse. Theirs get the
+    surrogate of model.surrogate, scale and width, as by `chi.prepare`;
+    starts every pass from rest: the same images give the same logits again. SpikingJelly's neurons are reset here;
+    draws random numbers (dropout) from torch's default generator alone, and in training mode alone;
+    uses and trains every parameter, each under one name;
+    may say by a method `spiking_layers()` which weight feeds which neurons (see network.py). Without it, a trial pass
+    tells: the nearest convolution or linear layer behind a neuron's input, without passing through other neurons.
+
+What breaks this is refused at the start. χ, widths, energy (of Conv2d and Linear), checkpoints, evaluation, export and
+resume then work as for the networks of this package. The run's folder keeps the file's hash and, of a single file, a
+copy, from which a checkpoint is evaluated; files that it imports are not kept.
+"""
+
+import importlib
+import inspect
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.errors import ConfigError, first_line
+from pipeline.snn.external_neurons import Steered
+from pipeline.snn.networks import foreign
+from pipeline.snn.networks.feeding import FedLayer, fed_layers
+from pipeline.snn.networks.network import Network, SpikingLayer
+from pipeline.snn.networks.own_source import Source
+from pipeline.snn.neurons import NeuronState, bind
+
+PACKAGE = Path(__file__).resolve().parents[2]
+TRIED = 2
+"""Images in a trial pass: batch normalisation needs more than one."""
+
+
+class OwnNetwork(Network):
+    """A user's module as a `Network`; parameters, buffers and modules keep the names that they have in it.
+
+    Args:
+        module: as the contract above says, but for its neurons' surrogates, which are ours already.
+        layers: its spiking layers, in forward order.
+        in_channels: C of the images.
+    """
+
+    _own: nn.Module
+
+    def __init__(self, module: nn.Module, layers: list[SpikingLayer], in_channels: int) -> None:
+        super().__init__()
+        # The module's own registries, and not the module as a child, whose name would stand before all others.
+        self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
+        self.__dict__["_own"] = module
+        self.training = module.training
+        self.in_channels, self._layers, self._resets = in_channels, layers, _resets(module)
+
+    def spiking_layers(self) -> list[SpikingLayer]:
+        return self._layers
+
+    def forward(self, images: Tensor) -> Tensor:
+        for reset in self._resets:
+            reset()
+        logits = self._own(images)
+        return logits if logits.dim() == 3 else logits[None]
+
+    def train(self, mode: bool = True) -> "OwnNetwork":
+        self._own.train(mode)
+        self.training = mode
+        return self
+
+
+def build(
+    source: Source,
+    model: ModelConfig,
+    *,
+    num_classes: int,
+    in_channels: int,
+    image_sizes: tuple[int, ...],
+) -> OwnNetwork:
+    """The user's network, tried on two images of each size.
+
+    Args:
+        source: where its function is.
+        model: the configuration.
+        num_classes: K.
+        in_channels: C of the images; with 2 it is tried on event frames.
+        image_sizes: sides of the images that it will get, in pixels; the function gets the first.
+
+    Raises:
+        ConfigError: the user's code failed, with its own lines of the traceback; or the contract is broken.
+    """
+    given = {"model": model, "num_classes": num_classes, "in_channels": in_channels, "image_size": image_sizes[0]}
+    with torch.device("cpu"):  # a trial needs values, also where the caller wants shapes alone
+        module = _called(source, given)
+        _check_parameters(source, module)
+        _convert_neurons(source, module, model)
+        channels = (model.T, TRIED, in_channels) if in_channels == 2 else (TRIED, in_channels)
+        layers: list[SpikingLayer] = []
+        for size in image_sizes:
+            layers = _tried(source, module, torch.Size((*channels, size, size)), num_classes)
+        return OwnNetwork(module, layers, in_channels)
+
+
+@contextmanager
+def _theirs(source: Source, what: str) -> Iterator[None]:
+    """An error of the user's code becomes a ConfigError with the lines of the traceback that are in their files."""
+    try:
+        yield
+    except Exception as error:
+        frames = [one for one in traceback.extract_tb(error.__traceback__) if _is_theirs(one.filename, source)]
+        said = "".join(traceback.format_list(frames)).rstrip()
+        raise ConfigError(
+            f"model.arch={source.arch!r}: {what} failed with {type(error).__name__}: {first_line(error)}"
+            + (f"\n{said}" if said else "")
+        ) from error
+
+
+def _is_theirs(file: str, source: Source) -> bool:
+    """Whether a file belongs to the user's code: it lies in the folder of their file, and is no library's."""
+    path, own = Path(file).resolve(), source.path.resolve()
+    libraries = PACKAGE in path.parents or "site-packages" in path.parts
+    return path == own or (own.parent in path.parents and not libraries)
+
+
+def _refused(source: Source, why: str) -> ConfigError:
+    return ConfigError(f"model.arch={source.arch!r}: {why}")
+
+
+def _called(source: Source, given: dict[str, object]) -> nn.Module:
+    """What the user's function returns."""
+    with _theirs(source, f"importing {source.module or source.path}"):
+        names = vars(_imported(source))
+    function = names.get(source.function)
+    if not callable(function):
+        there = [name for name, one in names.items() if inspect.isfunction(one) and one.__module__ == names["__name__"]]
+        found = f"it has {', '.join(there)}" if there else "it defines no function"
+        raise _refused(source, f"{source.path} has no function {source.function}; {found}")
+    takes = inspect.signature(function).parameters.values()
+    named = {one.name for one in takes if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    missing = [one.name for one in takes if one.name not in given and one.name in named and one.default is one.empty]
+    if missing:
+        raise _refused(source, f"{source.function} takes {', '.join(missing)}, which nothing gives; use some of "
+                       f"{', '.join(given)}, or a default")  # fmt: skip
+    everything = any(one.kind is one.VAR_KEYWORD for one in takes)
+    with _theirs(source, f"{source.function}()"):
+        module = function(**{name: value for name, value in given.items() if everything or name in named})
+    if not isinstance(module, nn.Module):
+        raise _refused(source, f"{source.function} returned {type(module).__name__}; return a torch.nn.Module")
+    return module
+
+
+def _imported(source: Source) -> types.ModuleType:
+    if source.module:
+        return importlib.import_module(source.module)
+    folder = str(Path(source.arch.rpartition(":")[0]).absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # for what the file imports from beside it
+    module = types.ModuleType(f"own_network_{source.path.stem}")
+    module.__file__ = str(source.path)
+    sys.modules[module.__name__] = module  # dataclasses and pickle look there
+    exec(compile(source.code, str(source.path), "exec", dont_inherit=True), vars(module))  # the very bytes of the hash
+    return module
+
+
+def _check_parameters(source: Source, module: nn.Module) -> None:
+    """Refuses parameters that checkpoints or ranks could not treat like those of our networks."""
+    names: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = names.setdefault(id(parameter), name)
+        if other != name:
+            raise _refused(source, f"{other} and {name} are one parameter; give each module its own")
+        if not parameter.requires_grad:
+            raise _refused(source, f"{name} is frozen (requires_grad=False); make it a buffer, or train it")
+        if parameter.dim() == 0:
+            raise _refused(source, f"{name} has no dimension, which DeepSpeed cannot send; use the shape (1,)")
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise _refused(source, f"{name} is {parameter.dtype} on {parameter.device}; build it in float32 on the "
+                           "CPU: train.precision and the launcher choose what follows")  # fmt: skip
+    if not names:
+        raise _refused(source, "the network has no parameters; there is nothing to train")
+
+
+def _convert_neurons(source: Source, module: nn.Module, model: ModelConfig) -> None:
+    """Gives neurons of other libraries our surrogate; refuses what cannot be steered as the configuration says."""
+    try:
+        if foreign.unsteered(module) or foreign.shared(module):
+            foreign.prepare(module, model.surrogate, model.scale, model.width)
+    except ConfigError as error:
+        raise _refused(source, str(error)) from None
+    steered = [(name, one) for name, one in module.named_modules() if isinstance(one, Steered)]
+    if not steered:
+        raise _refused(source, "the network has no spiking neurons; use pipeline.snn.neurons.from_config(model), or "
+                       "those of SpikingJelly, snnTorch or norse")  # fmt: skip
+    for name, neuron in steered:
+        for field, got, wanted in (
+            ("surrogate", neuron.rule.shape, model.surrogate),
+            ("scale", neuron.rule.scale, model.scale),
+        ):
+            if got != wanted:
+                raise _refused(source, f"the neurons {name} have the {field} {got!r}, and model.{field} is {wanted!r}; "
+                               f"make them by neurons.from_config(model), or use --model.{field} {got}")  # fmt: skip
+
+
+def _resets(module: nn.Module) -> list[Callable[[], object]]:
+    """What puts SpikingJelly's neurons to rest: they keep their potential from one pass to the next."""
+    kept = [one for one in module.modules() if any(base.__name__ == "MemoryModule" for base in type(one).__mro__)]
+    return [one.reset for one in kept]  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def trial(module: nn.Module) -> Iterator[NeuronState]:
+    """For a pass forwards and backwards that leaves the module as it was: its modes, buffers, widths and gradients, and
+    torch's random numbers."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    training, neurons = module.training, bind(module)
+    widths = [neuron.width for neuron in neurons.neurons]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            module.train()
+            yield neurons
+    finally:
+        for neuron, width in zip(neurons.neurons, widths, strict=True):
+            neuron.release()
+            neuron.width = width
+        for reset in _resets(module):
+            reset()
+        for parameter in module.parameters():
+            parameter.grad = None
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+        module.train(training)
+
+
+def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: int) -> list[SpikingLayer]:
+    """Runs the module forwards and backwards once, and twice forwards; returns its spiking layers."""
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    size, resets = f"{'event frames' if len(shape) == 5 else 'images'} of shape {tuple(shape)}", _resets(module)
+
+    def logits() -> Tensor:
+        for reset in resets:
+            reset()
+        with _theirs(source, f"a pass of {size}"):
+            return module(images)
+
+    with trial(module) as neurons:
+        fed = fed_layers(module, neurons)
+        order = _order_of_use(fed)
+        out = logits()
+        _check_logits(source, out, size, shape[-4], num_classes)
+        out.float().square().sum().backward()
+        lost = [name for name, parameter in module.named_parameters() if parameter.grad is None]
+        unused = [name for name, tally in zip(neurons.names, neurons.tallies, strict=True) if not tally.any]
+        module.eval()
+        with torch.no_grad():
+            again = [logits() for _ in range(2)]
+    if unused:
+        raise _refused(source, f"no gradient flows through the neurons {unused[0]}: they are not used in a pass, or "
+                       "no weight lies before them; take them out, or put a linear layer before them")  # fmt: skip
+    if lost:
+        raise _refused(source, f"{lost[0]} gets no gradient in a pass; use every parameter, or take it out")
+    if not torch.equal(*again):
+        raise _refused(source, "the same images give other logits the second time, in evaluation mode: neurons keep "
+                       "their state, or something is random; start every pass from rest")  # fmt: skip
+    return [_layer(source, layer) for layer in sorted(fed, key=lambda layer: order.index(layer) if order else 0)]
+
+
+def _order_of_use(fed: list[FedLayer]) -> list[FedLayer]:
+    """A list to which every layer is added at its first input; empty where the module itself says the order."""
+    order: list[FedLayer] = []
+    for layer in fed:
+        look = layer.neuron.on_input
+        if look is None:
+            continue
+
+        def noted(x: Tensor, norm: nn.Module | None, layer: FedLayer = layer, look=look) -> None:
+            order.append(layer)
+            look(x, norm)
+
+        layer.neuron.on_input = noted
+    return order
+
+
+def _check_logits(source: Source, logits: object, size: str, N: int, K: int) -> None:
+    if not isinstance(logits, Tensor):
+        raise _refused(source, f"{size} give {type(logits).__name__}; return a tensor of logits alone")
+    shape = tuple(logits.shape)
+    if logits.dim() not in (2, 3) or shape[-2:] != (N, K):
+        raise _refused(source, f"{size} give logits of shape {shape}; return (T, {N}, {K}) or ({N}, {K})")
+
+
+def _layer(source: Source, layer: FedLayer) -> SpikingLayer:
+    if not layer.known:  # a product of other layers' spikes
+        return SpikingLayer(layer.name, layer.neuron, None)
+    if len(layer.parameters) > 1:
+        raise _refused(source, f"the weight before the neurons {layer.name} is made of {', '.join(layer.parameters)}; "
+                       "use a layer without weight_norm or spectral_norm")  # fmt: skip
+    return SpikingLayer(layer.name, layer.neuron, layer.weight, layer.norm)
