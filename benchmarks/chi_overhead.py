@@ -30,7 +30,7 @@ from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, TrainCon
 from pipeline.engine.engine import build
 from pipeline.ranks.group import join, leave
 from pipeline.snn import losses
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build as build_network
 from pipeline.snn.neurons import bind
 
 MICRO, ACCUMULATION = 4, 8
@@ -41,7 +41,7 @@ class Side:
 
     def __init__(self, config: Config, image_size: int, with_chi: bool) -> None:
         torch.manual_seed(0)
-        network = sew_resnet.build(config.model, num_classes=1000, image_size=image_size)
+        network = build_network(config.model, num_classes=1000, image_size=image_size)
         self.config, self.engine, self.with_chi = config, build(config, network, 1), with_chi
         self.own_s = 0.0
         """Seconds inside χ's own calls so far."""

@@ -17,7 +17,7 @@ from pipeline import chi
 from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.loader import evaluation_batches
 from pipeline.snn.losses import cross_entropy
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 
 DATA = {"cifar10": (40_000, 10), "cifar100": (20_000, 100), "digits": (1_078, 10)}
 """By data set: the number of images for training, and of classes."""
@@ -134,7 +134,7 @@ def run(setting: Setting, scratch: Path) -> dict:
     torch.manual_seed(setting.seed)
     names = ("arch", "T", "surrogate", "scale", "neuron", "connect", "v_th")
     model = ModelConfig(**{name: getattr(varied, name) for name in names})
-    network = sew_resnet.build(model, num_classes=num_classes, image_size=setting.image_size)
+    network = build(model, num_classes=num_classes, image_size=setting.image_size)
     layers = network.spiking_layers()
     for layer, width in zip(layers, start_widths(setting.seed, len(layers)), strict=True):
         layer.neuron.width = width if setting.width is None else setting.width

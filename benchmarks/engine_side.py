@@ -18,7 +18,7 @@ from launch.recipes import imagenet_sew34_chi
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.snn import neurons
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # what the run prints is not an answer
@@ -56,7 +56,7 @@ def bare(config: Config, make: Callable) -> None:
     """Trains on images in memory; `make` gives the function of one step."""
     torch.manual_seed(config.train.seed)
     classes = len(Manifest.load(f"{config.data.path}/train").classes)
-    network = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.image_size)
+    network = build(config.model, num_classes=classes, image_size=config.data.image_size)
     neurons.bind(network)
     step, data = make(config, network), fixed_batches(config)
     while count := wanted():

@@ -23,7 +23,7 @@ from pipeline.metrics.catalogue import METRICS
 from pipeline.metrics.rank_metrics import PHASES, RESULTS
 from pipeline.metrics.snapshots import Snapshot
 from pipeline.run_dir import checkpoint_files
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 
 SAMPLES = 1_281_167  # ImageNet's training split
 RANKS_PER_NODE = 8
@@ -49,7 +49,7 @@ class Set(NamedTuple):
 def network(config: ModelConfig) -> tuple[int, int]:
     """Number of parameters and of spiking layers."""
     with torch.device("meta"):
-        model = sew_resnet.build(config, num_classes=1000, image_size=224)
+        model = build(config, num_classes=1000, image_size=224)
     return sum(p.numel() for p in model.parameters()), len(model.spiking_layers())
 
 

@@ -27,7 +27,7 @@ from pipeline.metrics.exporter import NodeServer
 from pipeline.metrics.journal import layer_labels
 from pipeline.metrics.snapshots import Snapshot
 from pipeline.snn import losses
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 
 INTERVAL_S = 15
 """Seconds between two scrapes, as in k8s/monitoring."""
@@ -78,7 +78,7 @@ def costs(layers: list[str], times: int) -> tuple[list[float], list[float], int]
 def steps(times: int) -> tuple[list[float], list[str]]:
     """Seconds of each training step of SEW-ResNet34 on 4 images of 64 x 64, T = 4; and its layers."""
     torch.manual_seed(0)
-    network = sew_resnet.build(ModelConfig(arch="sew_resnet34", T=4), num_classes=1000, image_size=64)
+    network = build(ModelConfig(arch="sew_resnet34", T=4), num_classes=1000, image_size=64)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     images, labels = torch.randn(4, 3, 64, 64), torch.randint(1000, (4,))
     seconds = []

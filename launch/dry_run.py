@@ -13,7 +13,8 @@ from pipeline.data.manifest import TRAIN, load_manifest
 from pipeline.engine.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
 from pipeline.snn import memory_estimate
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
+from pipeline.snn.networks.network import Network
 
 CLASSES = 1000
 """Classes of the network where there are no data here to give their number."""
@@ -40,7 +41,7 @@ def report(config: Config, ranks: int) -> list[str]:
     steps = config.num_steps(manifest.num_samples) if manifest else None
     num_classes = len(manifest.classes) if manifest else CLASSES
     with torch.device("meta"):
-        network = sew_resnet.build(config.model, num_classes=num_classes, image_size=data.smallest_image)
+        network = build(config.model, num_classes=num_classes, image_size=data.smallest_image)
     num_parameters = sum(p.numel() for p in network.parameters())
     lines = ["configuration"]
     lines += [f"  {name} = {value!r}" for name, value in flatten(config.to_dict()).items()]
@@ -66,7 +67,7 @@ def report(config: Config, ranks: int) -> list[str]:
     return lines
 
 
-def memory(config: Config, network: sew_resnet.SEWResNet, num_parameters: int, ranks: int) -> dict[str, int]:
+def memory(config: Config, network: Network, num_parameters: int, ranks: int) -> dict[str, int]:
     """Bytes on each of `ranks` ranks, by what they hold.
 
     Parameters and gradients are fp32; with precision fp16 or fp64 they have that type. ZeRO ≥ 1 and fp16 add fp32

@@ -75,8 +75,8 @@ def _loading(stored: Stored, about: dict, weights: Path) -> str:
     return f"""```python
 from pipeline.config import ModelConfig
 from pipeline.snn import state_dicts
-from pipeline.snn.networks import sew_resnet
-network = sew_resnet.build(ModelConfig({settings}), num_classes={about["num_classes"]}, image_size={size}).eval()
+from pipeline.snn.networks.build import build
+network = build(ModelConfig({settings}), num_classes={about["num_classes"]}, image_size={size}).eval()
 state_dicts.load_safetensors(network, {weights.name!r})
 logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
 ```"""

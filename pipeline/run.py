@@ -36,8 +36,8 @@ from pipeline.ranks.straggler import Straggler
 from pipeline.run_dir import checkpoint_files, code_version, locks, run_folder
 from pipeline.run_dir.checkpoint_writer import Writer
 from pipeline.snn.graphed_pass import record_passes, require_graphs
-from pipeline.snn.networks import sew_resnet
-from pipeline.snn.networks.sew_resnet import SpikingLayer
+from pipeline.snn.networks.build import build as build_network
+from pipeline.snn.networks.network import SpikingLayer
 from pipeline.snn.neurons import NeuronState, bind
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def prepare(config: Config, watch: Watch) -> Run:
     step = saved["step"] if saved else 0
     agree(config, step, loader.manifest.identity, place.device)
     classes = len(loader.manifest.classes)
-    model = sew_resnet.build(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)
+    model = build_network(config.model, num_classes=classes, image_size=config.data.smallest_image).to(place.device)
     if config.train.precision == "fp64":
         model.double()  # before weights are loaded into it
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 partitions them

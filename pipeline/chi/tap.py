@@ -18,7 +18,7 @@ from pipeline.chi.indicators import Indicators, indicators
 from pipeline.chi.potential_stats import PotentialStats
 from pipeline.chi.small_allreduce import PartitionCarrier
 from pipeline.errors import ConfigError
-from pipeline.snn.networks.sew_resnet import SpikingLayer
+from pipeline.snn.networks.network import SpikingLayer
 from pipeline.snn.neurons import NeuronState
 
 

@@ -21,7 +21,7 @@ from pipeline.config.checks import LARGEST, SMALLEST
 from pipeline.errors import ConfigError, is_outage
 from pipeline.run_dir import checkpoint_files
 from pipeline.snn import state_dicts
-from pipeline.snn.networks.sew_resnet import SEWResNet
+from pipeline.snn.networks.network import Network
 
 CLASSIFIER = ("fc.weight", "fc.bias")
 
@@ -35,7 +35,7 @@ class Start(NamedTuple):
     """`(L,)` float64, of the surrogates; None if they are not taken."""
 
 
-def load(network: SEWResNet, config: Config) -> Start:
+def load(network: Network, config: Config) -> Start:
     """Puts the weights at `config.init_from` into `network`.
 
     Raises:
@@ -74,7 +74,7 @@ def _widths(saved: object, model: ModelConfig, num_layers: int) -> tuple[torch.T
     return widths, ""
 
 
-def _load_weights(network: SEWResNet, tensors: dict[str, torch.Tensor], path: str) -> str:
+def _load_weights(network: Network, tensors: dict[str, torch.Tensor], path: str) -> str:
     """Loads the tensors into the network; returns what matched, in a line."""
     weights = state_dicts.from_original(tensors)
     ours = network.state_dict()

@@ -9,7 +9,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.run_dir import checkpoint_files
 from pipeline.snn import state_dicts
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
+from pipeline.snn.networks.network import Network
 
 
 class Trained(NamedTuple):
@@ -18,7 +19,7 @@ class Trained(NamedTuple):
     weights: str
     """Which weights: last, or ema (their moving average)."""
     num_classes: int
-    network: sew_resnet.SEWResNet
+    network: Network
     """In evaluation mode, in fp32 (fp64 where the run trained in it), on the CPU."""
 
 
@@ -26,7 +27,7 @@ PARAMETERS = {"fp16": torch.float16, "fp64": torch.float64}
 """dtype of the parameters in each precision; fp32 in the others."""
 
 
-def cast(network: sew_resnet.SEWResNet, precision: str) -> None:
+def cast(network: Network, precision: str) -> None:
     """Gives the network the dtypes that it has in a run of this precision.
 
     In fp16 the parameters alone are cast, as DeepSpeed does: batch normalisation's statistics stay fp32.
@@ -59,7 +60,7 @@ def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str
     chosen = found["model"] if average is None or weights == "last" else average
     tensors = {**chosen["parameters"], **chosen["buffers"]}
     num_classes = len(tensors["fc.weight"])
-    network = sew_resnet.build(config.model, num_classes=num_classes, image_size=config.data.image_size).eval()
+    network = build(config.model, num_classes=num_classes, image_size=config.data.image_size).eval()
     network.to(tensors["fc.weight"].dtype)
     try:
         state_dicts.load(network, tensors)

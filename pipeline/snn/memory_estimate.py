@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.snn.kernels.chunked import CHUNK
 from pipeline.snn.kernels.packing import bits_for
+from pipeline.snn.networks.network import Network
 from pipeline.snn.networks.sew_resnet import SEWResNet
 
 
@@ -29,7 +30,7 @@ class Footprint:
     """More bytes in the backward pass of the largest layer: its input unpacked, gradients of its output and input."""
 
 
-def of(network: SEWResNet, images: tuple[int, ...], itemsize: int) -> Footprint:
+def of(network: Network, images: tuple[int, ...], itemsize: int) -> Footprint:
     """The footprint of a training step on one micro-batch.
 
     Args:
@@ -37,6 +38,7 @@ def of(network: SEWResNet, images: tuple[int, ...], itemsize: int) -> Footprint:
         images: shape of the micro-batch, (N, C, H, W) or (T, N, C, H, W).
         itemsize: bytes of a number in the forward pass, 2 or 4.
     """
+    assert isinstance(network, SEWResNet)
     static = len(images) == 4
     frames = torch.empty(images, device="meta") if static else torch.empty(images, device="meta").flatten(0, 1)
     x = network.conv1(frames)

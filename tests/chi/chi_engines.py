@@ -17,7 +17,7 @@ from pipeline.engine import engine_state
 from pipeline.engine.engine import build
 from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.losses import cross_entropy
-from pipeline.snn.networks.sew_resnet import SpikingLayer
+from pipeline.snn.networks.network import SpikingLayer
 from pipeline.snn.neurons import Neuron, bind
 
 T, MICRO_BATCH = 3, 4

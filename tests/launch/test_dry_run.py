@@ -16,7 +16,7 @@ from pipeline.config import OptimConfig, TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
 from pipeline.metrics.journal import read_journal
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 from tests.conftest import ROOT
 from tests.support import training_runs
 
@@ -33,7 +33,7 @@ def test_a_dry_run_describes_the_run_and_leaves_nothing(digits, tmp_path):
     assert f"steps       {config.num_steps(samples)}: 30 epochs of {samples} samples" in said
     settings = json.loads(said[said.index("DeepSpeed\n") + len("DeepSpeed\n") : said.index("\nbatch ")])
     assert settings["gradient_accumulation_steps"] == 2
-    network = sew_resnet.build(config.model, num_classes=10, image_size=16)
+    network = build(config.model, num_classes=10, image_size=16)
     assert f"parameters  {sum(p.numel() for p in network.parameters()):,} (10 classes)" in said
     assert not (tmp_path / "run").exists()
 
@@ -91,6 +91,6 @@ def test_memory_by_stage_precision_and_optimizer(stage, precision, optimizer, ex
         optim=OptimConfig(name=optimizer),
     )
     with torch.device("meta"):
-        network = sew_resnet.build(config.model, num_classes=10, image_size=16)
+        network = build(config.model, num_classes=10, image_size=16)
     sizes = list(memory(config, network, 1000, 4).values())
     assert [size / 1000 for size in sizes[:-2]] == expected

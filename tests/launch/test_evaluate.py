@@ -17,7 +17,7 @@ from pipeline.data.prefetcher import Batch
 from pipeline.engine.evaluate import _answers, evaluate_in_detail
 from pipeline.errors import ConfigError, DataError
 from pipeline.snn import energy
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 from tests.conftest import ROOT
 from tests.support.data_sets import drawn_jpeg, write_set
 from tests.support.training_runs import STEPS
@@ -79,7 +79,7 @@ def test_another_checkpoint_split_number_of_steps_and_size(run, digits, tmp_path
 
 def test_samples_that_are_not_valid_count_nowhere():
     torch.manual_seed(0)
-    network = sew_resnet.build(ModelConfig(T=3), num_classes=4, image_size=8).eval()
+    network = build(ModelConfig(T=3), num_classes=4, image_size=8).eval()
     images, labels = torch.randn(12, 3, 8, 8), torch.arange(12) % 4
     valid = torch.tensor([True] * 7 + [False] + [True] * 2 + [False] * 2)
     batches = [Batch(images[i : i + 4], labels[i : i + 4], valid[i : i + 4], i) for i in (0, 4, 8)]
@@ -114,7 +114,7 @@ def test_the_sum_of_losses_does_not_depend_on_the_order_of_the_samples():
 
 
 def test_classes_are_shown_as_they_are_called():
-    network = sew_resnet.build(ModelConfig(T=1), num_classes=2, image_size=8).eval()
+    network = build(ModelConfig(T=1), num_classes=2, image_size=8).eval()
     batch = Batch(torch.randn(2, 3, 8, 8), torch.arange(2), torch.ones(2, dtype=torch.bool), 0)
     manifest = Manifest(split="val", classes=("n01", "n02"), shards=(), display_names=("goldfish", "crane"))
     result = evaluate.numbers(

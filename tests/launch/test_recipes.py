@@ -13,7 +13,7 @@ from pipeline.config import ModelConfig, OptimConfig
 from pipeline.engine.deepspeed_settings import deepspeed_settings
 from pipeline.engine.schedule import Schedule
 from pipeline.ranks import cores
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 
 GPUS = {"digits": 8, "cifar10": 4, "tiny_imagenet": 4}
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet100": 100, "tiny_imagenet": 200}
@@ -31,7 +31,7 @@ def test_a_recipe_resolves_and_its_network_builds(name):
     assert settings["train_batch_size"] == gpus * settings["train_micro_batch_size_per_gpu"]
     assert num_ranks(config.data, gpus) == gpus
     with torch.device("meta"):
-        network = sew_resnet.build(config.model, num_classes=CLASSES.get(name, 1000), image_size=config.data.image_size)
+        network = build(config.model, num_classes=CLASSES.get(name, 1000), image_size=config.data.image_size)
     millions = sum(p.numel() for p in network.parameters()) / 1e6
     assert millions == pytest.approx(MILLIONS.get(name, 21.8), rel=0.05)
 
@@ -53,7 +53,7 @@ def test_other_depths_and_lengths_are_an_override():
     for arch, millions in (("18", 11.7), ("50", 25.6), ("101", 44.5), ("152", 60.2)):
         config = parse(["--recipe", "imagenet_sew34_chi", "--model.arch", f"sew_resnet{arch}", "--train.epochs", "2"])
         with torch.device("meta"):
-            network = sew_resnet.build(config.model, num_classes=1000, image_size=224)
+            network = build(config.model, num_classes=1000, image_size=224)
         assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
         assert config.train.epochs == 2
 

@@ -36,4 +36,4 @@ TABLE: dict[str, Arch] = {
 }
 
 ARCHS: tuple[str, ...] = tuple(TABLE)
-"""Every name that `sew_resnet.build` knows."""
+"""Every name of a network."""

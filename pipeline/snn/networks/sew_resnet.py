@@ -6,8 +6,6 @@ With `connect` none there is no shortcut, so the network is plain.
 Parameter names are torchvision's, which SpikingJelly keeps; `state_dicts.py` reads and writes the original code's.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
@@ -16,20 +14,8 @@ from pipeline.errors import ConfigError
 from pipeline.snn import neurons
 from pipeline.snn.kernels import packing
 from pipeline.snn.networks.archs import ARCHS, TABLE, Arch
+from pipeline.snn.networks.network import Network, SpikingLayer
 from pipeline.snn.neurons import Neuron
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SpikingLayer:
-    """One layer of neurons and the convolution that feeds it."""
-
-    name: str
-    """Dotted name of the neuron module."""
-    neuron: Neuron
-    weight: nn.Parameter
-    """W of the convolution, (C_out, C_in, kH, kW)."""
-    norm: nn.BatchNorm2d | None = None
-    """The batch normalisation between the two."""
 
 
 def connect(kind: str, branch: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
@@ -107,7 +93,7 @@ def _spiking_layer(name: str, neuron: nn.Module, conv: nn.Module, norm: nn.Modul
     return SpikingLayer(name, neuron, conv.weight, norm)
 
 
-class SEWResNet(nn.Module):
+class SEWResNet(Network):
     """The network: images `(N, C, H, W)` or event frames `(T, N, C, H, W)` to logits `(T, N, K)`.
 
     For images, the stem's convolution and BN run once, and the first neurons get their output at every step.
