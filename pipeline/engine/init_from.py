@@ -76,8 +76,8 @@ def _widths(saved: object, model: ModelConfig, num_layers: int) -> tuple[torch.T
 
 def _load_weights(network: Network, tensors: dict[str, torch.Tensor], path: str) -> str:
     """Loads the tensors into the network; returns what matched, in a line."""
-    weights = state_dicts.from_original(tensors)
     ours = network.state_dict()
+    weights = state_dicts.from_original(tensors, ours)
     anew = all(name in weights for name in CLASSIFIER) and (
         weights["fc.weight"].shape[1:] == ours["fc.weight"].shape[1:]
         and weights["fc.weight"].shape[0] != ours["fc.weight"].shape[0]

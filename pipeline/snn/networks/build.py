@@ -2,7 +2,7 @@
 
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks import ms_resnet, sew_resnet
 from pipeline.snn.networks.archs import ARCHS, TABLE
 from pipeline.snn.networks.network import Network
 
@@ -20,5 +20,6 @@ def build(model: ModelConfig, *, num_classes: int, in_channels: int = 3, image_s
         ConfigError: unknown architecture, neuron or connection; an image smaller than the network's stride.
     """
     if model.arch in TABLE:
-        return sew_resnet.build(model, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+        family = {"sew": sew_resnet, "ms": ms_resnet}[TABLE[model.arch].family]
+        return family.build(model, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     raise ConfigError(f"model.arch={model.arch!r} is not allowed; use one of {', '.join(ARCHS)}")
