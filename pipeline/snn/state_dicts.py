@@ -7,37 +7,49 @@ Three layouts hold the same tensors under different names:
                            layer2.0.downsample.0.module.0.weight
 
 (earlier releases of the original have no `.module`; both are read). The original averages its logits over time inside
-the network, which changes no tensor.
+the network, which changes no tensor. SpikingJelly's MS-ResNet has other names at its ends, and these are read too:
+
+    conv1.weight, bn1.weight, fc.weight, sn_out.w       stem.0.weight, stem.1.weight, head.weight, head_lif.w
+    layer1.0.sn1.w                                      layer1.0.spike1.w
 """
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import nn
 
 _BRANCH = re.compile(r"^(layer\d+\.\d+)\.conv(\d)\.(?:module\.)?([01])\.(.+)$")
 _SHORTCUT = re.compile(r"^(layer\d+\.\d+)\.downsample\.0\.(?:module\.)?([01])\.(.+)$")
+_MS_RESNET = {"stem.0": "conv1", "stem.1": "bn1", "head": "fc", "head_lif": "sn_out"}
+_MS_NEURON = re.compile(r"^(layer\d+\.\d+)\.spike(\d)$")
 _OUR_BRANCH = re.compile(r"^(layer\d+\.\d+)\.(conv|bn)(\d)\.(.+)$")
 _OUR_SHORTCUT = re.compile(r"^(layer\d+\.\d+)\.downsample\.([01])\.(.+)$")
 
 
-def from_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The original SEW-ResNet code's state dict under our names; ours and SpikingJelly's pass unchanged."""
+def from_original(weights: Mapping[str, torch.Tensor], ours: Container[str] = ()) -> dict[str, torch.Tensor]:
+    """The original SEW-ResNet code's or SpikingJelly's state dict under our names.
+
+    Our names pass unchanged, and so does every name in `ours`, those of the network that will get the tensors.
+    """
     renamed = {}
     for name, tensor in weights.items():
-        branch, shortcut = _BRANCH.match(name), _SHORTCUT.match(name)
-        if branch:
-            block, index, part, rest = branch.groups()
-            name = f"{block}.{('conv', 'bn')[int(part)]}{index}.{rest}"
-        elif shortcut:
-            block, part, rest = shortcut.groups()
-            name = f"{block}.downsample.{part}.{rest}"
-        elif name.endswith(".w") and tensor.dim() == 0:
+        if name.endswith(".w") and tensor.dim() == 0:
             tensor = tensor.reshape(1)  # a learned tau: a scalar in the other layouts
-        renamed[name] = tensor
+        renamed[name if name in ours else _our_name(name)] = tensor
     return renamed
+
+
+def _our_name(name: str) -> str:
+    if branch := _BRANCH.match(name):
+        block, index, part, rest = branch.groups()
+        return f"{block}.{('conv', 'bn')[int(part)]}{index}.{rest}"
+    if shortcut := _SHORTCUT.match(name):
+        block, part, rest = shortcut.groups()
+        return f"{block}.downsample.{part}.{rest}"
+    module, dot, kind = name.rpartition(".")
+    return _MS_NEURON.sub(r"\1.sn\2", _MS_RESNET.get(module, module)) + dot + kind
 
 
 def to_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -62,7 +74,7 @@ def load(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         ValueError: a tensor is missing, left over or of another shape; the message names the first of each.
     """
     ours = network.state_dict()
-    given = weights if weights.keys() == ours.keys() else from_original(weights)
+    given = weights if weights.keys() == ours.keys() else from_original(weights, ours)
     missing = [name for name in ours if name not in given]
     extra = [name for name in given if name not in ours]
     shapes = [name for name in ours if name in given and ours[name].shape != given[name].shape]
