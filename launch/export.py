@@ -28,6 +28,12 @@ def main(arguments: list[str]) -> None:
     out, card = options.out, options.out.with_suffix(".md")
     check_place(out, card, options.force)
     stored = run_folder.read(options.run)
+    original = options.names == "original"
+    if original and not stored.config.model.arch.startswith("sew_"):
+        raise ConfigError(
+            f"--names original is not allowed with model.arch={stored.config.model.arch!r}: they are of the original "
+            "SEW-ResNet code; use --names ours"
+        )
 
     from launch import model_card
     from pipeline.engine import load_network  # torch is imported here, after everything cheap was checked
@@ -45,7 +51,6 @@ def main(arguments: list[str]) -> None:
             file=sys.stderr,
         )
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
-    original = options.names == "original"
     try:
         # Neither is put in its place before both are written.
         with atomic.replacing(card) as new_card, atomic.replacing(out) as new:

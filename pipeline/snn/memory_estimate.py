@@ -4,6 +4,7 @@ Per layer, as kernels/norm.py and kernels/packing.py keep it: the convolution's 
 pass (with `model.checkpoint` not even that), the convolution's input at 1 bit a spike or 4 bits a sum of spikes, and
 the potentials between chunks of time (kernels/chunked.py).
 The stem keeps the images and one output for all T; the pooling keeps 2 bytes an output; AND and IAND keep both inputs.
+MS-ResNet keeps the currents of each sum too, with `model.checkpoint` as well.
 Where no fused kernel runs (float64, no compiler on the CPU) the reference keeps several times more.
 """
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from pipeline.snn.kernels.chunked import CHUNK
 from pipeline.snn.kernels.packing import bits_for
+from pipeline.snn.networks.ms_resnet import MSResNet
 from pipeline.snn.networks.network import Network
 from pipeline.snn.networks.own import OwnNetwork, trial
 from pipeline.snn.networks.sew_resnet import SEWResNet
@@ -44,16 +46,27 @@ def of(network: Network, images: tuple[int, ...], itemsize: int) -> Footprint:
     """
     if isinstance(network, OwnNetwork):
         return _measured(network, images, itemsize)
-    assert isinstance(network, SEWResNet)
     static = len(images) == 4
     frames = torch.empty(images, device="meta") if static else torch.empty(images, device="meta").flatten(0, 1)
-    x = network.conv1(frames)
+    if isinstance(network, MSResNet):
+        layers, outputs, kept = _ms_resnet(network, frames, static, itemsize)
+    else:
+        assert isinstance(network, SEWResNet)
+        layers, outputs, kept = _sew_resnet(network, frames, static, itemsize)
+    kept += frames.numel() * itemsize
+    kept += 0 if network.checkpoint else outputs * itemsize
+    borders = (network.T - 1) // CHUNK  # between chunks
+    kept += borders * 4 * sum(layers) // network.T
+    return Footprint(neuron_steps=sum(layers), kept_bytes=kept, working_bytes=3 * max(layers) * itemsize)
+
+
+def _sew_resnet(network: SEWResNet, frames: torch.Tensor, static: bool, itemsize: int) -> tuple[list[int], int, int]:
+    """Neuron-steps of each layer; numbers that the convolutions put out; bytes kept beside these and the frames."""
+    x, kept = network.conv1(frames), 0
     outputs = x.numel()
-    kept = frames.numel() * itemsize
     if static:
         x = x.repeat(network.T, 1, 1, 1)
-    layers = [x.numel()]  # neuron-steps
-    borders = (network.T - 1) // CHUNK  # between chunks
+    layers = [x.numel()]
     if isinstance(network.maxpool, nn.MaxPool2d):
         x = network.maxpool(x)
         kept += 2 * x.numel()
@@ -70,9 +83,27 @@ def of(network: Network, images: tuple[int, ...], itemsize: int) -> Footprint:
             layers.append(output.numel())
         if block.connect in ("and", "iand"):
             kept += 2 * x.numel() * itemsize
-    kept += 0 if network.checkpoint else outputs * itemsize
-    kept += borders * 4 * sum(layers) // network.T
-    return Footprint(neuron_steps=sum(layers), kept_bytes=kept, working_bytes=3 * max(layers) * itemsize)
+    return layers, outputs, kept
+
+
+def _ms_resnet(network: MSResNet, frames: torch.Tensor, static: bool, itemsize: int) -> tuple[list[int], int, int]:
+    """As `_sew_resnet`."""
+    x, layers, kept = network.conv1(frames), [], 0
+    outputs = x.numel()
+    times = network.T if static else 1  # one step of currents stands for T of spikes
+    for _, block in network.blocks():
+        layers.append(times * x.numel())
+        kept += x.numel() * itemsize  # the currents: for the neurons, and for the shortcut's convolution
+        if block.downsample is not None:
+            outputs += block.downsample[0](x).numel()
+        spikes = x.repeat(times, 1, 1, 1)
+        for conv in (block.conv1, block.conv2):
+            kept += spikes.numel() * bits_for(1) // 8
+            spikes = conv(spikes)  # of their shape
+            outputs += spikes.numel()
+        layers.append(spikes.numel())
+        x, times = spikes, 1
+    return [*layers, times * x.numel()], outputs, kept + x.numel() * itemsize
 
 
 def _measured(network: OwnNetwork, images: tuple[int, ...], itemsize: int) -> Footprint:

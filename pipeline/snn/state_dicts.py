@@ -7,7 +7,10 @@ Three layouts hold the same tensors under different names:
                            layer2.0.downsample.0.module.0.weight
 
 (earlier releases of the original have no `.module`; both are read). The original averages its logits over time inside
-the network, which changes no tensor.
+the network, which changes no tensor. SpikingJelly's MS-ResNet has other names at its ends, and these are read too:
+
+    conv1.weight, bn1.weight, fc.weight, sn_out.w       stem.0.weight, stem.1.weight, head.weight, head_lif.w
+    layer1.0.sn1.w                                      layer1.0.spike1.w
 """
 
 import os
@@ -19,25 +22,31 @@ from torch import nn
 
 _BRANCH = re.compile(r"^(layer\d+\.\d+)\.conv(\d)\.(?:module\.)?([01])\.(.+)$")
 _SHORTCUT = re.compile(r"^(layer\d+\.\d+)\.downsample\.0\.(?:module\.)?([01])\.(.+)$")
+_MS_RESNET = {"stem.0": "conv1", "stem.1": "bn1", "head": "fc", "head_lif": "sn_out"}
+_MS_NEURON = re.compile(r"^(layer\d+\.\d+)\.spike(\d)$")
 _OUR_BRANCH = re.compile(r"^(layer\d+\.\d+)\.(conv|bn)(\d)\.(.+)$")
 _OUR_SHORTCUT = re.compile(r"^(layer\d+\.\d+)\.downsample\.([01])\.(.+)$")
 
 
 def from_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The original SEW-ResNet code's state dict under our names; ours and SpikingJelly's pass unchanged."""
+    """The original SEW-ResNet code's or SpikingJelly's state dict under our names; ours passes unchanged."""
     renamed = {}
     for name, tensor in weights.items():
-        branch, shortcut = _BRANCH.match(name), _SHORTCUT.match(name)
-        if branch:
-            block, index, part, rest = branch.groups()
-            name = f"{block}.{('conv', 'bn')[int(part)]}{index}.{rest}"
-        elif shortcut:
-            block, part, rest = shortcut.groups()
-            name = f"{block}.downsample.{part}.{rest}"
-        elif name.endswith(".w") and tensor.dim() == 0:
+        if name.endswith(".w") and tensor.dim() == 0:
             tensor = tensor.reshape(1)  # a learned tau: a scalar in the other layouts
-        renamed[name] = tensor
+        renamed[_our_name(name)] = tensor
     return renamed
+
+
+def _our_name(name: str) -> str:
+    if branch := _BRANCH.match(name):
+        block, index, part, rest = branch.groups()
+        return f"{block}.{('conv', 'bn')[int(part)]}{index}.{rest}"
+    if shortcut := _SHORTCUT.match(name):
+        block, part, rest = shortcut.groups()
+        return f"{block}.downsample.{part}.{rest}"
+    module, dot, kind = name.rpartition(".")
+    return _MS_NEURON.sub(r"\1.sn\2", _MS_RESNET.get(module, module)) + dot + kind
 
 
 def to_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from pipeline.config import ModelConfig
 from pipeline.snn import losses, memory_estimate, neurons
 from pipeline.snn.kernels import compiled
 from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 
 
 def require_compiler() -> None:
@@ -20,7 +21,7 @@ def train_once(checkpoint: bool, arch: str, images: torch.Tensor, dtype: torch.d
     """One step's logits, gradients, buffers and counters, and the bytes per neuron-step kept for its backward pass."""
     torch.manual_seed(0)
     model = ModelConfig(arch=arch, checkpoint=checkpoint, **fields)
-    net = sew_resnet.build(model, num_classes=5, image_size=32)
+    net = build(model, num_classes=5, image_size=32)
     if dtype == torch.float64:
         net, images = net.double(), images.double()
     state = neurons.bind(net)
@@ -66,6 +67,9 @@ def test_the_fused_op_keeps_two_bytes_a_neuron_step_and_checkpointed_blocks_a_th
         ("sew_cifar20", True, torch.bfloat16, {"neuron": "plif", "reset": "soft"}, 0.5),
         # `and` keeps both of its operands as dense spikes.
         ("sew_tiny", False, torch.bfloat16, {"T": 16, "connect": "and", "surrogate": "atan"}, 2.2),
+        # The currents of every second layer stay: 1 and 2 bytes a neuron-step of all, beside the packed spikes.
+        ("ms_cifar20", True, torch.bfloat16, {"T": 16}, 1.5),
+        ("ms_resnet18", False, torch.float32, {"T": 4, "neuron": "plif"}, 2.7),
         # Small maps of 2048 channels: the bottleneck's BN scalars and, at the stem, the pooling.
         ("sew_resnet50", False, torch.float32, {"T": 4}, 0.8),
     ],
@@ -129,14 +133,17 @@ def test_a_backward_pass_frees_what_was_kept_while_the_loss_lives():
         ("sew_resnet18", torch.bfloat16, {}),
         ("sew_tiny", torch.bfloat16, {"connect": "iand"}),
         ("sew_cifar14", torch.float32, {"connect": "none"}),
+        ("ms_cifar20", torch.float32, {}),
+        ("ms_cifar20", torch.float32, {"T": 40, "checkpoint": True}),
+        ("ms_resnet18", torch.bfloat16, {}),
     ],
 )
 def test_the_footprint_by_shapes_is_what_a_step_keeps(arch, dtype, fields):
     require_compiler()
     model, shape = ModelConfig(arch=arch, **fields), (16, 3, 32, 32)
     with torch.device("meta"):
-        counted = memory_estimate.of(sew_resnet.build(model, num_classes=5, image_size=32), shape, dtype.itemsize)
-    net, images, logits = sew_resnet.build(model, num_classes=5, image_size=32), torch.randn(shape), []
+        counted = memory_estimate.of(build(model, num_classes=5, image_size=32), shape, dtype.itemsize)
+    net, images, logits = build(model, num_classes=5, image_size=32), torch.randn(shape), []
     state = neurons.bind(net)
 
     def forward() -> None:

@@ -1,6 +1,7 @@
 """The networks: shapes, names, weights in and out, losses, energy, learning."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from pipeline.errors import ConfigError
 from pipeline.snn import energy, losses, neurons, state_dicts
 from pipeline.snn.networks import sew_resnet
 from pipeline.snn.networks.archs import ARCHS
+from pipeline.snn.networks.build import build as build_network
 
 
-def build(arch: str = "sew_tiny", size: int = 16, **fields) -> sew_resnet.SEWResNet:
+def build(arch: str = "sew_tiny", size: int = 16, **fields) -> Any:
     torch.manual_seed(0)
-    return sew_resnet.build(ModelConfig(arch=arch, **fields), num_classes=5, image_size=size)
+    return build_network(ModelConfig(arch=arch, **fields), num_classes=5, image_size=size)
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in ("sew_resnet101", "sew_resnet152")])
@@ -33,7 +35,12 @@ def test_every_network_trains_on_images_and_on_event_frames(arch):
     assert all(modules[layer.name] is layer.neuron for layer in layers)
     assert all(parameter.grad is not None for parameter in net.parameters())
     assert len({id(layer.weight) for layer in layers}) == len(layers)
-    assert sum(p.dim() == 4 for p in net.parameters()) == len(layers)
+    fed = {id(layer.weight) for layer in layers}
+    rest = [name for name, p in net.named_parameters() if p.dim() == 4 and id(p) not in fed]
+    # A shortcut of membrane currents has no neurons of its own.
+    assert rest == [
+        f"{name}.downsample.0.weight" for name, block in net.blocks() if arch[:2] == "ms" and block.downsample
+    ]
 
 
 @pytest.mark.parametrize(("arch", "layers", "millions"), [("sew_resnet101", 104, 42.6), ("sew_resnet152", 155, 58.3)])
@@ -50,6 +57,8 @@ def test_an_unknown_name_lists_the_known_ones():
         build("vgg")
     with pytest.raises(ConfigError, match=r"data\.image_size=16 is too small for model\.arch='sew_resnet18'; use 32"):
         build("sew_resnet18")
+    with pytest.raises(ConfigError, match=r"data\.image_size=3 is too small for model\.arch='ms_cifar8'; use 4"):
+        build("ms_cifar8", 3)
     with pytest.raises(ValueError, match=re.escape("images of shape (2, 1, 16, 16) are not allowed; use (N, 3, H, W)")):
         build()(torch.zeros(2, 1, 16, 16))
 
@@ -84,6 +93,34 @@ def test_zero_initialised_blocks_are_their_shortcuts(connect):
     assert len(seen) == 7
     assert all(torch.equal(before, after) for before, after in seen)
     assert seen[0][0].sum() > 0
+
+
+def test_membrane_blocks_start_as_their_shortcuts_and_at_the_size_of_the_threshold():
+    net = build("ms_cifar20", zero_init_residual=True, v_th=0.5, neuron="lif", tau=1.5)
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    silent = [block.bn2 for _, block in net.blocks()]
+    assert all((bn.weight == (0 if bn in silent else 0.75)).all() for bn in norms)
+    seen = []
+    for _, block in net.blocks():
+        if block.downsample is None:
+            block.register_forward_hook(lambda _m, inputs, out: seen.append((inputs[0], out)))
+    with torch.no_grad():
+        net(torch.randn(2, 3, 16, 16))
+    assert len(seen) == 7
+    assert seen[0][1].shape == (8, 16, 16, 16), "the currents of the stem, the same at every step"
+    assert all(torch.equal(before.repeat(len(after) // len(before), 1, 1, 1), after) for before, after in seen)
+
+
+def test_only_its_own_connection_is_allowed_to_a_membrane_shortcut():
+    with pytest.raises(
+        ConfigError, match=r"model\.connect='iand' is not allowed with .*'ms_tiny'.*; use add, or a sew"
+    ):
+        build("ms_tiny", connect="iand")
+
+
+def test_a_family_refuses_the_names_of_the_other():
+    with pytest.raises(ConfigError, match=r"model\.arch='ms_tiny' is not allowed; use one of sew_tiny"):
+        sew_resnet.build(ModelConfig(arch="ms_tiny"), num_classes=5, image_size=16)
 
 
 def test_learned_time_constants_get_their_gradient_in_every_form():
@@ -164,9 +201,10 @@ def test_safetensors_files_round_trip(tmp_path):
     assert torch.equal(net.conv1.weight, other.conv1.weight)
 
 
+@pytest.mark.parametrize("arch", ["sew_tiny", "ms_tiny"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_exported_network_gives_the_same_logits(dtype):
-    net = build().eval().to(dtype)
+def test_an_exported_network_gives_the_same_logits(dtype, arch):
+    net = build(arch).eval().to(dtype)
     images = torch.randn(2, 3, 16, 16, dtype=dtype, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         program = torch.export.export(net, (images,))
@@ -195,8 +233,9 @@ def test_losses_match_their_formulas():
         losses.tet(logits, labels, lam=2)
 
 
-def test_energy_counts_every_connection_of_every_spike():
-    net = build(T=2, v_th=0.3)
+@pytest.mark.parametrize(("arch", "analog"), [("sew_tiny", {"conv1"}), ("ms_tiny", {"conv1", "layer2.0.downsample.0"})])
+def test_energy_counts_every_connection_of_every_spike(arch, analog):
+    net = build(arch, T=2, v_th=0.3)
     images = torch.randn(3, 3, 16, 16)
     seen = {}
     for name, module in net.named_modules():
@@ -207,17 +246,21 @@ def test_energy_counts_every_connection_of_every_spike():
     # Connections by brute force: a convolution of ones with ones adds 1 for each input-output pair.
     for name, (conv, x) in seen.items():
         ones = nn.functional.conv2d(
-            x if name != "conv1" else torch.ones_like(x), torch.ones_like(conv.weight), None, conv.stride, conv.padding
+            x if name not in analog else torch.ones_like(x),
+            torch.ones_like(conv.weight),
+            None,
+            conv.stride,
+            conv.padding,
         )
         wanted = ones.double().sum().item() / 3
         got = by_name[name]
-        assert (got.macs if name == "conv1" else got.acs) == pytest.approx(wanted, rel=1e-6)
-        assert (got.acs if name == "conv1" else got.macs) == 0
+        assert (got.macs if name in analog else got.acs) == pytest.approx(wanted, rel=1e-6)
+        assert (got.acs if name in analog else got.macs) == 0
     assert by_name["layer1.0.conv1"].acs > 0
     total = sum(4.6e-6 * layer.macs + 0.9e-6 * layer.acs for layer in measured.layers)
     assert measured.microjoule == pytest.approx(total)
     assert set(measured.firing_rates) == {layer.name for layer in net.spiking_layers()}
-    assert 0 < measured.firing_rates["sn1"] < 1
+    assert 0 < measured.firing_rates["layer1.0.sn1"] < 1
     assert net.training
 
 

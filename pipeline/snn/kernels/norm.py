@@ -13,6 +13,7 @@ With `Ranks` the mean and variance are over the y of all ranks. This costs one s
 in the forward pass, and one in the backward pass, as a gradient then flows to every rank's y.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.snn.kernels import dispatch, reference
+from pipeline.snn.kernels import dispatch, packing, reference
 from pipeline.snn.kernels.chunked import Chunks, in_chunks
 from pipeline.snn.kernels.dispatch import Call
 from pipeline.snn.kernels.packing import Again
@@ -292,6 +293,26 @@ def run(
         counts = meter(tally, y, gamma, beta, leak)
         return _Fused.apply(y, gamma, beta, shortcut, leak, width, amplitude, counts, bn, in_chunks(call), again, ranks)
     return run_reference(y, bn, rule, width, amplitude, **arguments)
+
+
+def batch_norm(
+    y: torch.Tensor, bn: nn.BatchNorm2d, *, again: Again | None = None, ranks: Ranks | None = None
+) -> torch.Tensor:
+    """`bn(y)` where a sum, and not neurons, follows: y's dtype, and as `run` in all else.
+
+    With `again` its source is kept for the backward pass instead of y, but not with `ranks`.
+    """
+    dtype = reference.potential_dtype(y)
+    with torch.autocast(y.device.type, enabled=False):
+        if bn.training and ranks is not None:
+            return _jointly_normalised(y.to(dtype), bn, ranks).to(y.dtype)
+        if bn.training:
+            assert bn.num_batches_tracked is not None
+            bn.num_batches_tracked.add_(1)
+        assert bn.momentum is not None
+        statistics = bn.running_mean, bn.running_var, bn.weight.to(dtype), bn.bias.to(dtype)
+        with contextlib.nullcontext() if again is None else packing.kept_as(y, again):
+            return functional.batch_norm(y, *statistics, bn.training, bn.momentum, bn.eps)
 
 
 def _plain(bn: nn.BatchNorm2d) -> bool:

@@ -148,6 +148,19 @@ def convolve_again(x: torch.Tensor, packed: Packed | None, conv: torch.nn.Conv2d
     return Again(source, make)
 
 
+def kept_as(tensor: torch.Tensor, again: Again) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which operations keep the source of `again`, which recomputes `tensor`, instead of `tensor`."""
+    address, shape = tensor.data_ptr(), tensor.shape
+
+    def keep(kept: torch.Tensor) -> torch.Tensor | Again:
+        return again if kept.data_ptr() == address and kept.shape == shape else kept
+
+    def restore(kept: torch.Tensor | Again) -> torch.Tensor:
+        return kept.make(kept.source) if isinstance(kept, Again) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(keep, restore)
+
+
 class _SpikePool(torch.autograd.Function):
     """Max-pooling that keeps the place of each maximum in 8 bits on a GPU, elsewhere in 16.
 

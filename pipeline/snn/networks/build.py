@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.config import ModelConfig
-from pipeline.snn.networks import own, own_source, sew_resnet
+from pipeline.snn.networks import ms_resnet, own, own_source, sew_resnet
+from pipeline.snn.networks.archs import TABLE
 from pipeline.snn.networks.network import Network
 
 
@@ -34,6 +35,7 @@ def build(
     source = own_source.find(model.arch, run)
     if source is None:
         smallest = image_size_start or image_size
-        return sew_resnet.build(model, num_classes=num_classes, in_channels=in_channels, image_size=smallest)
+        family = {"sew": sew_resnet, "ms": ms_resnet}[TABLE[model.arch].family]
+        return family.build(model, num_classes=num_classes, in_channels=in_channels, image_size=smallest)
     sizes = (image_size, image_size_start) if image_size_start else (image_size,)
     return own.build(source, model, num_classes=num_classes, in_channels=in_channels, image_sizes=sizes)
