@@ -30,12 +30,15 @@ _OUR_SHORTCUT = re.compile(r"^(layer\d+\.\d+)\.downsample\.([01])\.(.+)$")
 
 def from_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The original SEW-ResNet code's or SpikingJelly's state dict under our names; ours passes unchanged."""
-    renamed = {}
-    for name, tensor in weights.items():
-        if name.endswith(".w") and tensor.dim() == 0:
-            tensor = tensor.reshape(1)  # a learned tau: a scalar in the other layouts
-        renamed[_our_name(name)] = tensor
-    return renamed
+    return {_our_name(name): tensor for name, tensor in weights.items()}
+
+
+def as_in(ours: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights`, in any layout, under the names of the network whose state dict is `ours`."""
+    given = weights if weights.keys() == ours.keys() else from_original(weights)
+    # A learned tau is a scalar in the other layouts.
+    taus = {name for name, tensor in given.items() if name in ours and (tensor.shape, ours[name].shape) == ((), (1,))}
+    return {name: tensor.reshape(1) if name in taus else tensor for name, tensor in given.items()}
 
 
 def _our_name(name: str) -> str:
@@ -71,7 +74,7 @@ def load(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         ValueError: a tensor is missing, left over or of another shape; the message names the first of each.
     """
     ours = network.state_dict()
-    given = weights if weights.keys() == ours.keys() else from_original(weights)
+    given = as_in(ours, weights)
     missing = [name for name in ours if name not in given]
     extra = [name for name in given if name not in ours]
     shapes = [name for name in ours if name in given and ours[name].shape != given[name].shape]
