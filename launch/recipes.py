@@ -143,6 +143,23 @@ def imagenet_sew34_fast() -> Config:
     )
 
 
+def imagenet_ms34_chi() -> Config:
+    """imagenet_sew34_chi with MS-ResNet34, whose shortcuts carry membrane currents, in place of SEW-ResNet34.
+
+    deepspeed --num_gpus 8 launch/train.py --recipe imagenet_ms34_chi
+
+    Data, hardware and all else as in imagenet_sew34_baseline; every block starts as its shortcut, as in the original
+    code of MS-ResNet, which trains LIF neurons for T=6. Not run here: neither time nor accuracy is known.
+    """
+    chi = imagenet_sew34_chi()
+    return replace(
+        chi,
+        recipe="imagenet_ms34_chi",
+        run_dir="runs/imagenet_ms34_chi",
+        model=replace(chi.model, arch="ms_resnet34", zero_init_residual=True),
+    )
+
+
 def imagenet100() -> Config:
     """SEW-ResNet18 on 100 classes of ImageNet: folders train/SYNSET and val/SYNSET.
 
@@ -193,6 +210,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         imagenet_sew34_chi,
         imagenet_sew34_tet_chi,
         imagenet_sew34_fast,
+        imagenet_ms34_chi,
         imagenet100,
         tiny_imagenet,
     )

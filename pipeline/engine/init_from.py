@@ -77,7 +77,7 @@ def _load_weights(network: Network, tensors: dict[str, torch.Tensor], path: str)
     ours = network.state_dict()
     buffers = dict(network.named_buffers())  # a checkpoint has those too that a state dict leaves out
     tensors = {name: tensor for name, tensor in tensors.items() if name in ours or name not in buffers}
-    weights = dict(tensors) if tensors.keys() == ours.keys() else state_dicts.from_original(tensors, ours)
+    weights = state_dicts.as_in(ours, tensors)
     others = [name for name in ours if name in weights and weights[name].shape != ours[name].shape]
     anew = _of_other_classes([weights[name].shape for name in others], [ours[name].shape for name in others])
     before, now = (weights[others[0]].shape[0], ours[others[0]].shape[0]) if anew else (0, 0)

@@ -1,7 +1,7 @@
 """Synaptic operations, firing rates and the 45 nm energy estimate of a network, as papers report them.
 
 A convolution or linear layer whose input is spikes does an accumulation (AC) for each spike and connection. If its
-input is analog (the images), it does a multiply-accumulate (MAC) for each connection:
+input is analog (images, the currents of MS-ResNet's shortcuts), it does a multiply-accumulate (MAC) for each connection:
 
     MAC = connections                     once for static images, T times for event frames
     AC  = sum over t of the mean over the batch of (spikes x connections of that spike)

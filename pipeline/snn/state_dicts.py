@@ -15,7 +15,7 @@ the network, which changes no tensor. SpikingJelly's MS-ResNet has other names a
 
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -28,17 +28,17 @@ _OUR_BRANCH = re.compile(r"^(layer\d+\.\d+)\.(conv|bn)(\d)\.(.+)$")
 _OUR_SHORTCUT = re.compile(r"^(layer\d+\.\d+)\.downsample\.([01])\.(.+)$")
 
 
-def from_original(weights: Mapping[str, torch.Tensor], ours: Container[str] = ()) -> dict[str, torch.Tensor]:
-    """The original SEW-ResNet code's or SpikingJelly's state dict under our names.
+def from_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The original SEW-ResNet code's or SpikingJelly's state dict under our names; ours passes unchanged."""
+    return {_our_name(name): tensor for name, tensor in weights.items()}
 
-    Our names pass unchanged, and so does every name in `ours`, those of the network that will get the tensors.
-    """
-    renamed = {}
-    for name, tensor in weights.items():
-        if name.endswith(".w") and tensor.dim() == 0:
-            tensor = tensor.reshape(1)  # a learned tau: a scalar in the other layouts
-        renamed[name if name in ours else _our_name(name)] = tensor
-    return renamed
+
+def as_in(ours: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights`, in any layout, under the names of the network whose state dict is `ours`."""
+    given = weights if weights.keys() == ours.keys() else from_original(weights)
+    # A learned tau is a scalar in the other layouts.
+    taus = {name for name, tensor in given.items() if name in ours and (tensor.shape, ours[name].shape) == ((), (1,))}
+    return {name: tensor.reshape(1) if name in taus else tensor for name, tensor in given.items()}
 
 
 def _our_name(name: str) -> str:
@@ -74,7 +74,7 @@ def load(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         ValueError: a tensor is missing, left over or of another shape; the message names the first of each.
     """
     ours = network.state_dict()
-    given = weights if weights.keys() == ours.keys() else from_original(weights, ours)
+    given = as_in(ours, weights)
     missing = [name for name in ours if name not in given]
     extra = [name for name in given if name not in ours]
     shapes = [name for name in ours if name in given and ours[name].shape != given[name].shape]

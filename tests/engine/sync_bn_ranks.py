@@ -5,6 +5,7 @@ Rank 0 prints one JSON line for each comparison.
 
 import copy
 import itertools
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,7 +18,7 @@ from pipeline.snn.kernels import compiled, norm
 from pipeline.snn.kernels.norm import Ranks
 from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.losses import cross_entropy
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build as build_network
 from pipeline.snn.neurons import bind
 from tests.support.rank_lines import leave, tell
 
@@ -36,11 +37,11 @@ def everyones(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def network_in_doubles(neuron: str, again: bool) -> dict:
+def network_in_doubles(neuron: str, again: bool, arch: str = "sew_tiny") -> dict:
     """Two SGD steps of a whole network on the reference: weights and running statistics, largest difference."""
     torch.manual_seed(0)
-    model = ModelConfig(neuron=neuron, checkpoint=again)
-    ours = sew_resnet.build(model, num_classes=5, image_size=8).double()
+    model = ModelConfig(arch=arch, neuron=neuron, checkpoint=again)
+    ours = build_network(model, num_classes=5, image_size=8).double()
     joint, apart = copy.deepcopy(ours), copy.deepcopy(ours)
     normalise_as_one(bind(ours), dist.get_world_size())
     bind(joint)
@@ -62,7 +63,7 @@ def network_in_doubles(neuron: str, again: bool) -> dict:
                         dist.all_reduce(parameter.grad)
                         parameter.grad /= dist.get_world_size()
                     parameter -= 0.1 * parameter.grad
-    return {"kind": f"network {neuron} {again}", "off": off(ours, joint), "apart": off(apart, joint)}
+    return {"kind": f"network {arch} {neuron} {again}", "off": off(ours, joint), "apart": off(apart, joint)}
 
 
 def off(ours: torch.nn.Module, theirs: torch.nn.Module) -> float:
@@ -102,10 +103,10 @@ def layer(run, dtype: torch.dtype, static: bool, T: int = 4) -> dict:
     }
 
 
-def engine(stage: int) -> dict:
+def engine(stage: int, arch: str = "sew_tiny") -> dict:
     """Steps of a DeepSpeed engine: every rank ends with the same running statistics, which no rank alone has."""
     torch.manual_seed(0)
-    network = sew_resnet.build(ModelConfig(), num_classes=5, image_size=8)
+    network: Any = build_network(ModelConfig(arch=arch), num_classes=5, image_size=8)
     world_size = dist.get_world_size()
     data = DataConfig(global_batch=MICRO_BATCH * world_size, micro_batch=MICRO_BATCH, image_size=8)
     built = build(
@@ -120,7 +121,7 @@ def engine(stage: int) -> dict:
     mean = network.bn1.running_mean
     assert mean is not None
     means = everyones(mean[None])
-    return {"kind": f"engine {stage}", "same": bool((means == means[0]).all()), "moved": mean.norm().item()}
+    return {"kind": f"engine {arch} {stage}", "same": bool((means == means[0]).all()), "moved": mean.norm().item()}
 
 
 def main() -> None:
@@ -128,9 +129,10 @@ def main() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
     torch.set_num_threads(1)
     results = [network_in_doubles("if", False), network_in_doubles("plif", True)]
+    results += [network_in_doubles("lif", True, "ms_tiny")]
     runs = ((norm.run_reference, torch.float64), (norm.run_reference, torch.float32), (norm.run, torch.float32))
     results += [layer(run, dtype, static) for (run, dtype), static in itertools.product(runs, (False, True))]
-    results += [engine(stage) for stage in (0, 1, 2, 3)]
+    results += [*(engine(stage) for stage in (0, 1, 2, 3)), engine(3, "ms_tiny")]
     for result in results:
         tell("CASE", result)
     tell("CASE", {"kind": "twin", "there": compiled.library(torch.zeros(4)) is not None})

@@ -19,7 +19,7 @@ def cases() -> dict[str, dict]:
     return {line.pop("kind"): line for line in lines}
 
 
-@pytest.mark.parametrize("kind", ["if False", "plif True"])
+@pytest.mark.parametrize("kind", ["sew_tiny if False", "sew_tiny plif True", "ms_tiny lif True"])
 def test_a_network_over_ranks_steps_as_one_with_the_joint_batch(kind, cases):
     got = cases[f"network {kind}"]
     assert got["off"] < 1e-9 < 1e-3 < got["apart"], "in doubles, two steps; and what normalising apart would give"
@@ -41,10 +41,10 @@ def test_a_layer_over_ranks_has_the_joint_output_gradients_and_statistics(run, t
     assert max(cases[f"layer {run} {static}"]["off"]) < tolerance
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_ranks_of_an_engine_end_with_the_same_running_statistics(stage, cases):
-    assert cases[f"engine {stage}"]["same"]
-    assert cases[f"engine {stage}"]["moved"] > 0
+@pytest.mark.parametrize("of", ["sew_tiny 0", "sew_tiny 1", "sew_tiny 2", "sew_tiny 3", "ms_tiny 3"])
+def test_ranks_of_an_engine_end_with_the_same_running_statistics(of, cases):
+    assert cases[f"engine {of}"]["same"]
+    assert cases[f"engine {of}"]["moved"] > 0
 
 
 def test_a_policy_that_looks_at_each_ranks_potentials_is_refused():

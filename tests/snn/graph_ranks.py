@@ -19,7 +19,7 @@ from pipeline.engine.engine import build
 from pipeline.engine.engine_state import EngineState
 from pipeline.snn.graphed_pass import HostReplay, record_passes
 from pipeline.snn.losses import cross_entropy
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build as build_network
 from pipeline.snn.neurons import bind
 from tests.support.rank_lines import leave, tell
 
@@ -30,6 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
     "1 bf16": {"zero_stage": 1, "precision": "bf16"},
     "1 fp32 checkpoint": {"zero_stage": 1, "precision": "fp32", "checkpoint": True},
     "2 bf16": {"zero_stage": 2, "precision": "bf16"},
+    "0 fp16 ms": {"zero_stage": 0, "precision": "fp16", "arch": "ms_tiny"},
+    "1 bf16 ms checkpoint": {"zero_stage": 1, "precision": "bf16", "arch": "ms_tiny", "checkpoint": True},
     "1 fp32 ds_atgo": {"zero_stage": 1, "precision": "fp32", "policy": "ds_atgo"},
 }
 
@@ -44,8 +46,9 @@ class Side:
         train = TrainConfig(zero_stage=case["zero_stage"], precision=case["precision"], ema_decay=0.5)
         chi = ChiConfig(interval=2, policy=case.get("policy", "chi"))
         config = Config(recipe="graph", data=data, train=train, chi=chi)
-        model = ModelConfig(neuron="plif", scale="rms", checkpoint=case.get("checkpoint", False))
-        self.network = sew_resnet.build(model, num_classes=5, image_size=8)
+        fields = {name: case[name] for name in ("arch", "checkpoint") if name in case}
+        model = ModelConfig(neuron="plif", scale="rms", **fields)
+        self.network = build_network(model, num_classes=5, image_size=8)
         self.engine: Any = build(config, self.network, world_size)
         neurons, layers = bind(self.network), self.network.spiking_layers()
         self.graphed = record_passes(self.network, neurons, HostReplay) if graphed else None

@@ -1,6 +1,6 @@
 """SpikingJelly 2.0.0 against this project: fp64 end to end, fp32 neuron by neuron on the peer's inputs.
 
-    python tests/snn/snn_parity.py [--freeze tests/snn/sew_reference.json]
+    python tests/snn/snn_parity.py [--freeze tests/snn/spikingjelly_reference.json]
 
 Runs in an environment that has torch and spikingjelly==2.0.0 (`python -m benchmarks.train_step` makes one in
 build/peer), with the repository on PYTHONPATH. Fails where the two differ by more than tests/snn/test_parity.py allows;
@@ -12,6 +12,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,16 +20,16 @@ from pipeline.config import ModelConfig
 from pipeline.snn import state_dicts
 from pipeline.snn.kernels import dispatch
 from pipeline.snn.kernels.reference import Rule
-from pipeline.snn.networks import sew_resnet
-from pipeline.snn.neurons import Neuron
+from pipeline.snn.networks.build import build
 from tests.snn import snn_network_case as case
 
 CASES = [(arch, shape) for arch in ("sew_resnet18", "sew_resnet34") for shape in ("atan", "triangle")]
+CASES += [("ms_resnet18", "atan"), ("ms_resnet34", "triangle")]
 WIDTH = {"atan": 1 / torch.pi, "triangle": 1.0}
 
 
-def peer(arch: str, shape: str):
-    """The peer's network and its neuron modules, in our forward order: branch before shortcut."""
+def peer(arch: str, shape: str, dtype: torch.dtype):
+    """The peer's network, filled as ours is, and its neuron modules, in our forward order: branch before shortcut."""
     names = ("torchvision", "torchvision.models", "torchvision.models.utils")
     for name in names:
         sys.modules.setdefault(name, types.ModuleType(name))
@@ -38,29 +39,44 @@ def peer(arch: str, shape: str):
         neuron,
         surrogate,
     )
-    from spikingjelly.activation_based.model import sew_resnet as theirs  # pyright: ignore[reportMissingImports]
+    from spikingjelly.activation_based.model import ms_resnet, sew_resnet  # pyright: ignore[reportMissingImports]
 
     g = surrogate.ATan(2.0) if shape == "atan" else surrogate.PiecewiseQuadratic(1.0)
-    build = getattr(theirs, arch)
-    network = build(
-        num_classes=case.K,
-        cnf="ADD",
-        spiking_neuron=neuron.IFNode,
-        detach_reset=True,
-        surrogate_function=g,
-    )
+    neurons = {"spiking_neuron": neuron.IFNode, "detach_reset": True, "surrogate_function": g}
+    if arch.startswith("ms"):
+        network = getattr(ms_resnet, arch)(num_classes=case.K, **neurons)
+        each_step(network)
+    else:
+        network = getattr(sew_resnet, arch)(num_classes=case.K, cnf="ADD", **neurons)
     functional.set_step_mode(network, "m")
+    mine, _ = ours(arch, shape)
+    case.fill(mine.to(dtype))
+    filled = mine.state_dict()
+    network.to(dtype).load_state_dict({name: filled[our] for name, our in our_names(network).items()})
     return network, [module for module in network.modules() if isinstance(module, neuron.IFNode)]
+
+
+def each_step(network) -> None:
+    """Lets the peer's MS-ResNet return the logits of each step, as the other networks do, instead of their mean."""
+    logits = []
+    network.head.register_forward_hook(lambda _m, _i, out: logits.append(out))
+    network.register_forward_hook(lambda _m, _i, _mean: logits.pop())
+
+
+def our_names(network) -> dict[str, str]:
+    """Our name for each name in the peer's state dict."""
+    weights = network.state_dict()
+    return dict(zip(weights, state_dicts.from_original(weights), strict=True))
 
 
 def ours(arch: str, shape: str):
     """This project's network and its neuron modules."""
     model = ModelConfig(arch=arch, T=case.T, surrogate=shape, width=WIDTH[shape])
-    network = sew_resnet.build(model, num_classes=case.K, image_size=case.SIZE)
+    network = build(model, num_classes=case.K, image_size=case.SIZE)
     return network, [layer.neuron for layer in network.spiking_layers()]
 
 
-def our_spikes(neurons: list[Neuron]) -> dict[int, torch.Tensor]:
+def our_spikes(neurons: list[Any]) -> dict[int, torch.Tensor]:
     """A dictionary that a forward pass fills with each layer's own spikes, before the shortcut, by neuron index."""
     found: dict[int, torch.Tensor] = {}
     for index, neuron in enumerate(neurons):
@@ -72,6 +88,7 @@ def our_spikes(neurons: list[Neuron]) -> dict[int, torch.Tensor]:
             return out
 
         neuron.after_norm = spied  # pyright: ignore[reportAttributeAccessIssue]
+        neuron.register_forward_hook(lambda _m, _i, out, key=index: found.__setitem__(key, out.detach()))
     return found
 
 
@@ -92,8 +109,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def compare_fp32(arch: str, shape: str) -> tuple[int, int]:
     """In fp32, neuron by neuron, on the peer's currents: spikes that differ, and those of them over 4 ulp off v_th."""
-    network, neurons = peer(arch, shape)
-    case.fill(network)
+    network, neurons = peer(arch, shape, torch.float32)
     calls = []
     for module in neurons:
         module.register_forward_hook(lambda _m, inputs, out: calls.append((inputs[0].detach(), out.detach())))
@@ -118,10 +134,10 @@ def main() -> None:
     arguments = parser.parse_args()
     frozen, failed = {}, False
     for arch, shape in CASES:
-        network, neurons = peer(arch, shape)
-        network.double()
-        case.fill(network)
+        network, neurons = peer(arch, shape, torch.float64)
         theirs = case.run(network, neurons, static=False)  # pyright: ignore
+        names = our_names(network)
+        theirs["gradients"] = {names[name]: gradient for name, gradient in theirs["gradients"].items()}
         mine = run_ours(arch, shape)
         equal = all(torch.equal(a.reshape(b.shape), b) for a, b in zip(mine["spikes"], theirs["spikes"], strict=True))
         logits = relative(mine["logits"], theirs["logits"])

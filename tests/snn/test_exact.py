@@ -1,5 +1,7 @@
 """Fused layers and networks against the equations in fp64, written here a second time."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from torch.nn import functional
 from pipeline.config import ModelConfig
 from pipeline.snn.kernels import norm, reference
 from pipeline.snn.kernels.reference import Rule
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks import ms_resnet, sew_resnet
 from tests.support.snn_twins import require_compiler
 
 EPS = 2.0**-23
@@ -147,8 +149,13 @@ def test_a_network_of_every_connection_is_its_plain_form_in_fp64(kind):
     torch.manual_seed(0)
     net = sew_resnet.build(ModelConfig(connect=kind, v_th=0.5, T=3), num_classes=5, image_size=16).double()
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    agree(net, lambda images: plain_network(net, images, 3, kind), images)
+
+
+def agree(net: torch.nn.Module, plain: Callable, images: torch.Tensor) -> None:
+    """The network and its plain form, in fp64: logits, and gradients of every parameter."""
     results = []
-    for forward in (net, lambda images: plain_network(net, images, 3, kind)):
+    for forward in (net, plain):
         net.zero_grad()
         logits = forward(images)
         logits.square().sum().backward()
@@ -159,6 +166,39 @@ def test_a_network_of_every_connection_is_its_plain_form_in_fp64(kind):
     torch.testing.assert_close(logits, logits_, rtol=1e-9, atol=1e-12)
     for name, grad in grads_.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-9, atol=1e-9 * grad.abs().max().item(), msg=name)
+
+
+def plain_membrane_network(net: ms_resnet.MSResNet, images: torch.Tensor, steps: int) -> torch.Tensor:
+    """MS-ResNet by the equations at the top of its file, in plain operations as `plain_network` is."""
+    parts, one = dict(net.named_parameters()), torch.ones((), dtype=images.dtype)
+
+    def current(x, conv, bn, stride, padding):
+        y = functional.conv2d(x, parts[f"{conv}.weight"], None, stride, padding)
+        return functional.batch_norm(y, None, None, parts[f"{bn}.weight"], parts[f"{bn}.bias"], True, 0.1, 1e-5)
+
+    def spikes(x, neuron):
+        rule = Rule(v_th=0.5, leaky=True, hard=False)
+        leak = parts[f"{neuron}.w"].sigmoid()[0]
+        return reference.run(x.unflatten(0, (steps, -1)), rule, one, one, leak=leak)[0].flatten(0, 1)
+
+    x = current(images.flatten(0, 1) if images.dim() == 5 else images.repeat(steps, 1, 1, 1), "conv1", "bn1", 1, 1)
+    for name, stride in (("layer1.0", 1), ("layer2.0", 2)):
+        branch = current(spikes(x, f"{name}.sn1"), f"{name}.conv1", f"{name}.bn1", stride, 1)
+        branch = current(spikes(branch, f"{name}.sn2"), f"{name}.conv2", f"{name}.bn2", 1, 1)
+        if stride == 2:
+            x = current(x, f"{name}.downsample.0", f"{name}.downsample.1", 2, 0)
+        x = branch + x
+    logits = functional.linear(spikes(x, "sn_out").mean((2, 3)), parts["fc.weight"], parts["fc.bias"])
+    return logits.unflatten(0, (steps, -1))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 16, 16), (5, 2, 3, 16, 16)])
+def test_a_network_of_membrane_shortcuts_is_its_plain_form_in_fp64(shape):
+    torch.manual_seed(0)
+    model = ModelConfig(arch="ms_tiny", v_th=0.5, T=3, neuron="plif", reset="soft")
+    net = ms_resnet.build(model, num_classes=5, image_size=16).double()
+    images, steps = torch.randn(shape, dtype=torch.float64), 3 if len(shape) == 4 else shape[0]
+    agree(net, lambda images: plain_membrane_network(net, images, steps), images)
 
 
 @pytest.mark.parametrize("kind", ["add", "and", "iand"])

@@ -184,10 +184,28 @@ def test_a_scalar_time_constant_of_the_peer_is_read():
     assert net.sn1.w.item() == 0.75
 
 
+def test_the_peers_names_of_membrane_networks_are_read_and_a_networks_own_stay():
+    net, other = build("ms_tiny", neuron="plif"), build("ms_tiny", neuron="plif")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    ends = {"conv1": "stem.0", "bn1": "stem.1", "fc": "head", "sn_out": "head_lif"}
+    theirs = {}
+    for name, tensor in net.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        theirs[f"{ends.get(module, module)}.{kind}".replace(".0.sn", ".0.spike")] = tensor
+    assert {"stem.1.running_var", "layer1.0.spike2.w", "head.bias"} <= theirs.keys()
+    state_dicts.load(other, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+    mine = nn.ModuleDict({"stem": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "head": nn.Linear(2, 2)})
+    state_dicts.load(mine, {name: tensor + 1 for name, tensor in mine.state_dict().items()})
+
+
 @pytest.mark.parametrize("neuron", ["if", "plif"])
-def test_every_parameter_can_be_sent_as_bytes(neuron):
+@pytest.mark.parametrize("arch", ["sew_tiny", "ms_tiny"])
+def test_every_parameter_can_be_sent_as_bytes(neuron, arch):
     # DeepSpeed broadcasts parameters through such a view at its start.
-    for name, parameter in build(neuron=neuron).named_parameters():
+    for name, parameter in build(arch, neuron=neuron).named_parameters():
         assert parameter.data.view(torch.uint8).numel() == 4 * parameter.numel(), name
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.snn import snn_network_case, snn_parity
 
-FROZEN = json.loads((Path(__file__).with_name("sew_reference.json")).read_text())["cases"]
+FROZEN = json.loads((Path(__file__).with_name("spikingjelly_reference.json")).read_text())["cases"]
 
 
 @pytest.mark.parametrize("name", FROZEN)

@@ -34,8 +34,8 @@ def build(
     own_source.check(model.arch)
     source = own_source.find(model.arch, run)
     if source is None:
-        family = {"sew": sew_resnet, "ms": ms_resnet}[TABLE[model.arch].family]
         smallest = image_size_start or image_size
+        family = {"sew": sew_resnet, "ms": ms_resnet}[TABLE[model.arch].family]
         return family.build(model, num_classes=num_classes, in_channels=in_channels, image_size=smallest)
     sizes = (image_size, image_size_start) if image_size_start else (image_size,)
     return own.build(source, model, num_classes=num_classes, in_channels=in_channels, image_sizes=sizes)
