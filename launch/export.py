@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> None:
     out, card = options.out, options.out.with_suffix(".md")
     check_place(out, card, options.force)
     stored = run_folder.read(options.run)
+    if options.names == "original" and stored.config.model.is_own:
+        raise ConfigError("--names original is for SEW-ResNets; the run has a network of its own: leave it out")
 
     from launch import model_card
     from pipeline.engine import load_network  # torch is imported here, after everything cheap was checked
