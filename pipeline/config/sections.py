@@ -16,7 +16,7 @@ coverage is defined.
 class ModelConfig:
     arch: str = "sew_tiny"
     """Name of the network: sew_tiny; for small images sew_cifar8, or 20, 26, 32, 56; sew_resnet18, or 34, 50, 101,
-    152. Or your own, as package.module:function or path/to/file.py:function; see docs/own_network.md."""
+    152. Or your own, as package.module:function or .../file.py:function; see docs/own_network.md."""
     T: int = 4
     """Time steps, at least 1."""
     connect: str = "add"

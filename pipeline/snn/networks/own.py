@@ -1,4 +1,4 @@
-"""A network of the user's own: `--model.arch package.module:function`, or `path/to/file.py:function`.
+"""A network of the user's own: `--model.arch package.module:function`, or `.../file.py:function`.
 
     def network(model, num_classes, in_channels, image_size):
         return MyNetwork(...)
