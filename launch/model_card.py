@@ -1,15 +1,18 @@
 """The model card beside exported weights: Markdown, written from what the run's folder says."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 from launch.evaluation_table import percent, shown
+from pipeline.config import ModelConfig
 from pipeline.data.decode.dali_pipeline import MEAN, STD
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir.run_folder import Stored
 
 LISTED = 40  # most classes in the card; the file's header has all
 NEURONS = {"if": "IF", "lif": "LIF", "plif": "PLIF"}
+_FIELDS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
 def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path) -> str:
@@ -25,7 +28,8 @@ def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path) ->
     layers = len(stored.about["layers"])
     sections = [
         f"# {about['recipe']}: {model.arch}, T = {model.T}",
-        f"A spiking network for images, trained with chispike: {layers} layers of {NEURONS[model.neuron]} neurons, "
+        f"A spiking network for images, trained with chispike: {layers} layers of "
+        f"{'' if model.is_own else NEURONS[model.neuron] + ' '}neurons, "
         f"{stored.about['num_parameters']:,} parameters, {about['num_classes']} classes. "
         f"{'Moving average of the weights' if about['weights'] == 'ema' else 'Weights'} after optimizer step "
         f"{about['step']}.",
@@ -71,6 +75,13 @@ def _result(metrics: dict, evaluation: dict | None) -> str:
 def _loading(stored: Stored, about: dict, weights: Path) -> str:
     model, size = stored.config.model, stored.config.data.image_size
     names = ["arch", "T", "connect", "neuron", "v_th", "reset", *(["tau"] if model.neuron != "if" else [])]
+    own = ""
+    if model.is_own:  # it may use any of the model's options
+        names = [name for name, default in _FIELDS.items() if name == "T" or getattr(model, name) != default]
+        digest = stored.about["network_sha256"]
+        own = f"""
+The network is code of its own: {model.arch.rpartition(":")[0]}, with the SHA-256 {digest}.
+"""
     settings = ", ".join(f"{name}={getattr(model, name)!r}" for name in names)
     return f"""```python
 from pipeline.config import ModelConfig
@@ -79,7 +90,7 @@ from pipeline.snn.networks.build import build
 network = build(ModelConfig({settings}), num_classes={about["num_classes"]}, image_size={size}).eval()
 state_dicts.load_safetensors(network, {weights.name!r})
 logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
-```"""
+```{own}"""
 
 
 def _images(stored: Stored) -> str:

@@ -2,7 +2,7 @@
 
 RUN/config.json     the resolved configuration
 RUN/run.json        versions, commit, seed, data identity, classes, layers
-RUN/network.py      the file of a user's own network (snn/networks/own.py)
+RUN/network.*       the file of a user's own network (snn/networks/own.py)
 RUN/lock            held by rank 0 of the run that goes on in the folder (locks.py)
 RUN/logs/           each rank's lines (rank_log.py)
 RUN/metrics.jsonl   one record for each logged step (metrics/journal.py)

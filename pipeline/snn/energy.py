@@ -124,13 +124,13 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
     rates: dict[str, float] = {}
     calls: dict[str, int] = {}
     seen: dict[str, list[float]] = {}
-    averaged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    averaged: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
     """Means over positions, by their place in memory: what went in, and what came out."""
 
     def on_layer(name: str):
         def hook(module, inputs):
-            x, _ = averaged.get(inputs[0].untyped_storage().data_ptr(), inputs * 2)
-            x = x.double()
+            before, _ = averaged.get(inputs[0].untyped_storage().data_ptr(), (inputs[0], None))
+            x = before.double()
             with torch.autocast(x.device.type, enabled=False):  # bf16 would round counts above 256
                 connections = _connections(module, x.float()).double()
             is_spikes = bool(rates) and bool((x >= 0).all()) and torch.equal(x, x.round())

@@ -166,7 +166,7 @@ def _find(model: nn.Module) -> list[Found]:
     """The neurons whose surrogate is not ours, in the order of the modules."""
     found = []
     for name, module in model.named_modules():
-        library = _library(module)
+        library = library_of(module)
         for attribute, child in module._modules.items():
             if child is not None and _is_spikingjelly_surrogate(child):
                 problem = _spikingjelly_problem(module, child) if library else _no_step(child)
@@ -185,7 +185,7 @@ def _find(model: nn.Module) -> list[Found]:
     return found
 
 
-def _library(module: nn.Module) -> str:
+def library_of(module: nn.Module) -> str:
     """The library that a module's class, or a base class, comes from; empty for others."""
     roots = (base.__module__.split(".")[0] for base in type(module).__mro__)
     return next((root for root in roots if root in ("spikingjelly", "snntorch", "norse")), "")
@@ -227,7 +227,7 @@ def _spikes_without(module: nn.Module, library: str) -> bool:
 
 
 def _spikingjelly_problem(module: nn.Module, surrogate: nn.Module) -> str:
-    if _library(module) == "spikingjelly" and not _is_known(module, "spikingjelly"):
+    if library_of(module) == "spikingjelly" and not _is_known(module, "spikingjelly"):
         return (
             f"its spikes are not one surrogate of h - v_th a time step; use {_KNOWN['spikingjelly'].split()[0]} or kin"
         )

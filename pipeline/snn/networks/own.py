@@ -1,4 +1,4 @@
-"""A network of the user's own: `--model.arch package.module:function`, or `path/to/file.py:function`.
+"""A network of the user's own: `--model.arch package.module:function`, or `.../file.py:function`.
 
     def network(model, num_classes, in_channels, image_size):
         return MyNetwork(...)
@@ -15,7 +15,7 @@ The module
     returns logits (T, N, K), or (N, K) where it takes the mean over time itself;
     has neurons of `pipeline.snn.neurons.from_config(model)`, or of SpikingJelly, snnTorch or norse. Theirs get the
     surrogate of model.surrogate, scale and width, as by `chi.prepare`;
-    starts every pass from rest: the same images give the same logits again. SpikingJelly's neurons are reset here;
+    starts every pass from rest: the same images give the same logits again. Neurons of these libraries are reset here;
     draws random numbers (dropout) from torch's default generator alone, and in training mode alone;
     uses and trains every parameter, each under one name;
     may say by a method `spiking_layers()` which weight feeds which neurons (see network.py). Without it, a trial pass
@@ -31,7 +31,7 @@ import inspect
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,15 +70,14 @@ class OwnNetwork(Network):
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
         self.__dict__["_own"] = module
         self.training = module.training
-        self.in_channels, self._layers, self._resets = in_channels, layers, _resets(module)
+        self.in_channels, self._layers, self._rest = in_channels, layers, _Rest(module)
 
     def spiking_layers(self) -> list[SpikingLayer]:
         return self._layers
 
     def forward(self, images: Tensor) -> Tensor:
-        for reset in self._resets:
-            reset()
-        logits = self._own(images)
+        with self._rest:
+            logits = self._own(images)
         return logits if logits.dim() == 3 else logits[None]
 
     def train(self, mode: bool = True) -> "OwnNetwork":
@@ -219,17 +218,35 @@ def _convert_neurons(source: Source, module: nn.Module, model: ModelConfig) -> N
                                f"make them by neurons.from_config(model), or use --model.{field} {got}")  # fmt: skip
 
 
-def _resets(module: nn.Module) -> list[Callable[[], object]]:
-    """What puts SpikingJelly's neurons to rest: they keep their potential from one pass to the next."""
-    kept = [one for one in module.modules() if any(base.__name__ == "MemoryModule" for base in type(one).__mro__)]
-    return [one.reset for one in kept]  # pyright: ignore[reportReturnType]
+class _Rest:
+    """Within it, neurons of other libraries begin at rest, and what they keep of the pass is thrown away after it.
+
+    SpikingJelly's keep it in attributes, and have a method to forget it; snnTorch's keep it in buffers, of the batch's
+    shape, which no checkpoint could hold.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        found = [(one, foreign.library_of(one)) for one in module.modules()]
+        self._jelly = [one for one, library in found if library == "spikingjelly" and hasattr(one, "reset")]
+        self._torch = [one for one, library in found if library == "snntorch"]
+        self._buffers: list[dict] = []
+
+    def __enter__(self) -> None:
+        for one in self._jelly:
+            one.reset()  # pyright: ignore[reportCallIssue]
+        self._buffers = [dict(one._buffers) for one in self._torch]
+
+    def __exit__(self, *_: object) -> None:
+        for one, buffers in zip(self._torch, self._buffers, strict=True):
+            one._buffers.update(buffers)
 
 
 @contextmanager
 def trial(module: nn.Module) -> Iterator[NeuronState]:
     """For a pass forwards and backwards that leaves the module as it was: its modes, buffers, widths and gradients, and
     torch's random numbers."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    held = [(of, name, buffer) for one in module.modules() for of in (one._buffers,) for name, buffer in of.items()]
+    buffers = [(of, name, buffer, buffer.clone()) for of, name, buffer in held if buffer is not None]
     training, neurons = module.training, bind(module)
     widths = [neuron.width for neuron in neurons.neurons]
     try:
@@ -240,27 +257,24 @@ def trial(module: nn.Module) -> Iterator[NeuronState]:
         for neuron, width in zip(neurons.neurons, widths, strict=True):
             neuron.release()
             neuron.width = width
-        for reset in _resets(module):
-            reset()
         for parameter in module.parameters():
             parameter.grad = None
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
+        for of, name, buffer, before in buffers:
+            of[name] = buffer.copy_(before)
         module.train(training)
 
 
 def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: int) -> list[SpikingLayer]:
     """Runs the module forwards and backwards once, and twice forwards; returns its spiking layers."""
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    size, resets = f"{'event frames' if len(shape) == 5 else 'images'} of shape {tuple(shape)}", _resets(module)
+    size, rest = f"{'event frames' if len(shape) == 5 else 'images'} of shape {tuple(shape)}", _Rest(module)
 
     def logits() -> Tensor:
-        for reset in resets:
-            reset()
-        with _theirs(source, f"a pass of {size}"):
+        with rest, _theirs(source, f"a pass of {size}"):
             return module(images)
 
     with trial(module) as neurons:
+        shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
         fed = fed_layers(module, neurons)
         order = _order_of_use(fed)
         out = logits()
@@ -268,12 +282,16 @@ def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: in
         out.float().square().sum().backward()
         lost = [name for name, parameter in module.named_parameters() if parameter.grad is None]
         unused = [name for name, tally in zip(neurons.names, neurons.tallies, strict=True) if not tally.any]
+        changed = [name for name, buffer in module.named_buffers() if buffer.shape != shapes.get(name)]
         module.eval()
         with torch.no_grad():
             again = [logits() for _ in range(2)]
     if unused:
         raise _refused(source, f"no gradient flows through the neurons {unused[0]}: they are not used in a pass, or "
                        "no weight lies before them; take them out, or put a linear layer before them")  # fmt: skip
+    if changed:
+        raise _refused(source, f"{changed[0]} is a buffer that a pass makes or gives another shape; keep such "
+                       "state in a plain attribute, and start every pass from rest")  # fmt: skip
     if lost:
         raise _refused(source, f"{lost[0]} gets no gradient in a pass; use every parameter, or take it out")
     if not torch.equal(*again):
