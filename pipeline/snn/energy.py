@@ -1,9 +1,10 @@
 """Synaptic operations, firing rates and the 45 nm energy estimate of a network, as papers report them.
 
 A convolution or linear layer whose input is spikes does an accumulation (AC) for each spike and connection. If its
-input is analog (images, the currents of MS-ResNet's shortcuts), it does a multiply-accumulate (MAC) for each connection:
+input is analog (the images; the currents of MS-ResNet's shortcuts), it does a multiply-accumulate (MAC) for each
+connection:
 
-    MAC = connections                     once for static images, T times for event frames
+    MAC = connections                     once for what stays the same, as static images; else T times
     AC  = sum over t of the mean over the batch of (spikes x connections of that spike)
     E   = 4.6 pJ MAC + 0.9 pJ AC
 
