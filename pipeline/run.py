@@ -157,6 +157,7 @@ def prepare(config: Config, watch: Watch) -> Run:
             print(said, flush=True)
     engine = build(config, model, place.world_size)
     neurons, layers = bind(model), model.spiking_layers()
+    require_weights(config, layers)
     if config.train.sync_bn:
         normalise_as_one(neurons, place.world_size)
     if config.train.cuda_graph:
@@ -264,6 +265,16 @@ def assembled(
         writer=writer,
         step=step,
     )
+
+
+def require_weights(config: Config, layers: list[SpikingLayer]) -> None:
+    """Raises ConfigError where the widths follow an indicator of weights and a layer of neurons has none."""
+    without = [layer.name for layer in layers if layer.weight is None]
+    if without and config.chi.policy == "chi" and config.chi.indicator in ("chi", "participation"):
+        raise ConfigError(
+            f"chi.indicator={config.chi.indicator!r} is undefined for {without[0]}, which no weight feeds; use "
+            "chi.indicator coverage or firing_rate"
+        )
 
 
 def calibrate(run: Run) -> None:

@@ -17,6 +17,7 @@ from launch.options import parse
 from pipeline.engine import init_from, load_network
 from pipeline.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from pipeline.metrics.journal import read_journal
+from pipeline.run import require_weights
 from pipeline.run_dir import run_folder
 from pipeline.run_dir.checkpoint_files import load_newest
 from pipeline.snn.networks.build import build
@@ -184,6 +185,15 @@ def test_a_run_starts_from_its_weights_with_another_number_of_classes(trained):
     other = build(parse(["--recipe", "digits"]).model, num_classes=10, image_size=16)
     with pytest.raises(ConfigError, match="these weights do not fit the network"):
         init_from.load(other, config)
+
+
+def test_an_indicator_of_weights_cannot_steer_a_layer_without(trained):
+    _, arch = trained
+    config = parse(["--recipe", "digits", "--model.arch", arch, "--chi.indicator", "participation"])
+    layers = build(config.model, num_classes=10, image_size=16).spiking_layers()
+    said = r"chi\.indicator='participation' is undefined for blocks\.0\.attention\.neurons, which no weight feeds; use"
+    with pytest.raises(ConfigError, match=said):
+        require_weights(config, layers)
 
 
 def test_an_error_of_the_user_s_code_is_theirs_alone(digits, trained, tmp_path):
