@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> None:
     out, card = options.out, options.out.with_suffix(".md")
     check_place(out, card, options.force)
     stored = run_folder.read(options.run)
-    if options.names == "original" and not stored.config.model.arch.startswith("sew_"):
+    original = options.names == "original"
+    if original and not stored.config.model.arch.startswith("sew_"):
         raise ConfigError(
             f"--names original is not allowed with model.arch={stored.config.model.arch!r}: they are of the original "
             "SEW-ResNet code; use --names ours"
