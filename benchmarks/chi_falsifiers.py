@@ -21,11 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import study_runs
+from benchmarks import chi_falsifiers_report, study_runs
 from benchmarks.chi_regret import SETTINGS, SHORT
 from benchmarks.chi_study_arms import FIXED
 from benchmarks.chi_study_run import DATA, Elsewhere, accuracy, drawn_for, images_of, model_of, run
@@ -265,7 +264,7 @@ def times(look: Look) -> dict:
 
 GRID = tuple(2 ** (k / 2) for k in range(-4, 5))
 """Widths, each √2 times the one before."""
-MICRO, GROUPS, SMALL = 16, 4, 4
+MICRO, GROUPS, SMALL = 16, 4, 2
 """Micro-batches of SEEN images in the larger batch; how many such batches there are; D of the first SMALL in each."""
 
 
@@ -324,7 +323,7 @@ def noise(look: Look) -> dict:
             for i, layer in layers.items():
                 for values, total in zip(large[i], sums[i], strict=True):
                     values.append(fall(layer, total, far[group]))
-    return {
+    by_layer = {
         layer.name: {
             "variance": gradients[i].variance().tolist(),
             "bias_sq": [None, *(4 * changes[i].common()).tolist()],
@@ -334,6 +333,7 @@ def noise(look: Look) -> dict:
         }
         for i, layer in layers.items()
     }
+    return {"widths": list(GRID), "micro": MICRO, "layers": by_layer}
 
 
 def by_width(look: Look, layers: dict[int, sew_resnet.SpikingLayer], batch: quality.Batch) -> dict[int, list[Tensor]]:
@@ -348,21 +348,6 @@ def by_width(look: Look, layers: dict[int, sew_resnet.SpikingLayer], batch: qual
             found[i] += torch.autograd.grad(loss, layer.weight, retain_graph=True)
         widths[i] = kept
     return found
-
-
-def crossing(variance: Sequence[float], bias_sq: Sequence[float | None]) -> float | None:
-    """The width, between those of GRID, from which on 4 bias² is above the variance; None if there is none such."""
-    gaps = [
-        None if bias is None or bias <= 0 else float(np.log(4 * bias / spread))
-        for spread, bias in zip(variance, bias_sq, strict=True)
-    ]
-    for k in range(len(GRID) - 1, 0, -1):
-        low, high = gaps[k - 1], gaps[k]
-        if high is None or high < 0:
-            return None
-        if low is not None and low < 0:
-            return GRID[k - 1] * 2 ** (0.5 * low / (low - high))
-    return None
 
 
 LOOKS: dict[str, Callable[[Look], dict]] = {"stages": stages, "noise": noise, "times": times}
@@ -393,9 +378,9 @@ def do(trial: str, scratch: Path, limit: int | None) -> int:
     for setting in study_runs.free(list(settings(trial)), RUNS, scratch / "claims"):
         if done == limit:
             break
-        record = {"key": study_runs.key_of(asdict(setting)), **study_runs.rounded(run_one(setting, scratch))}
+        record = {"key": study_runs.key_of(asdict(setting)), **run_one(setting, scratch)}
         with RUNS.open("a") as lines:
-            lines.write(json.dumps(record) + "\n")
+            lines.write(json.dumps(study_runs.rounded(record)) + "\n")
         print(f"{trial}, {setting.where}, seed {setting.seed}: {record['seconds']:.0f} s", flush=True)
         done += 1
     return done
@@ -404,13 +389,18 @@ def do(trial: str, scratch: Path, limit: int | None) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("trials", nargs="*", choices=list(PLACES), metavar="TRIAL", default=list(PLACES))
+    parser.add_argument("trials", nargs="*", metavar="TRIAL", help=f"of {', '.join(PLACES)} [all]")
     parser.add_argument("--scratch", type=Path, default=Path("build/chi_study"))
     parser.add_argument("--limit", type=int, help="do at most this many runs of each trial")
     arguments = parser.parse_args()
+    arguments.trials = arguments.trials or list(PLACES)
+    if unknown := set(arguments.trials) - set(PLACES):
+        parser.error(f"TRIAL {min(unknown)} is not allowed; use {', '.join(PLACES)}")
     if arguments.what == "run":
         torch.set_num_threads(1)
-        raise SystemExit(0 if [do(trial, arguments.scratch, arguments.limit) for trial in arguments.trials] else 3)
+        done = sum(do(trial, arguments.scratch, arguments.limit) for trial in arguments.trials)
+        raise SystemExit(0 if done else 3)
+    chi_falsifiers_report.show([record for record in study_runs.finished(RUNS) if record["arm"] in arguments.trials])
 
 
 if __name__ == "__main__":
