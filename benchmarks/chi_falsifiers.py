@@ -264,7 +264,7 @@ def times(look: Look) -> dict:
 
 GRID = tuple(2 ** (k / 2) for k in range(-4, 5))
 """Widths, each √2 times the one before."""
-MICRO, GROUPS, SMALL = 16, 4, 2
+MICRO, GROUPS, SMALL = 16, 4, 4
 """Micro-batches of SEEN images in the larger batch; how many such batches there are; D of the first SMALL in each."""
 
 
@@ -294,9 +294,8 @@ class Moments:
 
 def noise(look: Look) -> dict:
     """By layer and width: variance of one micro-batch's gradient, squared bias, and D for small and large batches."""
-    larger = 512
-    pairs = look.pairs(MICRO * GROUPS)
-    far = [pair[1] for pair in look.pairs(GROUPS, SEEN, larger)]
+    pairs = look.pairs(MICRO * GROUPS, unseen=128)
+    far = [pair[1] for pair in look.pairs(GROUPS, unseen=512)]
     layers = {i: layer for i, layer in enumerate(look.network.spiking_layers()) if layer.name.endswith(".0.sn1")}
     gradients = {i: Moments(len(GRID)) for i in layers}
     changes = {i: Moments(len(GRID) - 1) for i in layers}

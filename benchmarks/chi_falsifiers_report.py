@@ -1,4 +1,7 @@
-"""Tables of the trials of `benchmarks.chi_falsifiers`. Intervals are 95 %, by Student's t over the seeds."""
+"""Tables of the trials of `benchmarks.chi_falsifiers`. Intervals are 95 %, by Student's t.
+
+Those of D are over the pairs of batches of all seeds, since batches differ far more than seeds do.
+"""
 
 import math
 from collections import defaultdict
@@ -9,33 +12,40 @@ import numpy as np
 from benchmarks.chi_study_report import interval
 
 AS_IT_IS = "as it is"
+SEEN_AS = 0.05
+"""The change of D for which the pairs of batches are counted that show it."""
 
 
 def show(records: Sequence[dict]) -> None:
     """Prints what there is of every trial."""
     gaps(records)
-    for (trial, where, step), looks in by_place(records).items():
-        print(f"\n{trial}: {where}, after {step} steps, {len(looks)} seeds")
+    for (trial, where, when), looks in by_place(records).items():
+        print(f"\n{trial}: {where}, {when}, {len({look['seed'] for look in looks})} seeds")
         if trial == "noise":
             noise(looks)
-        elif step == 0:
+        elif "norms" in looks[0]:
             first_gradients(looks)
         else:
             profiles(looks)
 
 
-def by_place(records: Sequence[dict]) -> Mapping[tuple[str, str, int], list[dict]]:
-    """The looks of all seeds, by trial, setting and step."""
+def by_place(records: Sequence[dict]) -> Mapping[tuple[str, str, str], list[dict]]:
+    """The looks of all seeds, by trial, setting and time; and those of all times together where there are several."""
     found: dict = defaultdict(list)
     for record in records:
         for look in record["looks"]:
-            found[record["arm"], record["where"], look["step"]].append(look)
-    return found
+            times = [f"after {look['step']} steps"]
+            if record["arm"] == "stages" and look["step"]:
+                times.append("at all times")
+            for when in times:
+                found[record["arm"], record["where"], when].append({**look, "seed": record["seed"]})
+    return dict(sorted(found.items()))
 
 
-def said(values: Sequence[float], digits: int = 1) -> str:
-    mean, half = interval(np.array(values)) if len(values) > 1 else (values[0], math.nan)
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+def said(values: Sequence[float] | np.ndarray, unit: float = 1.0, digits: int = 1) -> str:
+    """Mean and half of its interval, over `unit`."""
+    mean, half = interval(np.asarray(values)) if len(values) > 1 else (values[0], math.nan)
+    return f"{mean / unit:+.{digits}f} ± {half / unit:.{digits}f}"
 
 
 def gaps(records: Sequence[dict]) -> None:
@@ -49,17 +59,28 @@ def gaps(records: Sequence[dict]) -> None:
 
 
 def profiles(looks: Sequence[dict]) -> None:
-    """Changes of D in %, of single moves and of what was chosen."""
-    base = float(np.mean([look["chosen_on"][AS_IT_IS] for look in looks]))
-    print(f"  D {base:.3g}; coverage {spread(looks)}; change of D, %:")
+    """Changes of D, in nats and in % of D as it is, of single moves and of what was chosen."""
+    base = {part: np.concatenate([look[part][AS_IT_IS] for look in looks]) for part in ("chosen_on", "judged_on")}
+    print(f"  coverage {spread(looks)}; D {said(base['chosen_on'], digits=2)}, {said(base['judged_on'], digits=2)}")
+
+    def line(name: str, part: str, values: np.ndarray) -> None:
+        mean, half = interval(base[part])
+        share = f"{said(values, mean / 100):>16} %" if mean > half else "   D is not surely above 0"
+        print(f"  {name:32}{said(values, digits=2):>16}{share}")
+
     for name in looks[0]["chosen_on"]:
         if name != AS_IT_IS:
-            print(f"  {name:28} {said(changes(looks, 'chosen_on', name, AS_IT_IS))}")
+            line(name, "chosen_on", changes(looks, "chosen_on", name, AS_IT_IS))
     print("  chosen on some batches, judged on others:")
     for name, against in (("common", AS_IT_IS), ("by group", AS_IT_IS), ("by group", "common")):
-        print(f"  {f'{name} against {against}':28} {said(changes(looks, 'judged_on', name, against))}")
-    if len(looks) > 1:
-        print(f"  {'by group, other seeds choose':28} {said(by_other_seeds(looks))} against the best common move")
+        line(f"{name} against {against}", "judged_on", changes(looks, "judged_on", name, against))
+    single = np.concatenate([changes(looks, "chosen_on", name, AS_IT_IS) for name in looks[0]["chosen_on"]][1:])
+    if (mean := base["chosen_on"].mean()) > 0:
+        needed = (2 * single.std() / (SEEN_AS * mean)) ** 2
+        print(f"  a change of {100 * SEEN_AS:g} % is seen, at two standard errors, with {needed:.0f} pairs of batches")
+    if len({look["seed"] for look in looks}) == len(looks) > 1:
+        print("  chosen on the other seeds, gains of single moves added up:")
+        line("by group against common", "chosen_on", by_other_seeds(looks))
 
 
 def spread(looks: Sequence[dict]) -> str:
@@ -70,26 +91,27 @@ def spread(looks: Sequence[dict]) -> str:
     return f"{coverage.min():.2f} to {coverage.max():.2f} by layer"
 
 
-def changes(looks: Sequence[dict], part: str, name: str, against: str) -> list[float]:
-    """D of one candidate minus that of another, by seed, in % of the mean D as it is (over all seeds)."""
-    base = np.mean([look[part][AS_IT_IS] for look in looks])
-    return [float(100 * (np.mean(look[part][name]) - np.mean(look[part][against])) / base) for look in looks]
+def changes(looks: Sequence[dict], part: str, name: str, against: str) -> np.ndarray:
+    """D of one candidate minus that of another on every pair of batches."""
+    return np.concatenate([np.subtract(look[part][name], look[part][against]) for look in looks])
 
 
-def by_other_seeds(looks: Sequence[dict]) -> list[float]:
-    """By seed: the gain in %, as a sum over groups, of the moves that are best on the other seeds.
+def by_other_seeds(looks: Sequence[dict]) -> np.ndarray:
+    """Gain of the moves that are best on the other seeds, as a sum over groups, on every pair of batches.
 
     It is the gain over the best move of all groups together, which the other seeds choose too.
     """
     moves = [name[:-3] for name in looks[0]["chosen_on"] if name.endswith(" -1")]
-    table = {name: changes(looks, "chosen_on", name, AS_IT_IS) for name in looks[0]["chosen_on"]}
 
-    def gain(move: str, seed: int) -> float:
+    def gain(move: str, seed: int) -> np.ndarray:
+        others = [look for number, look in enumerate(looks) if number != seed]
         options = (AS_IT_IS, f"{move} -1", f"{move} +1")
-        best = max(options, key=lambda name: sum(table[name][:seed] + table[name][seed + 1 :]))
-        return table[best][seed]
+        best = max(options, key=lambda name: changes(others, "chosen_on", name, AS_IT_IS).mean())
+        return changes([looks[seed]], "chosen_on", best, AS_IT_IS)
 
-    return [sum(gain(move, seed) for move in moves if move != "all") - gain("all", seed) for seed in range(len(looks))]
+    return np.concatenate(
+        [sum((gain(move, seed) for move in moves if move != "all"), -gain("all", seed)) for seed in range(len(looks))]
+    )
 
 
 def first_gradients(looks: Sequence[dict]) -> None:
@@ -112,7 +134,7 @@ def noise(looks: Sequence[dict]) -> None:
         bias = np.mean([part["bias_sq"][1:] for part in parts], 0) / unit
         print(f"  {layer}\n  {'width':>8}{'variance':>10}{f'/{micro}':>8}{'4 bias²':>10}{'D':>18}{f'D of {micro}':>18}")
         for k, width in enumerate(widths):
-            small, large = (said([float(np.mean(p[which][k])) for p in parts], 3) for which in
+            small, large = (said(np.concatenate([p[which][k] for p in parts]), digits=3) for which in
                             ("descent_small", "descent_large"))  # fmt: skip
             squared = f"{4 * bias[k - 1]:10.3f}" if k else f"{'':10}"
             print(f"  {width:8.2f}{variance[k]:10.3f}{variance[k] / micro:8.3f}{squared}{small:>18}{large:>18}")

@@ -115,6 +115,6 @@ def test_other_seeds_choose_the_moves_that_a_seed_is_judged_by():
         return {"chosen_on": {name: [value] for name, value in {"as it is": 10.0, **moved}.items()}}
 
     looks = [made(12.0), made(11.0), made(8.0)]
-    # Each seed's gain of "a +1", which the other two choose every time; "b" and "all" stay.
-    assert report.by_other_seeds(looks) == pytest.approx([0.0, 0.0, -20.0])
-    assert report.by_other_seeds([made(12.0), made(11.0), made(9.5)]) == pytest.approx([20.0, 10.0, -5.0])
+    # Each seed's gain by "a +1" where the other two are better with it on the mean; "b" and "all" stay.
+    assert report.by_other_seeds(looks) == pytest.approx([0.0, 0.0, -2.0])
+    assert report.by_other_seeds([made(12.0), made(11.0), made(9.5)]) == pytest.approx([2.0, 1.0, -0.5])
