@@ -77,7 +77,7 @@ class Look(NamedTuple):
     scratch: Path
     step: int
 
-    def pairs(self, count: int, seen: int = SEEN, unseen: int = UNSEEN) -> list[tuple[quality.Batch, quality.Batch]]:
+    def pairs(self, count: int, seen: int, unseen: int) -> list[tuple[quality.Batch, quality.Batch]]:
         """Batches of images that the run trains on, each with one of images that no run trains on."""
         images, labels = images_of(self.scratch / self.setting.data, "train", self.setting.image_size)
         num_train = DATA[self.setting.data][0]
@@ -160,7 +160,7 @@ def quantile(values: Tensor, probability: Tensor) -> Tensor:
 
 def stages(look: Look) -> dict:
     """Widths by stage, and widths of equal coverage in all layers. At step 0: sizes of the first gradients."""
-    pairs = look.pairs(TO_CHOOSE + TO_JUDGE)
+    pairs = look.pairs(TO_CHOOSE + TO_JUDGE, SEEN, UNSEEN)
     layers = look.network.spiking_layers()
     weights = [layer.weight for layer in layers]
     seen = [torch.cat(steps) for steps in distances(look, pairs[0][0][0])]
@@ -242,7 +242,7 @@ def timed_twin(setting: Elsewhere, network: sew_resnet.SEWResNet) -> tuple[sew_r
 
 def times(look: Look) -> dict:
     """Widths by quarter of the time, and widths of equal coverage at all time steps of a layer."""
-    pairs = look.pairs(TO_CHOOSE + TO_JUDGE)
+    pairs = look.pairs(TO_CHOOSE + TO_JUDGE, SEEN, UNSEEN)
     T, L = look.setting.T, len(look.neurons.names)
     seen = distances(look, pairs[0][0][0])
     coverage = torch.stack([torch.stack([share(u, torch.ones(())) for u in steps]) for steps in seen])
@@ -294,8 +294,8 @@ class Moments:
 
 def noise(look: Look) -> dict:
     """By layer and width: variance of one micro-batch's gradient, squared bias, and D for small and large batches."""
-    pairs = look.pairs(MICRO * GROUPS, unseen=128)
-    far = [pair[1] for pair in look.pairs(GROUPS, unseen=512)]
+    pairs = look.pairs(MICRO * GROUPS, SEEN, UNSEEN // 2)
+    far = [pair[1] for pair in look.pairs(GROUPS, SEEN, 2 * UNSEEN)]
     layers = {i: layer for i, layer in enumerate(look.network.spiking_layers()) if layer.name.endswith(".0.sn1")}
     gradients = {i: Moments(len(GRID)) for i in layers}
     changes = {i: Moments(len(GRID) - 1) for i in layers}

@@ -118,3 +118,34 @@ def test_other_seeds_choose_the_moves_that_a_seed_is_judged_by():
     # Each seed's gain by "a +1" where the other two are better with it on the mean; "b" and "all" stay.
     assert report.by_other_seeds(looks) == pytest.approx([0.0, 0.0, -2.0])
     assert report.by_other_seeds([made(12.0), made(11.0), made(9.5)]) == pytest.approx([2.0, 1.0, -0.5])
+
+
+@pytest.mark.parametrize("trial", ["stages", "noise", "times"])
+def test_a_run_is_looked_at_on_its_way(trial, tmp_path, monkeypatch, capsys):
+    """Made-up images; what a line of the results holds, and that the report takes it."""
+    torch.manual_seed(4)
+    (tmp_path / "digits").mkdir()
+    images = torch.randn(1_200, 3, 16, 16).bfloat16(), torch.randint(0, 10, (1_200,))
+    torch.save(images, tmp_path / "digits/train-16.pt")
+    for name, value in {"WHEN": {trial: (0, 1)}, "SEEN": 4, "UNSEEN": 8, "TO_CHOOSE": 2, "TO_JUDGE": 2, "MICRO": 2,
+                        "GROUPS": 2, "SMALL": 1, "GRID": (0.5, 2**-0.5, 1.0)}.items():  # fmt: skip
+        monkeypatch.setattr(trials, name, value)
+    first = next(iter(trials.settings(trial)))
+    setting = dataclasses.replace(
+        first, where="here", data="digits", arch="sew_cifar8", T=4, num_images=64, epochs=8, seed=1
+    )
+    plain = trials.run(setting, tmp_path)
+    record = trials.run_one(setting, tmp_path)
+    assert (record["train_loss"], record["accuracy"]) == (
+        plain["train_loss"],
+        plain["accuracy"],
+    )  # looks change nothing
+    assert [look["step"] for look in record["looks"]] == [0, 1]
+    last = record["looks"][-1]
+    if trial == "noise":
+        assert set(last["layers"]) == {"layer1.0.sn1", "layer2.0.sn1", "layer3.0.sn1"}
+        assert [len(values) for values in last["layers"]["layer2.0.sn1"]["descent_small"]] == [2, 2, 2]
+    else:
+        assert [len(values) for values in last["judged_on"].values()] == [2, 2, 2]
+    report.show([record])
+    assert f"{trial}: here, after 1 steps, 1 seeds" in capsys.readouterr().out
