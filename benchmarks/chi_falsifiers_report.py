@@ -138,12 +138,20 @@ def noise(looks: Sequence[dict]) -> None:
                             ("descent_small", "descent_large"))  # fmt: skip
             squared = f"{4 * bias[k - 1]:10.3f}" if k else f"{'':10}"
             print(f"  {width:8.2f}{variance[k]:10.3f}{variance[k] / micro:8.3f}{squared}{small:>18}{large:>18}")
+        powers = [power(widths, values) for values in (variance, [math.nan, *bias])]
+        print(f"  from 0.5 to 2 variance goes as w^{powers[0]:.1f}, bias² as w^{powers[1]:.1f}")
         for count in (1, micro):
             found = [crossing(widths, [v / count for v in part["variance"]], part["bias_sq"]) for part in parts]
             best = [max(widths, key=lambda w, p=part, c=count: descent(p, widths.index(w), c > 1)) for part in parts]
-            where = ", ".join("none" if width is None else f"{width:.2f}" for width in found)
+            where = ", ".join(f"> {widths[-1]:g}" if width is None else f"{width:.2f}" for width in found)
             print(f"  {count} micro-batches: variance = 4 bias² at {where}; D largest at "
                   + ", ".join(f"{width:.2f}" for width in best))  # fmt: skip
+
+
+def power(widths: Sequence[float], values: Sequence[float]) -> float:
+    """n where the values go as w^n from width 0.5 to 2; NaN where noise makes one of them negative."""
+    low, high = (values[widths.index(width)] for width in (0.5, 2.0))
+    return math.log(high / low) / math.log(4) if low > 0 and high > 0 else math.nan
 
 
 def descent(part: dict, k: int, large: bool) -> float:
@@ -151,19 +159,20 @@ def descent(part: dict, k: int, large: bool) -> float:
 
 
 def crossing(widths: Sequence[float], variance: Sequence[float], bias_sq: Sequence[float | None]) -> float | None:
-    """The largest width at which 4 bias² rises above the variance, between the widths of the grid by logarithms.
+    """The width from which on 4 bias² is above the variance, between the grid's by logarithms; None above the largest.
 
-    None if 4 bias² is not above the variance at the largest width, or is above it at all. A bias² that noise makes
-    negative counts as small.
+    The smallest width that has a bias² if it is above at all of them. A bias² that noise makes negative is small.
     """
     gaps = [
-        None if bias is None else math.log(max(4 * bias, 1e-9 * spread) / spread)
-        for spread, bias in zip(variance, bias_sq, strict=True)
+        math.log(max(4 * bias, 1e-9 * spread) / spread)
+        for spread, bias in zip(variance[1:], bias_sq[1:], strict=True)
+        if bias is not None
     ]
-    for k in range(len(widths) - 1, 0, -1):
-        low, high = gaps[k - 1], gaps[k]
-        if high is None or high < 0:
-            return None
-        if low is not None and low < 0:
-            return widths[k - 1] * (widths[k] / widths[k - 1]) ** (low / (low - high))
-    return None
+    if gaps[-1] < 0:
+        return None
+    k = len(gaps) - 1
+    while k and gaps[k - 1] >= 0:
+        k -= 1
+    if not k:
+        return widths[1]
+    return widths[k] * (widths[k + 1] / widths[k]) ** (gaps[k - 1] / (gaps[k - 1] - gaps[k]))

@@ -88,7 +88,9 @@ def test_the_crossing_is_found_between_the_widths():
     assert found(0.2) == pytest.approx((0.2 / 0.04) ** 0.2)  # variance / w = 4 (0.01 w^4)
     assert found(0.2 / 16) == pytest.approx((0.2 / 16 / 0.04) ** 0.2)
     assert found(1e9) is None
-    assert found(1e-9) is None
+    assert found(1e-9) == widths[1]
+    assert report.power(widths, [w**4 for w in widths]) == pytest.approx(4)
+    assert report.power(widths, [-w for w in widths]) != report.power(widths, [-w for w in widths])  # NaN
 
 
 def fallen(factors, batches):
@@ -128,7 +130,7 @@ def test_a_run_is_looked_at_on_its_way(trial, tmp_path, monkeypatch, capsys):
     images = torch.randn(1_200, 3, 16, 16).bfloat16(), torch.randint(0, 10, (1_200,))
     torch.save(images, tmp_path / "digits/train-16.pt")
     for name, value in {"WHEN": {trial: (0, 1)}, "SEEN": 4, "UNSEEN": 8, "TO_CHOOSE": 2, "TO_JUDGE": 2, "MICRO": 2,
-                        "GROUPS": 2, "SMALL": 1, "GRID": (0.5, 2**-0.5, 1.0)}.items():  # fmt: skip
+                        "GROUPS": 2, "SMALL": 1, "GRID": (0.25, 0.5, 1.0, 2.0)}.items():  # fmt: skip
         monkeypatch.setattr(trials, name, value)
     first = next(iter(trials.settings(trial)))
     setting = dataclasses.replace(
@@ -144,7 +146,7 @@ def test_a_run_is_looked_at_on_its_way(trial, tmp_path, monkeypatch, capsys):
     last = record["looks"][-1]
     if trial == "noise":
         assert set(last["layers"]) == {"layer1.0.sn1", "layer2.0.sn1", "layer3.0.sn1"}
-        assert [len(values) for values in last["layers"]["layer2.0.sn1"]["descent_small"]] == [2, 2, 2]
+        assert [len(values) for values in last["layers"]["layer2.0.sn1"]["descent_small"]] == [2, 2, 2, 2]
     else:
         assert [len(values) for values in last["judged_on"].values()] == [2, 2, 2]
     report.show([record])
