@@ -132,10 +132,13 @@ def noise(looks: Sequence[dict]) -> None:
         unit = np.mean([part["gradient_sq"][one] for part in parts])
         variance = np.mean([part["variance"] for part in parts], 0) / unit
         bias = np.mean([part["bias_sq"][1:] for part in parts], 0) / unit
-        print(f"  {layer}\n  {'width':>8}{'variance':>10}{f'/{micro}':>8}{'4 bias²':>10}{'D':>18}{f'D of {micro}':>18}")
+        falls = {which: np.array([np.concatenate([p[which][k] for p in parts]) for k in range(len(widths))])
+                 for which in ("descent_small", "descent_large")}  # fmt: skip
+        at_one = ", ".join(said(values[one], digits=2) for values in falls.values())
+        print(f"  {layer}: D at width 1 of 1 and {micro} micro-batches {at_one}; against that:")
+        print(f"  {'width':>8}{'variance':>10}{f'/{micro}':>8}{'4 bias²':>10}{'D':>18}{f'D of {micro}':>18}")
         for k, width in enumerate(widths):
-            small, large = (said(np.concatenate([p[which][k] for p in parts]), digits=3) for which in
-                            ("descent_small", "descent_large"))  # fmt: skip
+            small, large = (said(values[k] - values[one], digits=3) for values in falls.values())
             squared = f"{4 * bias[k - 1]:10.3f}" if k else f"{'':10}"
             print(f"  {width:8.2f}{variance[k]:10.3f}{variance[k] / micro:8.3f}{squared}{small:>18}{large:>18}")
         powers = [power(widths, values) for values in (variance, [math.nan, *bias])]
