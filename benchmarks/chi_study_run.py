@@ -7,6 +7,7 @@ the rest for choosing (of CIFAR-10's 50,000 the last 10,000). The test split is 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -123,18 +124,32 @@ def start_widths(seed: int, num_layers: int) -> list[float]:
     return [START[0] * (START[1] / START[0]) ** u for u in drawn.tolist()]
 
 
-def run(setting: Setting, scratch: Path) -> dict:
-    """Trains one network on the shards in `scratch`; returns the setting with the results."""
+def model_of(setting: Elsewhere) -> ModelConfig:
+    """The network's configuration."""
+    names = ("arch", "T", "surrogate", "scale", "neuron", "connect", "v_th")
+    return ModelConfig(**{name: getattr(setting, name) for name in names})
+
+
+def drawn_for(setting: Setting, num_train: int) -> Tensor:
+    """Numbers of the images that a run trains on, the same for every seed."""
+    return torch.randperm(num_train, generator=torch.Generator().manual_seed(0))[: setting.num_images]
+
+
+def run(
+    setting: Setting, scratch: Path, watch: Callable[[int, sew_resnet.SEWResNet, chi.Pilot], None] | None = None
+) -> dict:
+    """Trains one network on the shards in `scratch`; returns the setting with the results.
+
+    `watch` is called with the number of steps done, before each and after the last one, and must change nothing.
+    """
     began = time.monotonic()
     varied = Elsewhere(**{"where": "", **asdict(setting)})
     num_train, num_classes = DATA[varied.data]
     images, labels = images_of(scratch / varied.data, "train", setting.image_size)
     generator = torch.Generator().manual_seed(setting.seed)
-    drawn = torch.randperm(num_train, generator=torch.Generator().manual_seed(0))[: setting.num_images]
+    drawn = drawn_for(setting, num_train)
     torch.manual_seed(setting.seed)
-    names = ("arch", "T", "surrogate", "scale", "neuron", "connect", "v_th")
-    model = ModelConfig(**{name: getattr(varied, name) for name in names})
-    network = build(model, num_classes=num_classes, image_size=setting.image_size)
+    network = build(model_of(varied), num_classes=num_classes, image_size=setting.image_size)
     layers = network.spiking_layers()
     for layer, width in zip(layers, start_widths(setting.seed, len(layers)), strict=True):
         layer.neuron.width = width if setting.width is None else setting.width
@@ -145,6 +160,8 @@ def run(setting: Setting, scratch: Path) -> dict:
         pilot.calibrate(images[drawn[: setting.batch]].float())
     course, losses = [], []
     for step in range(steps):
+        if watch is not None:
+            watch(step, network, pilot)
         if step % (steps // setting.epochs) == 0:
             order = drawn[torch.randperm(len(drawn), generator=generator)]
         at = step % (steps // setting.epochs) * setting.batch
@@ -164,6 +181,8 @@ def run(setting: Setting, scratch: Path) -> dict:
             at = {name: getattr(pilot.indicators, name).tolist() for name in ("coverage", "participation", "chi")}
             norms = [layer.weight.norm().item() for layer in layers]
             course.append({"step": step + 1, "widths": pilot.neurons.widths.tolist(), "weight_norms": norms, **at})
+    if watch is not None:
+        watch(steps, network, pilot)
     if setting.split == "held_out":
         measured = images[num_train:], labels[num_train:]
     else:

@@ -7,8 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.chi_study_run import Setting, run
+
+AnySetting = TypeVar("AnySetting", bound=Setting)
 
 
 def key_of(setting: dict) -> str:
@@ -28,7 +31,7 @@ def rounded(value):
     return {name: rounded(element) for name, element in value.items()} if isinstance(value, dict) else value
 
 
-def free(settings: Sequence[Setting], file: Path, claims: Path) -> Iterator[Setting]:
+def free(settings: Sequence[AnySetting], file: Path, claims: Path) -> Iterator[AnySetting]:
     """Each setting that is neither done nor being done by another process."""
     claims.mkdir(parents=True, exist_ok=True)
     for setting in settings:

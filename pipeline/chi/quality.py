@@ -86,7 +86,7 @@ def measure(
                 first = before = None
                 for b, (seen, unseen) in enumerate(batches):
                     d = _direction(network, weights, seen, loss)
-                    descent[c, b] = _descent(network, weights, d, unseen, loss, epsilon)
+                    descent[c, b] = slope_along(network, weights, d, unseen, loss, epsilon)
                     if before is None:
                         first = d
                     else:
@@ -133,7 +133,18 @@ def _direction(network: nn.Module, weights: Sequence[nn.Parameter], batch: Batch
 
 
 @torch.no_grad()
-def _descent(network, weights, direction: list[Tensor], batch: Batch, loss, epsilon: float) -> float:
+def slope_along(
+    network: nn.Module,
+    weights: Sequence[nn.Parameter],
+    direction: Sequence[Tensor],
+    batch: Batch,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    epsilon: float = EPSILON,
+) -> float:
+    """(L(W + ε d) - L(W - ε d)) / 2ε on one batch, in the network's present mode; the weights end as they were.
+
+    Arguments as in `measure`; `direction` has the shapes of `weights`.
+    """
     images, labels = batch
     kept = [weight.detach().clone() for weight in weights]
     losses = []
