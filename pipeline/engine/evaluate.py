@@ -25,13 +25,24 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(engine, batches: Iterable[Batch], device: torch.device) -> Evaluation:
-    """Runs the engine's module over `batches` (this rank's share) and sums over ranks. Every rank calls it."""
+def evaluate(
+    engine,
+    batches: Iterable[Batch],
+    device: torch.device,
+    *,
+    see: Callable[[Batch, Tensor], None] = lambda _batch, _logits_NK: None,
+) -> Evaluation:
+    """Runs the engine's module over `batches` (this rank's share) and sums over ranks. Every rank calls it.
+
+    Args:
+        see: called with every batch and the answers to it, logits `(N, K)` averaged over time.
+    """
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, samples
     double = next(engine.module.parameters()).dtype == torch.float64
     engine.eval()
     for batch in batches:
         logits_NK, losses_N = _answers(engine(batch.images.double() if double else batch.images), batch)
+        see(batch, logits_NK)
         hits = logits_NK.argmax(1) == batch.labels
         sums += torch.stack([(value.double() * batch.valid).sum() for value in (losses_N, hits, batch.valid)])
     engine.train()
