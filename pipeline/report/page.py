@@ -40,7 +40,7 @@ svg .grid { stroke: var(--line); opacity: 0.5 }
 svg .spike { stroke: var(--spike) } svg .bars { fill: var(--bars); stroke: none } svg .curve { stroke-width: 1.4 }
 svg .support { fill: var(--hot); opacity: 0.15 } svg .surrogate { stroke: var(--hot); stroke-width: 2 }
 svg .start { stroke: var(--hot); stroke-dasharray: 3 3 } svg .axis { stroke: var(--faint) }
-.key { list-style: none; margin: 0; padding: 0; columns: 2 }
+.key { list-style: none; margin: 0; padding: 0; columns: 12rem 2 }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 1rem }
 .sample { width: 6rem; image-rendering: pixelated } .tall .sample { float: left; margin: 0 0.7rem 0.3rem 0 }
 .samples img { border-bottom: 3px solid }

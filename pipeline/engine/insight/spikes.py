@@ -18,8 +18,8 @@ from pipeline.snn.neurons import NeuronState
 
 ROWS, FEWEST, MOST = 200, 6, 32
 """Neurons whose spikes are kept: about so many of all layers, and the fewest and most of one layer."""
-STEPS = 64
-"""Most time steps of these."""
+STEPS, CELLS = 64, 12_000
+"""Most time steps of these, and most neurons times steps: a deep network's raster has fewer steps."""
 BINS, POTENTIALS = 64, 1 << 16
 """Of a histogram: its bins, and about the most potentials of one step that it counts."""
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -50,7 +50,8 @@ class Spikes:
         neurons = self._neurons.neurons
         most = min(MOST, max(FEWEST, ROWS // len(neurons)))
         slot = self.samples.chosen[0] if self.samples.chosen else 0
-        self._layers = [_Layer(images.shape[-4], slot, most) for _ in neurons]
+        steps = min(STEPS, max(1, CELLS // (most * len(neurons))))
+        self._layers = [_Layer(images.shape[-4], slot, most, steps) for _ in neurons]
 
         def see(layer: int, u: Tensor) -> None:
             self._layers[layer].see_spikes(u)
@@ -122,11 +123,11 @@ class _Layer:
     Args:
         num_images: N.
         slot: the image whose spikes are kept.
-        most: neurons whose spikes are kept.
+        most, steps: how many neurons' spikes are kept, and of how many time steps.
     """
 
-    def __init__(self, num_images: int, slot: int, most: int) -> None:
-        self._num_images, self._slot, self._most = num_images, slot, most
+    def __init__(self, num_images: int, slot: int, most: int, steps: int) -> None:
+        self._num_images, self._slot, self._most, self._steps = num_images, slot, most, steps
         self._size = 0
         self._shown: Tensor | None = None
         self._rows: list[Tensor] = []
@@ -176,7 +177,7 @@ class _Layer:
             "num_neurons": self._size,
             "spikes": torch.stack(self.fired).tolist(),
             "shown": self._shown.tolist(),
-            "rows": ["".join("01"[s] for s in row) for row in torch.stack(self._rows[:STEPS], 1).int().tolist()],
+            "rows": ["".join("01"[s] for s in row) for row in torch.stack(self._rows[: self._steps], 1).int().tolist()],
         }
 
 
