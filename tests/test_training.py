@@ -21,6 +21,7 @@ from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir import run_folder
 from pipeline.run_dir.checkpoint_files import load_newest
+from pipeline.snn.neurons import Neuron
 from tests.conftest import ROOT, launch, start
 from tests.support.tracked import tensorboard_curve
 from tests.support.training_runs import STEPS, Finished, arguments, read_until
@@ -139,6 +140,7 @@ def test_the_report_shows_what_the_trained_network_does(digits, straight):
             assert sample["confidence_ratio"] == pytest.approx(shares[number].max().item(), abs=0.02)
     rates: list[float] = []
     for layer in network.spiking_layers():
+        assert isinstance(layer.neuron, Neuron)
         layer.neuron.watch = rates.append
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
         network(images[seen["sample"]["number"]][None])

@@ -94,6 +94,7 @@ def evaluate_in_detail(
     num_classes: int,
     measure_every: int = 1,
     said: Callable[[int], None] = lambda _: None,
+    see: Callable[[Batch, Tensor], None] = lambda _batch, _logits_NK: None,
 ) -> Detail:
     """Runs `network`, in evaluation mode, over every batch of a split.
 
@@ -103,6 +104,7 @@ def evaluate_in_detail(
         num_classes: K.
         measure_every: firing rates and energy are measured, in an extra pass, on one batch out of this many.
         said: called after every batch, with the number of samples so far.
+        see: as for `evaluate`.
 
     Raises:
         ValueError: no sample was valid.
@@ -116,7 +118,9 @@ def evaluate_in_detail(
         if not valid.any():
             continue
         images = batch.images.to(dtype)
-        logits_NK, losses_N = (each[valid] for each in _answers(network(images), batch))
+        logits_NK, losses_N = _answers(network(images), batch)
+        see(batch, logits_NK)
+        logits_NK, losses_N = logits_NK[valid], losses_N[valid]
         labels_N = batch.labels[valid]
         loss += losses_N.double().sum().item()
         pairs = labels_N * num_classes + logits_NK.argmax(1)

@@ -41,10 +41,11 @@ def parts(run_dir: Path, labels: Sequence[str], journal: Sequence[dict]) -> list
     except FileNotFoundError:
         shown = [
             "<p>The raster, the potentials and the samples are not there: they are made when a run ends, and this run "
-            "has not ended, or an older version made it.</p>"
+            f"has not ended, or an older version made it. <code>python -m launch.evaluate {html.escape(str(run_dir))}"
+            "</code> adds them.</p>"
         ]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        said = f"{path} cannot be read ({type(error).__name__}: {first_line(error)}), so its drawings are left out"
+        said = f"{path} cannot be read ({type(error).__name__}: {first_line(error)}), so its drawings are left out; evaluate again"
         shown = [f"<p>{html.escape(said)}</p>"]
     return ["<h2>Gradients</h2>", *gradients(journal, labels), "<h2>Spikes</h2>", *shown]
 

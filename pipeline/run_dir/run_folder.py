@@ -252,6 +252,14 @@ def read_evaluation(folder: Path, step: int, split: str) -> dict | None:
     return _read(evaluation_path(folder, step, split))
 
 
+def spikes_step(folder: Path) -> int:
+    """The optimizer step of spikes.json; -1 where there is none that can be read."""
+    try:
+        return int(json.loads((folder / "spikes.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
 def write_json(path: Path, document: dict) -> None:
     """Atomically, so that a kill leaves the old file or the new one."""
     atomic.write(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")

@@ -86,9 +86,10 @@ def test_the_histograms_have_their_bars_support_and_starting_width(run):
         assert bars
         assert bars[1].count("M") == sum(count > 0 for count in one["counts"])
         scale = spikes.WIDTH / (one["high"] - one["low"])
-        left, wide = re.search(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"[^>]*class="support"', drawing).groups()
-        assert float(left) == pytest.approx((-one["width"] - one["low"]) * scale, abs=0.1)
-        assert float(wide) == pytest.approx(2 * one["width"] * scale, abs=0.2)
+        support = re.search(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"[^>]*class="support"', drawing)
+        assert support
+        assert float(support[1]) == pytest.approx((-one["width"] - one["low"]) * scale, abs=0.1)
+        assert float(support[2]) == pytest.approx(2 * one["width"] * scale, abs=0.2)
         points = re.search(r'<polyline points="([^"]*)" class="surrogate"', drawing)
         assert points
         heights = [float(point.split(",")[1]) for point in points[1].split()]
@@ -161,6 +162,7 @@ def test_a_run_without_the_file_has_its_report_and_a_sentence(run, capsys):
     assert report.main([str(run)]) == 0
     text = (run / "report.html").read_text()
     assert "are made when a run ends, and this run has not ended, or an older version made it" in text
+    assert f"<code>python -m launch.evaluate {run}</code> adds them" in text
     assert 'class="spike"' not in text.partition("</style>")[2]
     assert text.count('class="curve"') == 6, "the gradients come from the journal"
 

@@ -45,8 +45,7 @@ class Spikes:
         images, training = self.samples.images, network.training
         if images is None:
             return
-        if next(network.parameters()).dtype == torch.float64:
-            images = images.double()
+        images = images.to(next(network.parameters()).dtype)
         neurons = self._neurons.neurons
         most = min(MOST, max(FEWEST, ROWS // len(neurons)))
         slot = self.samples.chosen[0] if self.samples.chosen else 0
