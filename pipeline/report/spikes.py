@@ -45,7 +45,8 @@ def parts(run_dir: Path, labels: Sequence[str], journal: Sequence[dict]) -> list
             "</code> adds them.</p>"
         ]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        said = f"{path} cannot be read ({type(error).__name__}: {first_line(error)}), so its drawings are left out; evaluate again"
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        said = f"{path} cannot be read ({reason}), so its drawings are left out; evaluate again"
         shown = [f"<p>{html.escape(said)}</p>"]
     return ["<h2>Gradients</h2>", *gradients(journal, labels), "<h2>Spikes</h2>", *shown]
 
