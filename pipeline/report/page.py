@@ -33,7 +33,7 @@ pre { background: var(--box); padding: 1rem; overflow-x: auto }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1rem 2rem }
 .gallery { margin-bottom: 1rem }
 figure { margin: 0 } figcaption { font-size: 13px; overflow-wrap: anywhere }
-@media (min-width: 56rem) { .tall { grid-row: span 3 } }
+.stack { display: grid; gap: 1rem; align-content: start }
 svg { width: 100%; height: auto; display: block; font-size: 11px; fill: var(--ink) } svg .faint { fill: var(--faint) }
 svg path, svg polyline { fill: none; stroke: var(--ink) } svg .box { fill: var(--box) }
 svg .grid { stroke: var(--line); opacity: 0.5 }
@@ -42,7 +42,8 @@ svg .support { fill: var(--hot); opacity: 0.15 } svg .surrogate { stroke: var(--
 svg .start { stroke: var(--hot); stroke-dasharray: 3 3 } svg .axis { stroke: var(--faint) }
 .key { list-style: none; margin: 0; padding: 0; columns: 12rem 2 }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 1rem }
-.sample { width: 6rem; image-rendering: pixelated } .tall .sample { float: left; margin: 0 0.7rem 0.3rem 0 }
+.sample { width: 6rem; image-rendering: pixelated } .gallery .sample { float: left; margin: 0 0.7rem 0.3rem 0 }
+.gallery svg { clear: both }
 .samples img { border-bottom: 3px solid }
 .right img { border-color: var(--right) } .wrong img { border-color: var(--wrong) }
 """

@@ -17,8 +17,8 @@ from pipeline.errors import first_line
 
 WIDTH = 400
 """Of every drawing, in its own units; a drawing is shown about so many pixels wide, so text of 11 can be read."""
-ROW = 3
-"""Height of a neuron's row in the raster."""
+LARGE, SMALL, MANY = 3, 2, 250
+"""Height of a neuron's row in the raster, and that where there are more rows than MANY."""
 MOST_POINTS = 4000
 """Of all curves of the gradient norm together."""
 DEPTH = ((47, 107, 184), (138, 92, 172), (214, 97, 38))
@@ -53,20 +53,23 @@ def parts(run_dir: Path, labels: Sequence[str], journal: Sequence[dict]) -> list
 
 def _seen(seen: dict, labels: Sequence[str], start: list[float | None]) -> list[str]:
     weights = ", averaged weights" if seen["weights"] == "ema" else ""
-    drawn = [figure(*raster(seen, labels), kind="tall")] if seen["sample"] else []
-    drawn += [figure(*potentials(one, labels, start, seen["num_images"])) for one in seen["potentials"]]
+    drawn = ""
+    if seen["sample"]:
+        drawing, caption = raster(seen, labels)
+        drawn = f"<figure><figcaption>{caption}</figcaption>{drawing}</figure>"
+    histograms = [potentials(one, labels, start, seen["num_images"]) for one in seen["potentials"]]
     return [
         f"<p>The network after step {int(seen['step'])}{weights}, on samples of the split "
         f"{html.escape(seen['split'])}.</p>",
-        f'<div class="gallery">{"".join(drawn)}</div>',
+        f'<div class="gallery">{drawn}<div class="stack">{"".join(figure(*each) for each in histograms)}</div></div>',
         "<h2>Samples</h2>",
         *samples(seen),
     ]
 
 
-def figure(drawing: str, caption: str, kind: str = "") -> str:
+def figure(drawing: str, caption: str) -> str:
     """A drawing and the HTML below it."""
-    return f'<figure class="{kind}">{drawing}<figcaption>{caption}</figcaption></figure>'
+    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
 
 
 def svg(height: float, name: str, title: str, body: str) -> str:
@@ -85,15 +88,16 @@ def raster(seen: dict, labels: Sequence[str]) -> tuple[str, str]:
     """Spikes of one sample: a band for each layer, in it a row for each neuron and a column for each time step."""
     T = max((len(row) for layer in seen["layers"] for row in layer["rows"]), default=1)
     column, y, bands = WIDTH / T, 16.0, []
+    tall = LARGE if sum(len(layer["rows"]) for layer in seen["layers"]) <= MANY else SMALL
     steps = {round(t) for t in np.linspace(0, T - 1, min(T, 8))}
     ticks = "".join(text((t + 0.5) * column, 10, f"{t + 1}", kind="faint", anchor="middle") for t in sorted(steps))
     for label, layer in zip(labels, seen["layers"], strict=True):
         neurons, spikes, rows = layer["num_neurons"], layer["spikes"], layer["rows"]
-        height = ROW * max(1, len(rows))
+        height = tall * max(1, len(rows))
         if rows:
             said = f"{100 * sum(spikes) / (neurons * len(spikes)):.1f} % of {neurons:,} neurons"
             marks = "".join(
-                f"M{t * column + 0.08 * column:.4g} {y + 14 + ROW * row + ROW / 2:g}h{0.84 * column:.4g}"
+                f"M{t * column + 0.08 * column:.4g} {y + 14 + tall * (row + 0.5):g}h{0.84 * column:.4g}"
                 for row, digits in enumerate(rows)
                 for t, digit in enumerate(digits)
                 if digit == "1"
@@ -105,7 +109,7 @@ def raster(seen: dict, labels: Sequence[str]) -> tuple[str, str]:
             f"<g><title>{html.escape(more)}</title>{text(0, y + 10, label)}"
             f"{text(WIDTH, y + 10, said, kind='faint', anchor='end')}"
             f'<rect x="0" y="{y + 14:g}" width="{WIDTH}" height="{height}" class="box"/>'
-            f'<path d="{marks}" class="spike" stroke-width="{0.75 * ROW:g}"/></g>'
+            f'<path d="{marks}" class="spike" stroke-width="{0.75 * tall:g}"/></g>'
         )
         y += height + 20
     sample = seen["sample"]
@@ -123,7 +127,7 @@ def potentials(one: dict, labels: Sequence[str], start: list[float | None], num_
     """The distribution of h - v_th in a layer, with the surrogate over it."""
     low, high, width = one["low"], one["high"], one["width"]
     label, began = labels[int(one["layer"])], start[int(one["layer"])]
-    top, bottom = 18.0, 172.0
+    top, bottom = 26.0, 180.0
 
     def x(u: float) -> float:
         return round((u - low) / (high - low) * WIDTH, 1)
@@ -137,7 +141,7 @@ def potentials(one: dict, labels: Sequence[str], start: list[float | None], num_
         body += f'<rect x="{x(-width)}" y="{top:g}" width="{wide:.4g}" height="{tall:g}" class="support"/>'
     if began is not None and began < min(-low, high) and abs(math.log(began / width)) > 0.01:
         body += line(-began, "start") + line(began, "start")
-    body += line(0, "axis") + text(x(0), top - 5, "threshold", kind="faint", anchor="middle")
+    body += line(0, "axis") + text(x(0), 10, "threshold", kind="faint", anchor="middle")
     peak = max(g for _, g in one["curve"]) or 1
     curve = " ".join(f"{x(u)},{bottom - (bottom - top) * g / peak:.4g}" for u, g in one["curve"])
     body += f'<polyline points="{curve}" class="surrogate"/><path d="M0 {bottom:g}H{WIDTH}" class="axis"/>'
@@ -170,7 +174,7 @@ def _bars(counts: Sequence[int], top: float, bottom: float) -> str:
                 f"M{bin * step:.4g} {bottom:g}v{-(bottom - top) * min(1, count / highest):.4g}h{step:.3g}V{bottom:g}"
             )
         if count > highest:
-            arrows += text((bin + 0.5) * step, top - 5, "↑", anchor="middle")
+            arrows += text((bin + 0.5) * step, top - 3, "↑", anchor="middle")
     return f'<path d="{bars}" class="bars"/>{arrows}'
 
 
@@ -205,7 +209,9 @@ def _said(sample: dict) -> str:
 
 
 def _percent(ratio: float | None) -> str:
-    return "no finite confidence" if ratio is None else f"{100 * ratio:.0f} %"
+    if ratio is None:
+        return "no finite confidence"
+    return "less than 1 %" if 0 < ratio < 0.005 else f"{100 * ratio:.0f} %"
 
 
 def _image(sample: dict) -> str:

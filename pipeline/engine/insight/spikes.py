@@ -16,7 +16,7 @@ from pipeline.snn import surrogate
 from pipeline.snn.membrane_probe import probed
 from pipeline.snn.neurons import NeuronState
 
-ROWS, FEWEST, MOST = 200, 6, 32
+ROWS, FEWEST, MOST = 200, 12, 32
 """Neurons whose spikes are kept: about so many of all layers, and the fewest and most of one layer."""
 STEPS, CELLS = 64, 12_000
 """Most time steps of these, and most neurons times steps: a deep network's raster has fewer steps."""
