@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.config import ModelConfig
 from pipeline.data.prefetcher import Batch
+from pipeline.engine import load_network
 from pipeline.engine.insight import spikes
 from pipeline.engine.insight.spikes import Spikes
 from pipeline.snn import membrane_probe, surrogate
@@ -142,6 +143,54 @@ def test_a_layer_whose_images_cannot_be_told_apart_has_no_rows():
     assert [one["layer"] for one in document["potentials"]] == [0, 1], "a histogram needs no order"
 
 
+def test_a_layer_that_runs_less_often_than_others_has_no_rows():
+    torch.manual_seed(0)
+    network = Own()
+    network.sn1.forward = torch.no_grad()(lambda x: (x > 0).to(x.dtype))  # pyright: ignore[reportAttributeAccessIssue]
+    document = looked(network, batch())
+    assert document["layers"][0] == {"num_neurons": 0, "spikes": [], "shown": [], "rows": []}, "it was not called"
+    assert len(document["layers"][1]["spikes"]) == 3
+    step, network = Own.forward, Own()
+
+    def again_by_steps(images: torch.Tensor) -> torch.Tensor:
+        network.sn2(torch.ones(len(images), 500))
+        return step(network, images)
+
+    network.forward = again_by_steps
+    first, second = looked(network, batch())["layers"]
+    assert first["rows"] == []
+    assert len(second["rows"][0]) == 4
+
+
+def test_a_raster_of_many_steps_and_neurons_is_cut():
+    torch.manual_seed(0)
+    network = sew_resnet.build(ModelConfig(), num_classes=3, image_size=8)
+    document = looked(network, batch(T=spikes.STEPS + 1, n=2))
+    assert document["num_steps"] == spikes.STEPS + 1
+    for layer in document["layers"]:
+        assert len(layer["spikes"]) == spikes.STEPS + 1, "of all steps"
+        assert {len(row) for row in layer["rows"]} == {min(spikes.STEPS, spikes.CELLS // (6 * spikes.MOST))}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp64", torch.float64), ("fp16", torch.float16)])
+def test_a_network_of_another_precision_gets_its_images_in_it(precision, dtype):
+    torch.manual_seed(0)
+    network, of = sew_resnet.build(ModelConfig(), num_classes=3, image_size=8), batch()
+    load_network.cast(network, precision)
+    seen = Spikes(bind(network), keeps=True)
+    seen.samples.see(of, torch.randn(6, 3))
+    of.images.zero_()  # the loader may use its memory again
+    inputs = []
+    network.register_forward_pre_hook(lambda _module, given: inputs.append(given[0]))
+    seen.look(network)
+    assert [given.dtype for given in inputs] == [dtype]
+    assert inputs[0].abs().sum() > 0
+    assert all(
+        len(layer["rows"]) > 0
+        for layer in seen.document(step=1, weights="last", split="val", classes=CLASSES)["layers"]
+    )
+
+
 @pytest.mark.parametrize("shape", surrogate.SHAPES)
 def test_the_histograms_are_those_of_the_potentials_and_the_curve_is_the_surrogate(shape):
     torch.manual_seed(2)
@@ -190,8 +239,11 @@ def test_looking_changes_no_state_and_draws_no_random_number():
     seen = Spikes(state, keeps=True)
     kept = of.images.clone()
     seen.samples.see(of, torch.randn(6, 3, generator=torch.Generator().manual_seed(1)))
+    kinds = []
+    network.register_forward_hook(lambda _module, _given, logits: kinds.append(logits.requires_grad))
     seen.look(network)
     seen.document(step=1, weights="last", split="val", classes=CLASSES)
+    assert kinds == [False], "nothing is kept for a backward pass"
     assert network.training
     assert all(module.training for module in network.modules())
     assert all(neuron.probe is None for neuron in state.neurons)
