@@ -44,7 +44,7 @@ def parts(run_dir: Path, labels: Sequence[str], journal: Sequence[dict]) -> list
             f"has not ended, or an older version made it. <code>python -m launch.evaluate {html.escape(str(run_dir))}"
             "</code> adds them.</p>"
         ]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         said = f"{path} cannot be read ({reason}), so its drawings are left out; evaluate again"
         shown = [f"<p>{html.escape(said)}</p>"]
