@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from launch import command
 from launch.evaluation_table import SHOWN, table
 from pipeline.config import Config, DataConfig
-from pipeline.data.manifest import MANIFEST_NAME, Manifest, differing, load_manifest
+from pipeline.data.manifest import EVALUATION, MANIFEST_NAME, Manifest, differing, load_manifest
 from pipeline.data.remote import is_remote, join
 from pipeline.errors import ConfigError, DataError, is_outage
 from pipeline.run_dir import run_folder
@@ -57,12 +57,12 @@ def main(arguments: list[str]) -> None:
             f"{join(config.data.path, options.split)} has {len(manifest.classes)} classes, but the network of "
             f"{options.run} has {checkpoint.num_classes}; use data of the same classes"
         )
-    result = evaluated(checkpoint, config, manifest, options)
+    result, seen = evaluated(checkpoint, config, manifest, options)
     if options.json:
         write(options.json, result)
     as_run = config == stored.config and result["precision"] == config.train.precision
     if as_run and checkpoint.weights == config.evaluated_weights:
-        keep(result, options.run)
+        keep(result, seen, options.run)
     print(table(result))
 
 
@@ -106,15 +106,17 @@ def check_classes(manifest: Manifest, trained_on: list[str] | None, path: str) -
     raise ConfigError(f"{join(path, manifest.split)} has {what}; use data of the same classes")
 
 
-def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options) -> dict:
-    """Runs the network over the split; the result as it is written to JSON."""
+def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options) -> tuple[dict, dict]:
+    """Runs the network over the split; the result and what was seen of its spikes, as they are written to JSON."""
     import torch
 
     from pipeline.data.loader import evaluation_batches
     from pipeline.engine import load_network
     from pipeline.engine.evaluate import evaluate_in_detail
+    from pipeline.engine.insight.spikes import Spikes
     from pipeline.ranks import arithmetic
     from pipeline.ranks.cores import cores_per_rank
+    from pipeline.snn.neurons import bind
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -130,6 +132,10 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
     arithmetic.choose(config.train)
     network = checkpoint.network.to(device)
     load_network.cast(network, precision)
+    neurons = bind(network)
+    neurons.widths.copy_(checkpoint.widths)
+    neurons.amplitudes.copy_(checkpoint.amplitudes)
+    spikes = Spikes(neurons, keeps=True)
     total, began = manifest.num_samples, time.monotonic()
     where = f"{join(config.data.path, options.split)}: {total} samples, {precision} on {device.type}"
     print(f"evaluating {options.run} after step {checkpoint.step} on {where}", file=sys.stderr, flush=True)
@@ -150,8 +156,13 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
             num_classes=checkpoint.num_classes,
             measure_every=max(1, num_batches * config.data.micro_batch // MEASURED),
             said=said,
+            see=spikes.samples.see,
         )
-    return {
+        spikes.look(network)
+    seen = spikes.document(
+        step=checkpoint.step, weights=checkpoint.weights, split=options.split, classes=manifest.shown
+    )
+    result = {
         "run": str(options.run),
         "step": checkpoint.step,
         "weights": checkpoint.weights,
@@ -164,6 +175,7 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
         "device": device.type,
         **numbers(detail, manifest.classes, shown_names(manifest), network),
     }
+    return result, seen
 
 
 def shown_names(manifest: Manifest) -> list[str]:
@@ -247,10 +259,11 @@ def write(path: Path, document: dict) -> None:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from None
 
 
-def keep(result: dict, run: Path) -> None:
+def keep(result: dict, seen: dict, run: Path) -> None:
     """Writes RUN/evaluations/step-STEP-SPLIT.json, and renews RUN/report.html, which shows it.
 
-    Prints a line where the folder cannot be written.
+    What was seen of the spikes is kept too, unless the run has that of a later step: of a run that was killed, or that
+    an older version made, the report then shows it. Prints a line where the folder cannot be written.
     """
     from pipeline.report import report  # matplotlib is imported here
 
@@ -258,6 +271,8 @@ def keep(result: dict, run: Path) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         run_folder.write_json(path, result)
+        if result["split"] == EVALUATION and run_folder.spikes_step(run) < result["step"]:
+            run_folder.write_json(run / "spikes.json", seen)
         if report.training_records(run):
             report.write(run)
     except OSError as error:

@@ -22,7 +22,7 @@ from pipeline.engine.ema import Ema
 from pipeline.engine.engine import build, loss_scale, normalise_as_one
 from pipeline.engine.engine_state import EngineState
 from pipeline.engine.flags import Flags
-from pipeline.engine.profiler import Profiler
+from pipeline.engine.insight.profiler import Profiler
 from pipeline.engine.schedule import Schedule
 from pipeline.engine.step_stats import NonFinite, StepStats
 from pipeline.errors import ConfigError, StoreError

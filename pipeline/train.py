@@ -8,8 +8,10 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.loader import evaluation_batches
+from pipeline.data.manifest import EVALUATION
 from pipeline.engine import engine_state
 from pipeline.engine.evaluate import Evaluation, evaluate
+from pipeline.engine.insight.spikes import Spikes
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NonFiniteError
 from pipeline.metrics.run_log import summary_table
 from pipeline.ranks import arithmetic
@@ -89,15 +91,22 @@ def catch_up(run: Run) -> None:
         validate(run)
 
 
-def validate(run: Run) -> Evaluation:
-    """Evaluates the weights on the validation split: their moving average, if the run keeps one."""
+def validate(run: Run, spikes: Spikes | None = None) -> Evaluation:
+    """Evaluates the weights on the validation split: their moving average, if the run keeps one.
+
+    `spikes` looks at samples of it meanwhile, and then into the network.
+    """
     began = time.monotonic()
     place = run.place
     batches = evaluation_batches(run.config.data, rank=place.rank, world_size=place.world_size, device=place.device)
     engine_state.average_buffers(run.engine)
     with run.ema.shown():
         engine_state.average_buffers(run.engine)  # the moving average has its own buffers
-        result = evaluate(run.engine, batches, place.device)
+        if spikes is None:
+            result = evaluate(run.engine, batches, place.device)
+        else:
+            result = evaluate(run.engine, batches, place.device, see=spikes.samples.see)
+            spikes.look(run.engine)
     took_s = time.monotonic() - began
     if result.accuracy > run.writer.best:
         if run.writer.last_step != run.step:
@@ -109,8 +118,11 @@ def validate(run: Run) -> Evaluation:
 
 
 def finish(run: Run) -> None:
-    """Makes the last evaluation, the table by layer, the report, and summary.json, which marks the run as finished."""
-    result = validate(run)
+    """Makes the last evaluation, the table by layer, what the report shows of the spikes, the report, and summary.json,
+    which marks the run as finished.
+    """
+    spikes = Spikes(run.widths.neurons, keeps=run.place.rank == 0)
+    result = validate(run, spikes)
     run.writer.wait()
     if run.place.rank != 0:
         return
@@ -118,7 +130,14 @@ def finish(run: Run) -> None:
     last = report.last_training_record(run_dir)
     print(summary_table(run.widths.neurons.names, last), flush=True)
     summary = {"step": run.step, "eval_accuracy_ratio": result.accuracy, "eval_loss": result.loss}
+    seen = spikes.document(
+        step=run.step,
+        weights=run.config.evaluated_weights,
+        split=EVALUATION,
+        classes=run.loader.manifest.shown,
+    )
     for write in (
+        lambda: run_folder.write_json(run_dir / "spikes.json", seen),
         lambda: report.write(run_dir, summary),
         lambda: run_folder.write_json(run_dir / "summary.json", summary),
     ):

@@ -14,10 +14,14 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.data.loader import evaluation_batches
 from pipeline.data.manifest import Manifest
+from pipeline.engine import load_network
 from pipeline.errors import EXIT_DONE, EXIT_STOPPED
 from pipeline.metrics.journal import read_journal
+from pipeline.run_dir import run_folder
 from pipeline.run_dir.checkpoint_files import load_newest
+from pipeline.snn.neurons import Neuron
 from tests.conftest import ROOT, launch, start
 from tests.support.tracked import tensorboard_curve
 from tests.support.training_runs import STEPS, Finished, arguments, read_until
@@ -103,11 +107,47 @@ def test_the_run_folder_holds_what_is_needed_to_repeat_and_read_the_run(straight
     assert run["versions"]["torch"] == version("torch")
     assert run["world_size"] == 2
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 + 6  # curves, and maps of the layers
+    assert page.count("<img alt=") == 4 + 6  # curves, and maps of the layers
     assert "http://" not in page
     assert "https://" not in page
     records = read_journal(folder / "metrics.jsonl")
     assert 0 < records[-1]["eval_accuracy_ratio"] <= 1
+
+
+def test_the_report_shows_what_the_trained_network_does(digits, straight):
+    """Answers and spikes of samples of the run's own last evaluation, by two ranks, against the checkpoint's."""
+    seen = json.loads((straight.run_dir / "spikes.json").read_text())
+    assert (seen["step"], seen["weights"], seen["split"], seen["num_steps"]) == (STEPS, "ema", "val", 4)
+    config = run_folder.read(straight.run_dir).config
+    network = load_network.load(straight.run_dir, config).network
+    batches = list(evaluation_batches(config.data, rank=0, world_size=1, device=torch.device("cpu")))
+    images = torch.cat([batch.images[batch.valid] for batch in batches])
+    labels = torch.cat([batch.labels[batch.valid] for batch in batches])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+        shares = network(images).float().mean(0).softmax(1)
+    answers = shares.argmax(1)
+    assert len(seen["right"]) == 6
+    assert len(seen["wrong"]) == min(6, int((answers != labels).sum()))
+    for name in ("right", "wrong"):
+        classes = {sample["class"] for sample in seen[name]}
+        possible = labels[(answers == labels) == (name == "right")]
+        assert len(classes) == min(len(seen[name]), len(possible.unique())), "as many classes as there are"
+        for sample in seen[name]:
+            number = sample["number"]
+            assert sample["class"] == str(labels[number].item())
+            assert sample["answer"] == str(answers[number].item())
+            assert (sample["class"] == sample["answer"]) == (name == "right")
+            assert sample["confidence_ratio"] == pytest.approx(shares[number].max().item(), abs=0.02)
+    rates: list[float] = []
+    for layer in network.spiking_layers():
+        assert isinstance(layer.neuron, Neuron)
+        layer.neuron.watch = rates.append
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+        network(images[seen["sample"]["number"]][None])
+    counted = [sum(layer["spikes"]) / layer["num_neurons"] / 4 for layer in seen["layers"]]
+    # A shortcut's neurons run before those of its branch.
+    assert counted == pytest.approx([*rates[:3], *rates[4:], rates[3]], abs=0.003)
+    assert min(counted) > 0
 
 
 def test_a_finished_run_says_so_and_trains_nothing(digits, straight):

@@ -25,13 +25,24 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(engine, batches: Iterable[Batch], device: torch.device) -> Evaluation:
-    """Runs the engine's module over `batches` (this rank's share) and sums over ranks. Every rank calls it."""
+def evaluate(
+    engine,
+    batches: Iterable[Batch],
+    device: torch.device,
+    *,
+    see: Callable[[Batch, Tensor], None] = lambda _batch, _logits_NK: None,
+) -> Evaluation:
+    """Runs the engine's module over `batches` (this rank's share) and sums over ranks. Every rank calls it.
+
+    Args:
+        see: called with every batch and the answers to it, logits `(N, K)` averaged over time.
+    """
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, samples
     double = next(engine.module.parameters()).dtype == torch.float64
     engine.eval()
     for batch in batches:
         logits_NK, losses_N = _answers(engine(batch.images.double() if double else batch.images), batch)
+        see(batch, logits_NK)
         hits = logits_NK.argmax(1) == batch.labels
         sums += torch.stack([(value.double() * batch.valid).sum() for value in (losses_N, hits, batch.valid)])
     engine.train()
@@ -83,6 +94,7 @@ def evaluate_in_detail(
     num_classes: int,
     measure_every: int = 1,
     said: Callable[[int], None] = lambda _: None,
+    see: Callable[[Batch, Tensor], None] = lambda _batch, _logits_NK: None,
 ) -> Detail:
     """Runs `network`, in evaluation mode, over every batch of a split.
 
@@ -92,6 +104,7 @@ def evaluate_in_detail(
         num_classes: K.
         measure_every: firing rates and energy are measured, in an extra pass, on one batch out of this many.
         said: called after every batch, with the number of samples so far.
+        see: as for `evaluate`.
 
     Raises:
         ValueError: no sample was valid.
@@ -105,7 +118,9 @@ def evaluate_in_detail(
         if not valid.any():
             continue
         images = batch.images.to(dtype)
-        logits_NK, losses_N = (each[valid] for each in _answers(network(images), batch))
+        logits_NK, losses_N = _answers(network(images), batch)
+        see(batch, logits_NK)
+        logits_NK, losses_N = logits_NK[valid], losses_N[valid]
         labels_N = batch.labels[valid]
         loss += losses_N.double().sum().item()
         pairs = labels_N * num_classes + logits_NK.argmax(1)

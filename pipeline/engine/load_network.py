@@ -21,6 +21,10 @@ class Trained(NamedTuple):
     num_classes: int
     network: Network
     """In evaluation mode, in fp32 (fp64 where the run trained in it), on the CPU."""
+    widths: torch.Tensor
+    """Of the surrogates, `(L,)` fp32."""
+    amplitudes: torch.Tensor
+    """Of the surrogates, `(L,)` fp32."""
 
 
 PARAMETERS = {"fp16": torch.float16, "fp64": torch.float64}
@@ -70,4 +74,11 @@ def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str
         state_dicts.load(network, tensors)
     except ValueError as error:
         raise ConfigError(f"the checkpoint after step {found['step']} of {run_dir}: {error}") from None
-    return Trained(found["step"], "ema" if chosen is average else "last", num_classes, network)
+    return Trained(
+        step=found["step"],
+        weights="ema" if chosen is average else "last",
+        num_classes=num_classes,
+        network=network,
+        widths=found["widths"]["log_width"].exp().float(),
+        amplitudes=found["widths"]["amplitudes"],
+    )

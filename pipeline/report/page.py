@@ -19,14 +19,33 @@ from matplotlib.figure import Figure
 from pipeline.run_dir import atomic
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #666; --line: #bbb; --box: #f3f3f3;
+  --spike: #1f5fa8; --bars: #7d9cc0; --hot: #c2500f; --right: #1b7f3b; --wrong: #c2281d }
+@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #16181c; --faint: #9a9a9a; --line: #555;
+  --box: #23262c; --spike: #7db4f0; --bars: #4d6c90; --hot: #f08a3c; --right: #5fc27e; --wrong: #f2766b } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { color: var(--ink); background: var(--paper) }
 img { width: 100%; height: auto; display: block } h1, p, li, td { overflow-wrap: anywhere }
 th, td { padding-right: 1.2rem; text-align: left; vertical-align: top } th { font-weight: 600 }
-table { border-collapse: collapse } thead th { border-bottom: 1px solid #bbb }
-pre { background: #f5f5f5; padding: 1rem; overflow-x: auto }
+table { border-collapse: collapse } thead th { border-bottom: 1px solid var(--line) }
+pre { background: var(--box); padding: 1rem; overflow-x: auto }
 .wide { overflow-x: auto } .wide td, .wide thead th { white-space: nowrap }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1rem }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1rem 2rem }
 .gallery { margin-bottom: 1rem }
+figure { margin: 0 } figcaption { font-size: 13px; overflow-wrap: anywhere }
+.stack { display: grid; gap: 1rem; align-content: start }
+svg { width: 100%; height: auto; display: block; font-size: 11px; fill: var(--ink) } svg .faint { fill: var(--faint) }
+svg path, svg polyline { fill: none; stroke: var(--ink) } svg .box { fill: var(--box) }
+svg .grid { stroke: var(--line); opacity: 0.5 }
+svg .spike { stroke: var(--spike) } svg .bars { fill: var(--bars); stroke: none } svg .curve { stroke-width: 1.4 }
+svg .support { fill: var(--hot); opacity: 0.15 } svg .surrogate { stroke: var(--hot); stroke-width: 2 }
+svg .start { stroke: var(--hot); stroke-dasharray: 3 3 } svg .axis { stroke: var(--faint) }
+.key { list-style: none; margin: 0; padding: 0; columns: 12rem 2 }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: 1rem }
+.sample { width: 6rem; image-rendering: pixelated } .gallery .sample { float: left; margin: 0 0.7rem 0.3rem 0 }
+.gallery svg { clear: both }
+.samples img { border-bottom: 3px solid }
+.right img { border-color: var(--right) } .wrong img { border-color: var(--wrong) }
 """
 PANEL_INCH, RESOLUTION = 4.4, 180
 """Width of a gallery's picture, and its pixels per inch: at the width of a phone its letters stay readable."""

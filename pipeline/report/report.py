@@ -18,7 +18,7 @@ from pipeline.chi import decisions
 from pipeline.config import ChiConfig
 from pipeline.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_USAGE, first_line, is_outage
 from pipeline.metrics.journal import layer_labels, read_journal
-from pipeline.report import comparison, page
+from pipeline.report import comparison, page, spikes
 
 LAYERS = f"""<p>Rows are spiking layers, the first on top. χ is the proportion of a layer's weights with a non-zero
 gradient. It warns: its scale is always 0 to 1, and red is below {page.CHI_ALERT}, where the alert SnnChiLow fires.
@@ -138,6 +138,7 @@ def write(run_dir: Path, summary: dict | None = None) -> Path:
         LAYERS,
         page.gallery(layer_maps(run_dir, run["layers"])),
         page.points(found or ["nothing to report: no layer starves, stands at a limit, or fails to answer its width"]),
+        *spikes.parts(run_dir, layer_labels(run["layers"]), journal),
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2, ensure_ascii=False))}</pre>",
     )
     return page.write(run_dir / "report.html", text)

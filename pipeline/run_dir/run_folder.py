@@ -7,10 +7,11 @@ RUN/lock            held by rank 0 of the run that goes on in the folder (locks.
 RUN/logs/           each rank's lines (rank_log.py)
 RUN/metrics.jsonl   one record for each logged step (metrics/journal.py)
 RUN/checkpoints/    (checkpoint_files.py)
+RUN/spikes.json     what the trained network does with a few samples, for the report (engine/insight/spikes.py)
 RUN/summary.json    the result; its presence means that the run has finished
 RUN/report.html     the result in pictures (report/report.py)
 RUN/tensorboard/, RUN/wandb/, RUN/mlflow/    the same curves for these tools (metrics/trackers.py)
-RUN/profile/        where a step's time goes (engine/profiler.py)
+RUN/profile/        where a step's time goes (engine/insight/profiler.py)
 RUN/evaluations/    results of python -m launch.evaluate, by checkpoint and split
 """
 
@@ -249,6 +250,14 @@ def evaluation_path(folder: Path, step: int, split: str) -> Path:
 def read_evaluation(folder: Path, step: int, split: str) -> dict | None:
     """That evaluation, or None if there is none."""
     return _read(evaluation_path(folder, step, split))
+
+
+def spikes_step(folder: Path) -> int:
+    """The optimizer step of spikes.json; -1 where there is none that can be read."""
+    try:
+        return int(json.loads((folder / "spikes.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def write_json(path: Path, document: dict) -> None:

@@ -32,18 +32,22 @@ class Layers(Protocol):
 
 @contextmanager
 def probed(neurons: Sequence[Probed], see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """While the block runs, `see(layer, u)` gets u = h - v_th of every layer at every step, fp32 (fp64 for fp64)."""
+    """While the block runs, `see(layer, u)` gets u = h - v_th of every layer at every step, fp32 (fp64 for fp64).
+
+    Probes that were there before get nothing meanwhile, and are there again afterwards.
+    """
 
     def of(layer: int) -> Callable[[torch.Tensor], None]:
         return lambda u: see(layer, u)
 
+    before = [neuron.probe for neuron in neurons]
     for layer, neuron in enumerate(neurons):
         neuron.probe = of(layer)
     try:
         yield
     finally:
-        for neuron in neurons:
-            neuron.probe = None
+        for neuron, probe in zip(neurons, before, strict=True):
+            neuron.probe = probe
 
 
 def look(

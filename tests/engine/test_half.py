@@ -31,8 +31,8 @@ SETTINGS = {
 """By ZeRO stage."""
 
 
-def run_all(digits: Path, folder: Path, overflow: str) -> str:
-    """Makes or goes on with a run of every stage in `folder`; returns what the launcher wrote."""
+def run_all(digits: Path, folder: Path, overflow: str, look: int = 0) -> str:
+    """Makes or goes on with a run of every stage in `folder`; returns what the launcher wrote. See half_job.py."""
     epochs = (STEPS - 0.5) * BATCH / Manifest.load(digits / "train").num_samples
     common = (
         f"--recipe digits --data.path {digits} --data.image_size 8 --data.global_batch {BATCH} --data.micro_batch 4 "
@@ -43,7 +43,7 @@ def run_all(digits: Path, folder: Path, overflow: str) -> str:
     for stage, words in SETTINGS.items():
         own = ["--run_dir", str(folder / str(stage)), "--train.zero_stage", str(stage), *words.split()]
         runs.append((free_port(), [*common, *own]))
-    done = launch("tests/support/half_job.py", RUNS=json.dumps(runs), OVERFLOW=overflow)
+    done = launch("tests/support/half_job.py", RUNS=json.dumps(runs), OVERFLOW=overflow, LOOK=str(look))
     assert done.returncode == EXIT_DONE, done.output
     return done.output
 
@@ -60,13 +60,17 @@ def whole(digits, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(digits, whole, tmp_path_factory) -> Path:
-    """The same runs as if they had been killed after step 4: they go on from step 3, after the first overflow."""
+    """The same runs as if they had been killed after step 4: they go on from step 3, after the first overflow.
+
+    And between steps 5 and 6, of which the last decides, the network is looked at: that must change nothing.
+    """
     folder = tmp_path_factory.mktemp("resumed")
     for stage in SETTINGS:
         shutil.copytree(whole / str(stage), folder / str(stage))
         (folder / str(stage) / "summary.json").unlink()
         shutil.rmtree(folder / str(stage) / "checkpoints" / f"step-{STEPS:08d}")
-    output = run_all(digits, folder, "3")
+    output = run_all(digits, folder, "3", look=5)
+    assert output.count("looked after step 5") == len(SETTINGS), output
     assert output.count(f"resumed from the checkpoint after step {SAVED}") == len(SETTINGS), output
     return folder
 
@@ -114,6 +118,16 @@ def test_a_run_that_goes_on_with_a_lowered_scale_repeats_every_bit(whole, resume
     for tensors, expected in pairs:
         assert tensors.keys() == expected.keys() != set()
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_every_stage_shows_its_spikes_and_they_are_the_same_after_a_resume(whole, resumed, stage):
+    ours, theirs = (json.loads((folder / str(stage) / "spikes.json").read_text()) for folder in (resumed, whole))
+    assert ours == theirs
+    assert theirs["step"] == STEPS
+    assert [len(layer["spikes"]) for layer in theirs["layers"]] == [2] * 6
+    assert sum(sum(layer["spikes"]) for layer in theirs["layers"]) > 0
+    assert "data:image/png" in (whole / str(stage) / "report.html").read_text().partition("<h2>Samples")[2]
 
 
 @pytest.mark.parametrize("stage", [0, 1])  # of the weights, and of their moving average

@@ -65,6 +65,26 @@ def test_the_newest_checkpoint_gives_the_figures_of_the_run(run, digits, tmp_pat
     assert f"<th>{pair['class']} → {pair['answered']}<td>{pair['num_samples']}<" in (run / "report.html").read_text()
 
 
+def test_a_run_without_its_spikes_gets_them_and_a_later_steps_stay(run, straight):
+    own, kept = (json.loads((folder / "spikes.json").read_text()) for folder in (straight.run_dir, run))
+    assert kept == own
+    (run / "spikes.json").unlink()
+    (run / "summary.json").unlink()  # as if it had been killed after its last checkpoint
+    evaluate.main([str(run), "--checkpoint", "10"])
+    assert json.loads((run / "spikes.json").read_text())["step"] == 10
+    evaluate.main([str(run)])
+    seen = json.loads((run / "spikes.json").read_text())
+    for name in ("step", "weights", "split", "num_steps", "num_images", "sample", "layers", "potentials"):
+        assert seen[name] == own[name], name
+    for name in ("right", "wrong"):  # one process meets them in another order than two ranks do
+        assert len(seen[name]) == len(own[name])
+    assert 'class="spike"' in (run / "report.html").read_text()
+    written = (run / "spikes.json").stat().st_mtime_ns
+    for words in (["--checkpoint", "10"], ["--split", "train"], ["--T", "2"]):
+        evaluate.main([str(run), *words])
+    assert (run / "spikes.json").stat().st_mtime_ns == written
+
+
 def test_another_checkpoint_split_number_of_steps_and_size(run, digits, tmp_path, capsys):
     out = tmp_path / "result.json"
     options = ["--checkpoint", "10", "--split", "train", "--T", "2", "--image-size", "8", "--precision", "fp32"]
