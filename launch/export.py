@@ -1,11 +1,18 @@
-"""A run's weights as one safetensors file with a model card beside it:
+"""A run's network in a format that others read, with a model card beside it:
 
 python -m launch.export runs/digits digits.safetensors      writes digits.safetensors and digits.md
+python -m launch.export runs/digits digits.nir --format nir
+
+docs/export.md says what each format holds and who reads it.
 """
 
+import argparse
+import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from launch import command
 from pipeline.errors import ConfigError, is_outage
@@ -13,23 +20,55 @@ from pipeline.metrics.journal import read_journal
 from pipeline.run_dir import atomic, run_folder
 from pipeline.run_dir.run_folder import Stored
 
+if TYPE_CHECKING:
+    from pipeline.engine.load_network import Trained
+
+
+class Job(NamedTuple):
+    """One export."""
+
+    checkpoint: "Trained"
+    stored: Stored
+    about: dict
+    """What the run says of these weights, see `facts`."""
+    options: argparse.Namespace
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """`about` as texts: what is none is JSON."""
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.about.items()}
+
+
+class Format(NamedTuple):
+    suffix: str
+    """Of the file's name."""
+    needs: tuple[str, ...]
+    """Packages that may be absent; the extra `export` brings them."""
+    write: Callable[[Job, Path], None]
+
 
 def main(arguments: list[str]) -> None:
-    parser = command.run_parser("export", "Writes a run's checkpoint as a safetensors file with a model card.")
-    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="the file; OUT.md becomes its model card")
+    parser = command.run_parser("export", "Writes a run's network as a file that others read, with a model card.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file; OUT.md, without its ending, is its model card")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="safetensors", help="what to write, see docs/export.md [safetensors]"
+    )
     parser.add_argument(
         "--names",
         choices=("ours", "original"),
         default="ours",
-        help="names of the tensors: ours and SpikingJelly's, or the original SEW-ResNet code's [ours]",
+        help="names of tensors in safetensors: ours and SpikingJelly's, or the original SEW-ResNet code's [ours]",
+    )
+    parser.add_argument(
+        "--dt", type=float, metavar="SECONDS", help="length of a time step, for --format nir only [0.0001]"
     )
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     options = parser.parse_args(arguments)
+    check_options(options)
     out, card = options.out, options.out.with_suffix(".md")
-    check_place(out, card, options.force)
+    check_place(out, card, options.force, options.format)
     stored = run_folder.read(options.run)
-    original = options.names == "original"
-    if original and not stored.config.model.arch.startswith("sew_"):
+    if options.names == "original" and not stored.config.model.arch.startswith("sew_"):
         raise ConfigError(
             f"--names original is not allowed with model.arch={stored.config.model.arch!r}: they are of the original "
             "SEW-ResNet code; use --names ours"
@@ -37,7 +76,6 @@ def main(arguments: list[str]) -> None:
 
     from launch import model_card
     from pipeline.engine import load_network  # torch is imported here, after everything cheap was checked
-    from pipeline.snn import state_dicts
 
     checkpoint = load_network.load(options.run, stored.config, step=options.checkpoint, weights=options.weights)
     about = facts(stored, checkpoint.step, checkpoint.num_classes, checkpoint.weights)
@@ -50,12 +88,11 @@ def main(arguments: list[str]) -> None:
             f"python -m launch.evaluate {options.run} --checkpoint {checkpoint.step} makes one",
             file=sys.stderr,
         )
-    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
     try:
         # Neither is put in its place before both are written.
         with atomic.replacing(card) as new_card, atomic.replacing(out) as new:
-            state_dicts.save_safetensors(checkpoint.network, new, metadata=metadata, original=original)
-            new_card.write_text(model_card.text(stored, about, evaluation, out), encoding="utf-8")
+            FORMATS[options.format].write(Job(checkpoint, stored, about, options), new)
+            new_card.write_text(model_card.text(stored, about, evaluation, out, options.format), encoding="utf-8")
     except OSError as error:
         if is_outage(error):
             raise
@@ -63,14 +100,59 @@ def main(arguments: list[str]) -> None:
     print(f"{out}\n{card}")
 
 
-def check_place(out: Path, card: Path, force: bool) -> None:
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"{out} is not allowed as the file to write; use a name that ends in .safetensors")
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that the format does not have, or if a package that it needs is absent."""
+    if options.names != "ours" and options.format != "safetensors":
+        raise ConfigError(f"--names {options.names} is not allowed with --format {options.format}; leave it out")
+    if options.dt is not None and options.format != "nir":
+        raise ConfigError(f"--dt {options.dt:g} is not allowed with --format {options.format}; leave it out")
+    absent = [name for name in FORMATS[options.format].needs if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ConfigError(
+            f"--format {options.format} needs {', '.join(absent)}, not installed; run: "
+            'pip install -c constraints.txt -e ".[export]"'
+        )
+
+
+def check_place(out: Path, card: Path, force: bool, format: str) -> None:
+    suffix = FORMATS[format].suffix
+    if out.suffix != suffix:
+        raise ConfigError(
+            f"{out} is not allowed as the file to write with --format {format}; use a name that ends in {suffix}"
+        )
     if not out.parent.is_dir():
         raise ConfigError(f"there is no folder {out.parent}; make it first")
     for path in (out, card):
         if path.exists() and not force:
             raise ConfigError(f"{path} is there already; choose another name, or replace it with --force")
+
+
+def _safetensors(job: Job, new: Path) -> None:
+    from pipeline.snn import state_dicts
+
+    original = job.options.names == "original"
+    state_dicts.save_safetensors(job.checkpoint.network, new, metadata=job.metadata, original=original)
+
+
+def _nir(job: Job, new: Path) -> None:
+    import nir
+
+    from launch import model_card
+    from pipeline.snn.exchange import nir_graph
+
+    graph = nir_graph.from_network(
+        job.checkpoint.network,
+        image_size=job.stored.config.data.image_size,
+        dt=nir_graph.DT if job.options.dt is None else job.options.dt,
+        about={**job.metadata, "images": model_card.images_of(job.stored)},
+    )
+    nir.write(new, graph)
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", (), _safetensors),
+    "nir": Format(".nir", ("nir",), _nir),
+}
 
 
 def facts(stored: Stored, step: int, num_classes: int, weights: str) -> dict:

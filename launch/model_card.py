@@ -12,14 +12,15 @@ LISTED = 40  # most classes in the card; the file's header has all
 NEURONS = {"if": "IF", "lif": "LIF", "plif": "PLIF"}
 
 
-def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path) -> str:
+def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path, format: str = "safetensors") -> str:
     """The card of `weights`.
 
     Args:
         stored: the run.
         about: what the file's header says, see `launch.export`.
         evaluation: of these weights on the validation split, by `launch.evaluate`; None where there is none.
-        weights: the safetensors file.
+        weights: the file that was written.
+        format: of that file, a name in `launch.export.FORMATS`.
     """
     model = stored.config.model
     layers = len(stored.about["layers"])
@@ -30,8 +31,8 @@ def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path) ->
         f"{'Moving average of the weights' if about['weights'] == 'ema' else 'Weights'} after optimizer step "
         f"{about['step']}.",
         "## Result\n" + _result(about["metrics"], evaluation),
-        "## To load it\n" + _loading(stored, about, weights),
-        "## Images\n" + _images(stored),
+        "## To load it\n" + _LOADING[format](stored, about, weights),
+        "## Images\n" + images_of(stored),
         "## Classes\n" + classes_of(about, evaluation),
         "## Layers\n" + _layers(stored, about["step"], evaluation),
         "## Training\n" + _training(stored, about),
@@ -82,7 +83,23 @@ logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about
 ```"""
 
 
-def _images(stored: Stored) -> str:
+def _loading_nir(stored: Stored, about: dict, weights: Path) -> str:
+    size = stored.config.data.image_size
+    return f"""```python
+from pipeline.snn.exchange import nir_network
+network = nir_network.load({weights.name!r})
+logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
+```
+Other simulators: SpikingJelly's `nir_exchange.import_from_nir`, snnTorch's `import_from_nir` for leaky neurons. An
+image is the input of all {about["T"]} time steps, and the logits are the mean over them; batch normalisation is folded
+into the convolutions."""
+
+
+_LOADING = {"safetensors": _loading, "nir": _loading_nir}
+
+
+def images_of(stored: Stored) -> str:
+    """How an image becomes the network's input."""
     data = stored.config.data
     return (
         f"RGB; the shorter side resized to {data.eval_resize or data.image_size} pixels, the central square of "

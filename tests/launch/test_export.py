@@ -37,7 +37,7 @@ def run_the_lines(card: Path) -> torch.Tensor:
     found = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
     assert found
     lines = found[1].strip().splitlines()
-    assert len(lines) == 5
+    assert len(lines) <= 6
     before = "import torch; images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))"
     after = "torch.save(logits.detach(), 'logits.pt')"
     code = "\n".join([before, *lines, after])
@@ -133,4 +133,30 @@ def test_mistakes_are_named(run, tmp_path):
     assert "make it first" in refusal(run, tmp_path / "no" / "net.safetensors")
     assert "holds no run" in refusal(tmp_path, tmp_path / "net.safetensors")
     assert "it has 10, 14" in refusal(run, tmp_path / "net.safetensors", "--checkpoint", "3")
-    assert "the following arguments are required: OUT.safetensors; see --help" in refusal(run)
+    assert "the following arguments are required: OUT; see --help" in refusal(run)
+
+
+def test_a_graph_of_nir_gives_the_logits_of_the_run(run, tmp_path):
+    nir = pytest.importorskip("nir", reason="nir is not installed: it is in the extra export")
+    out = tmp_path / "net.nir"
+    export.main([str(run), str(out), "--format", "nir", "--dt", "0.001"])
+    # BN is folded: fp32 rounds elsewhere. A spike that differs would change a logit by more than 1e-4.
+    torch.testing.assert_close(run_the_lines(tmp_path / "net.md"), logits(run, STEPS), rtol=0, atol=1e-5)
+    said = nir.read(out).metadata
+    assert (said["recipe"], said["T"], said["dt"], said["step"]) == ("digits", 4, 0.001, str(STEPS))
+    assert "the shorter side resized to 16 pixels" in said["images"]
+
+
+def test_options_of_other_formats_are_named(run, tmp_path):
+    assert "use a name that ends in .nir" in refusal(run, tmp_path / "net.safetensors", "--format", "nir")
+    nir = (run, tmp_path / "net.nir", "--format", "nir")
+    assert "--names original is not allowed with --format nir; leave it out" in refusal(*nir, "--names", "original")
+    assert "--dt 1 is not allowed with --format safetensors" in refusal(run, tmp_path / "net.safetensors", "--dt", "1")
+    assert "dt=-1.0 is not allowed; use seconds above 0" in refusal(*nir, "--dt", "-1")
+    assert not list(tmp_path.glob("net.*"))
+
+
+def test_a_package_that_is_absent_is_named_with_the_cure(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    said = refusal(run, tmp_path / "net.nir", "--format", "nir")
+    assert said == '--format nir needs nir, not installed; run: pip install -c constraints.txt -e ".[export]"'
