@@ -149,9 +149,26 @@ def _nir(job: Job, new: Path) -> None:
     nir.write(new, graph)
 
 
+def _onnx(job: Job, new: Path) -> None:
+    from pipeline.snn.exchange import programs
+
+    network, size = job.checkpoint.network, job.stored.config.data.image_size
+    programs.save_onnx(new, network, in_channels=network.in_channels, image_size=size, about=job.metadata)
+
+
+def _torch_export(job: Job, new: Path) -> None:
+    from pipeline.snn.exchange import programs
+
+    network, size = job.checkpoint.network, job.stored.config.data.image_size
+    exported = programs.program(network, in_channels=network.in_channels, image_size=size)
+    programs.save_program(new, exported, job.metadata)
+
+
 FORMATS = {
     "safetensors": Format(".safetensors", (), _safetensors),
     "nir": Format(".nir", ("nir",), _nir),
+    "onnx": Format(".onnx", ("onnx", "onnxscript"), _onnx),
+    "torch_export": Format(".pt2", (), _torch_export),
 }
 
 

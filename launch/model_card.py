@@ -95,7 +95,33 @@ image is the input of all {about["T"]} time steps, and the logits are the mean o
 into the convolutions."""
 
 
-_LOADING = {"safetensors": _loading, "nir": _loading_nir}
+def _loading_onnx(stored: Stored, about: dict, weights: Path) -> str:
+    size = stored.config.data.image_size
+    return f"""```python
+import onnxruntime
+session = onnxruntime.InferenceSession({weights.name!r})
+# images (N, 3, {size}, {size}) fp32 → (N, {about["num_classes"]}), the mean over {about["T"]} time steps
+logits = session.run(["logits"], {{"images": images.numpy()}})[0].mean(0)
+```"""
+
+
+def _loading_torch_export(stored: Stored, about: dict, weights: Path) -> str:
+    size = stored.config.data.image_size
+    return f"""```python
+import torch
+network = torch.export.load({weights.name!r}).module()
+# images (N, 3, {size}, {size}) → (N, {about["num_classes"]}), the mean over {about["T"]} time steps
+logits = network(images).mean(0)
+```
+Nothing of chispike is needed."""
+
+
+_LOADING = {
+    "safetensors": _loading,
+    "nir": _loading_nir,
+    "onnx": _loading_onnx,
+    "torch_export": _loading_torch_export,
+}
 
 
 def images_of(stored: Stored) -> str:

@@ -32,15 +32,15 @@ def logits(run: Path, step: int) -> torch.Tensor:
         return network(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))).mean(0)
 
 
-def run_the_lines(card: Path) -> torch.Tensor:
-    """Runs the card's code block as a reader would, beside the weights, in a process of its own."""
+def run_the_lines(card: Path, first: str = "pass") -> torch.Tensor:
+    """Runs the card's code block as a reader would, beside the weights, in a process of its own, `first` before it."""
     found = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
     assert found
     lines = found[1].strip().splitlines()
     assert len(lines) <= 6
     before = "import torch; images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))"
-    after = "torch.save(logits.detach(), 'logits.pt')"
-    code = "\n".join([before, *lines, after])
+    after = "torch.save(torch.as_tensor(logits).detach(), 'logits.pt')"
+    code = "\n".join([first, before, *lines, after])
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
     subprocess.run(command, check=True, cwd=card.parent, timeout=120)
     return torch.load(card.parent / "logits.pt")
@@ -145,6 +145,30 @@ def test_a_graph_of_nir_gives_the_logits_of_the_run(run, tmp_path):
     said = nir.read(out).metadata
     assert (said["recipe"], said["T"], said["dt"], said["step"]) == ("digits", 4, 0.001, str(STEPS))
     assert "the shorter side resized to 16 pixels" in said["images"]
+
+
+def test_a_model_of_onnx_gives_the_logits_of_the_run(run, tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed: it is in the extra dev")
+    import onnx
+
+    export.main([str(run), str(tmp_path / "net.onnx"), "--format", "onnx"])
+    # As for NIR: the runtime folds BN.
+    torch.testing.assert_close(run_the_lines(tmp_path / "net.md"), logits(run, STEPS), rtol=0, atol=1e-5)
+    model = onnx.load(tmp_path / "net.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    said = {one.key: one.value for one in model.metadata_props}
+    assert (said["recipe"], json.loads(said["config"])["train"]["seed"]) == ("digits", 0)
+
+
+def test_a_program_of_torch_export_gives_the_bits_of_the_run_without_this_package(run, tmp_path):
+    export.main([str(run), str(tmp_path / "net.pt2"), "--format", "torch_export"])
+    without = "sys.modules['pipeline'] = None"
+    with torch.no_grad():
+        assert torch.equal(run_the_lines(tmp_path / "net.md", without), logits(run, STEPS))
+    said = {"about.json": ""}
+    torch.export.load(tmp_path / "net.pt2", extra_files=said)
+    assert json.loads(said["about.json"])["recipe"] == "digits"
 
 
 def test_options_of_other_formats_are_named(run, tmp_path):

@@ -12,8 +12,8 @@ from pipeline.snn.networks import sew_resnet
 from pipeline.snn.networks.archs import TABLE, Arch
 
 K = 10
-SMALL = {"small_bottleneck": Arch(stem="imagenet", block="bottleneck", blocks=(1, 1), channels=(8, 8))}
-"""With what the ImageNet networks have, max-pooling and blocks of three convolutions, and 64 times fewer weights."""
+SMALL = {"small_bottleneck": Arch(stem="imagenet", block="bottleneck", blocks=(1,), channels=(8,))}
+"""With what the ImageNet networks have, max-pooling and blocks of three convolutions, and few weights."""
 
 
 def digits(number: int, size: int = 16) -> torch.Tensor:
