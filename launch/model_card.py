@@ -38,7 +38,25 @@ def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path, fo
         "## Training\n" + _training(stored, about),
         "## Configuration\n```json\n" + json.dumps(about["config"], indent=2, ensure_ascii=False) + "\n```",
     ]
-    return "\n\n".join(sections) + "\n"
+    metadata = [_metadata(about)] if format == "hf" else []
+    return "\n\n".join(metadata + sections) + "\n"
+
+
+def _metadata(about: dict) -> str:
+    """What the Hugging Face hub reads at the head of a card: YAML, whose values are written as JSON."""
+    said: dict = {
+        "library_name": "chispike",
+        "pipeline_tag": "image-classification",
+        "tags": ["spiking-neural-network", "image-classification", about["arch"]],
+    }
+    metrics = about["metrics"]
+    if "eval_loss" in metrics:
+        found = [{"type": "accuracy", "name": "top-1", "value": metrics["eval_accuracy_ratio"]}]
+        data = {"name": about["recipe"], "type": about["recipe"], "split": "validation"}
+        result = {"task": {"type": "image-classification"}, "dataset": data, "metrics": found}
+        said["model-index"] = [{"name": f"{about['recipe']}-{about['arch']}", "results": [result]}]
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in said.items()]
+    return "\n".join(["---", *lines, "---"])
 
 
 def _rows(*rows: list) -> str:
@@ -116,11 +134,21 @@ logits = network(images).mean(0)
 Nothing of chispike is needed."""
 
 
+def _loading_hf(stored: Stored, about: dict, weights: Path) -> str:
+    size = stored.config.data.image_size
+    return f"""```python
+from pipeline.snn.exchange.hub import load_pretrained
+network = load_pretrained(".")  # this folder, or OWNER/NAME of a repository of the hub
+logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
+```"""
+
+
 _LOADING = {
     "safetensors": _loading,
     "nir": _loading_nir,
     "onnx": _loading_onnx,
     "torch_export": _loading_torch_export,
+    "hf": _loading_hf,
 }
 
 

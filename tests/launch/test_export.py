@@ -184,3 +184,56 @@ def test_a_package_that_is_absent_is_named_with_the_cure(run, tmp_path, monkeypa
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     said = refusal(run, tmp_path / "net.nir", "--format", "nir")
     assert said == '--format nir needs nir, not installed; run: pip install -c constraints.txt -e ".[export]"'
+
+
+def test_a_folder_of_the_hub_gives_the_bits_of_the_run(run, tmp_path, capsys):
+    folder = tmp_path / "net"
+    export.main([str(run), str(folder), "--format", "hf"])
+    assert capsys.readouterr().out.split() == [str(folder / "model.safetensors"), str(folder / "README.md")]
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert torch.equal(run_the_lines(folder / "README.md"), logits(run, STEPS))
+    said = json.loads((folder / "config.json").read_text())
+    assert said["id2label"] == {str(digit): str(digit) for digit in range(10)}
+    assert (said["model"]["arch"], said["image_size"], said["dtype"]) == ("sew_tiny", 16, "float32")
+    assert f"{folder / 'config.json'} is there already" in refusal_of_the_last(run, folder)
+    export.main([str(run), str(folder), "--format", "hf", "--force"])
+
+
+def refusal_of_the_last(run: Path, folder: Path) -> str:
+    """What is said where config.json alone is there."""
+    for name in ("model.safetensors", "README.md"):
+        (folder / name).unlink()
+    return refusal(run, folder, "--format", "hf")
+
+
+def test_the_hub_reads_the_card_s_metadata(run, tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: it is in the extra export")
+    export.main([str(run), str(tmp_path / "net"), "--format", "hf"])
+    data = hub.ModelCard.load(tmp_path / "net" / "README.md").data
+    (result,) = data.eval_results
+    summary = json.loads((run / "summary.json").read_text())
+    assert (result.task_type, result.metric_type) == ("image-classification", "accuracy")
+    assert result.metric_value == summary["eval_accuracy_ratio"]
+    assert (data.library_name, data.pipeline_tag) == ("chispike", "image-classification")
+
+
+def test_a_push_without_a_hub_says_that_the_folder_is_there(run, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: it is in the extra export")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    folder = tmp_path / "net"
+    said = refusal(run, folder, "--format", "hf", "--push", "me/net")
+    assert f"{folder} is written, and cannot be pushed to me/net ([Errno 111] Connection refused)" in said
+    assert said.endswith(f"then run `hf upload me/net {folder}`")
+    assert (folder / "README.md").exists()
+
+
+def test_mistakes_with_folders_and_repositories_are_named(run, tmp_path, monkeypatch):
+    hf = (run, tmp_path / "net", "--format", "hf")
+    assert "is the run's own folder" in refusal(run, run, "--format", "hf", "--force")
+    assert "'me' is no repository of the hub; name one as OWNER/NAME" in refusal(*hf, "--push", "me")
+    assert "--push a/b is not allowed with --format safetensors" in refusal(run, tmp_path / "n", "--push", "a/b")
+    (tmp_path / "file").touch()
+    assert "file is a file; --format hf writes a folder" in refusal(run, tmp_path / "file", "--format", "hf")
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert refusal(*hf, "--push", "me/net").startswith("--push needs huggingface_hub, not installed; run: pip install")
+    assert not (tmp_path / "net").exists()
