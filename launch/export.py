@@ -1,11 +1,19 @@
-"""A run's weights as one safetensors file with a model card beside it:
+"""A run's network in a format that others read, with a model card beside it:
 
 python -m launch.export runs/digits digits.safetensors      writes digits.safetensors and digits.md
+python -m launch.export runs/digits digits.nir --format nir
+python -m launch.export runs/digits digits --format hf       a folder as the Hugging Face hub keeps it
+
+docs/export.md says what each format holds and who reads it.
 """
 
+import argparse
+import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from launch import command
 from pipeline.errors import ConfigError, is_outage
@@ -13,23 +21,59 @@ from pipeline.metrics.journal import read_journal
 from pipeline.run_dir import atomic, run_folder
 from pipeline.run_dir.run_folder import Stored
 
+if TYPE_CHECKING:
+    from pipeline.engine.load_network import Trained
+
+
+class Job(NamedTuple):
+    """One export."""
+
+    checkpoint: "Trained"
+    stored: Stored
+    about: dict
+    """What the run says of these weights, see `facts`."""
+    options: argparse.Namespace
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """`about` as texts: what is none is JSON."""
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.about.items()}
+
+
+class Format(NamedTuple):
+    suffix: str
+    """Of the file's name; empty where OUT is a folder."""
+    needs: tuple[str, ...]
+    """Packages that may be absent; the extra `export` brings them."""
+    write: Callable[[Job, Path], None]
+
 
 def main(arguments: list[str]) -> None:
-    parser = command.run_parser("export", "Writes a run's checkpoint as a safetensors file with a model card.")
-    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="the file; OUT.md becomes its model card")
+    parser = command.run_parser("export", "Writes a run's network as a file that others read, with a model card.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file, with its model card beside it, or a folder")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="safetensors", help="what to write, see docs/export.md [safetensors]"
+    )
     parser.add_argument(
         "--names",
         choices=("ours", "original"),
         default="ours",
-        help="names of the tensors: ours and SpikingJelly's, or the original SEW-ResNet code's [ours]",
+        help="names of tensors in safetensors: ours and SpikingJelly's, or the original SEW-ResNet code's [ours]",
+    )
+    parser.add_argument(
+        "--dt", type=float, metavar="SECONDS", help="length of a time step, for --format nir only [0.0001]"
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="put the folder of --format hf into this repository of the hub, too"
     )
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     options = parser.parse_args(arguments)
-    out, card = options.out, options.out.with_suffix(".md")
-    check_place(out, card, options.force)
+    check_options(options)
+    check_place(options.out, options.format, options.run)
+    out, card = places(options.out, options.format)
+    check_free((out, card, *([] if FORMATS[options.format].suffix else [out.with_name("config.json")])), options.force)
     stored = run_folder.read(options.run)
-    original = options.names == "original"
-    if original and not stored.config.model.arch.startswith("sew_"):
+    if options.names == "original" and not stored.config.model.arch.startswith("sew_"):
         raise ConfigError(
             f"--names original is not allowed with model.arch={stored.config.model.arch!r}: they are of the original "
             "SEW-ResNet code; use --names ours"
@@ -37,8 +81,10 @@ def main(arguments: list[str]) -> None:
 
     from launch import model_card
     from pipeline.engine import load_network  # torch is imported here, after everything cheap was checked
-    from pipeline.snn import state_dicts
+    from pipeline.snn.exchange import hub
 
+    if options.push is not None:
+        hub.check_repo(options.push, "is no repository of the hub")
     checkpoint = load_network.load(options.run, stored.config, step=options.checkpoint, weights=options.weights)
     about = facts(stored, checkpoint.step, checkpoint.num_classes, checkpoint.weights)
     # The run's evaluation holds for the kind of weights that it evaluated, not for the other kind.
@@ -50,27 +96,122 @@ def main(arguments: list[str]) -> None:
             f"python -m launch.evaluate {options.run} --checkpoint {checkpoint.step} makes one",
             file=sys.stderr,
         )
-    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
     try:
+        out.parent.mkdir(exist_ok=True)
         # Neither is put in its place before both are written.
         with atomic.replacing(card) as new_card, atomic.replacing(out) as new:
-            state_dicts.save_safetensors(checkpoint.network, new, metadata=metadata, original=original)
-            new_card.write_text(model_card.text(stored, about, evaluation, out), encoding="utf-8")
+            FORMATS[options.format].write(Job(checkpoint, stored, about, options), new)
+            new_card.write_text(model_card.text(stored, about, evaluation, out, options.format), encoding="utf-8")
     except OSError as error:
         if is_outage(error):
             raise
         raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another place") from None
     print(f"{out}\n{card}")
+    if options.push is not None:
+        print(hub.push(options.out, options.push))
 
 
-def check_place(out: Path, card: Path, force: bool) -> None:
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"{out} is not allowed as the file to write; use a name that ends in .safetensors")
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that the format does not have, or if a package that it needs is absent."""
+    if options.names != "ours" and options.format != "safetensors":
+        raise ConfigError(f"--names {options.names} is not allowed with --format {options.format}; leave it out")
+    if options.dt is not None and options.format != "nir":
+        raise ConfigError(f"--dt {options.dt:g} is not allowed with --format {options.format}; leave it out")
+    if options.push is not None and options.format != "hf":
+        raise ConfigError(f"--push {options.push} is not allowed with --format {options.format}; use --format hf")
+    needs = FORMATS[options.format].needs + (("huggingface_hub",) if options.push is not None else ())
+    absent = [name for name in needs if importlib.util.find_spec(name) is None]
+    if absent:
+        asked = "--push" if options.push is not None else f"--format {options.format}"
+        raise ConfigError(
+            f'{asked} needs {", ".join(absent)}, not installed; run: pip install -c constraints.txt -e ".[export]"'
+        )
+
+
+def check_place(out: Path, format: str, run: Path) -> None:
+    suffix = FORMATS[format].suffix
+    if suffix and out.suffix != suffix:
+        raise ConfigError(
+            f"{out} is not allowed as the file to write with --format {format}; use a name that ends in {suffix}"
+        )
+    if not suffix and out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; --format {format} writes a folder: choose another name")
+    if not suffix and out.resolve() == run.resolve():
+        raise ConfigError(f"{out} is the run's own folder, whose config.json would be replaced; choose another name")
     if not out.parent.is_dir():
         raise ConfigError(f"there is no folder {out.parent}; make it first")
-    for path in (out, card):
+
+
+def places(out: Path, format: str) -> tuple[Path, Path]:
+    """The file of the weights and the model card."""
+    if FORMATS[format].suffix:
+        return out, out.with_suffix(".md")
+    return out / "model.safetensors", out / "README.md"
+
+
+def check_free(paths: tuple[Path, ...], force: bool) -> None:
+    for path in paths:
         if path.exists() and not force:
             raise ConfigError(f"{path} is there already; choose another name, or replace it with --force")
+
+
+def _safetensors(job: Job, new: Path) -> None:
+    from pipeline.snn import state_dicts
+
+    original = job.options.names == "original"
+    state_dicts.save_safetensors(job.checkpoint.network, new, metadata=job.metadata, original=original)
+
+
+def _nir(job: Job, new: Path) -> None:
+    import nir
+
+    from launch import model_card
+    from pipeline.snn.exchange import nir_graph
+
+    graph = nir_graph.from_network(
+        job.checkpoint.network,
+        image_size=job.stored.config.data.image_size,
+        dt=nir_graph.DT if job.options.dt is None else job.options.dt,
+        about={**job.metadata, "images": model_card.images_of(job.stored)},
+    )
+    nir.write(new, graph)
+
+
+def _onnx(job: Job, new: Path) -> None:
+    from pipeline.snn.exchange import programs
+
+    network, size = job.checkpoint.network, job.stored.config.data.image_size
+    programs.save_onnx(new, network, in_channels=network.in_channels, image_size=size, about=job.metadata)
+
+
+def _torch_export(job: Job, new: Path) -> None:
+    from pipeline.snn.exchange import programs
+
+    network, size = job.checkpoint.network, job.stored.config.data.image_size
+    exported = programs.program(network, in_channels=network.in_channels, image_size=size)
+    programs.save_program(new, exported, job.metadata)
+
+
+def _hf(job: Job, new: Path) -> None:
+    from launch import model_card
+    from pipeline.snn import state_dicts
+    from pipeline.snn.exchange import hub
+
+    network, run = job.checkpoint.network, job.stored.config
+    classes = job.about["classes"] or [str(label) for label in range(job.checkpoint.num_classes)]
+    images = model_card.images_of(job.stored)
+    said = hub.config(network, run.model, image_size=run.data.image_size, classes=classes, images=images)
+    state_dicts.save_safetensors(network, new, metadata=job.metadata)
+    atomic.write(new.with_name("config.json"), json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", (), _safetensors),
+    "nir": Format(".nir", ("nir",), _nir),
+    "onnx": Format(".onnx", ("onnx", "onnxscript"), _onnx),
+    "torch_export": Format(".pt2", (), _torch_export),
+    "hf": Format("", (), _hf),
+}
 
 
 def facts(stored: Stored, step: int, num_classes: int, weights: str) -> dict:

@@ -15,14 +15,15 @@ NEURONS = {"if": "IF", "lif": "LIF", "plif": "PLIF"}
 _FIELDS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 
-def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path) -> str:
+def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path, format: str = "safetensors") -> str:
     """The card of `weights`.
 
     Args:
         stored: the run.
         about: what the file's header says, see `launch.export`.
         evaluation: of these weights on the validation split, by `launch.evaluate`; None where there is none.
-        weights: the safetensors file.
+        weights: the file that was written.
+        format: of that file, a name in `launch.export.FORMATS`.
     """
     model = stored.config.model
     layers = len(stored.about["layers"])
@@ -34,14 +35,32 @@ def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path) ->
         f"{'Moving average of the weights' if about['weights'] == 'ema' else 'Weights'} after optimizer step "
         f"{about['step']}.",
         "## Result\n" + _result(about["metrics"], evaluation),
-        "## To load it\n" + _loading(stored, about, weights),
-        "## Images\n" + _images(stored),
+        "## To load it\n" + _LOADING[format](stored, about, weights),
+        "## Images\n" + images_of(stored),
         "## Classes\n" + classes_of(about, evaluation),
         "## Layers\n" + _layers(stored, about["step"], evaluation),
         "## Training\n" + _training(stored, about),
         "## Configuration\n```json\n" + json.dumps(about["config"], indent=2, ensure_ascii=False) + "\n```",
     ]
-    return "\n\n".join(sections) + "\n"
+    metadata = [_metadata(about)] if format == "hf" else []
+    return "\n\n".join(metadata + sections) + "\n"
+
+
+def _metadata(about: dict) -> str:
+    """What the Hugging Face hub reads at the head of a card: YAML, whose values are written as JSON."""
+    said: dict = {
+        "library_name": "chispike",
+        "pipeline_tag": "image-classification",
+        "tags": ["spiking-neural-network", "image-classification", about["arch"]],
+    }
+    metrics = about["metrics"]
+    if "eval_loss" in metrics:
+        found = [{"type": "accuracy", "name": "top-1", "value": metrics["eval_accuracy_ratio"]}]
+        data = {"name": about["recipe"], "type": about["recipe"], "split": "validation"}
+        result = {"task": {"type": "image-classification"}, "dataset": data, "metrics": found}
+        said["model-index"] = [{"name": f"{about['recipe']}-{about['arch']}", "results": [result]}]
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in said.items()]
+    return "\n".join(["---", *lines, "---"])
 
 
 def _rows(*rows: list) -> str:
@@ -93,7 +112,59 @@ logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about
 ```{own}"""
 
 
-def _images(stored: Stored) -> str:
+def _loading_nir(stored: Stored, about: dict, weights: Path) -> str:
+    size = stored.config.data.image_size
+    return f"""```python
+from pipeline.snn.exchange import nir_network
+network = nir_network.load({weights.name!r})
+logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
+```
+Other simulators: SpikingJelly's `nir_exchange.import_from_nir`, snnTorch's `import_from_nir` for leaky neurons. An
+image is the input of all {about["T"]} time steps, and the logits are the mean over them; batch normalisation is folded
+into the convolutions."""
+
+
+def _loading_onnx(stored: Stored, about: dict, weights: Path) -> str:
+    size = stored.config.data.image_size
+    return f"""```python
+import onnxruntime
+session = onnxruntime.InferenceSession({weights.name!r})
+# images (N, 3, {size}, {size}) fp32 → (N, {about["num_classes"]}), the mean over {about["T"]} time steps
+logits = session.run(["logits"], {{"images": images.numpy()}})[0].mean(0)
+```"""
+
+
+def _loading_torch_export(stored: Stored, about: dict, weights: Path) -> str:
+    size = stored.config.data.image_size
+    return f"""```python
+import torch
+network = torch.export.load({weights.name!r}).module()
+# images (N, 3, {size}, {size}) → (N, {about["num_classes"]}), the mean over {about["T"]} time steps
+logits = network(images).mean(0)
+```
+Nothing of chispike is needed."""
+
+
+def _loading_hf(stored: Stored, about: dict, weights: Path) -> str:
+    size = stored.config.data.image_size
+    return f"""```python
+from pipeline.snn.exchange.hub import load_pretrained
+network = load_pretrained(".")  # this folder, or OWNER/NAME of a repository of the hub
+logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
+```"""
+
+
+_LOADING = {
+    "safetensors": _loading,
+    "nir": _loading_nir,
+    "onnx": _loading_onnx,
+    "torch_export": _loading_torch_export,
+    "hf": _loading_hf,
+}
+
+
+def images_of(stored: Stored) -> str:
+    """How an image becomes the network's input."""
     data = stored.config.data
     return (
         f"RGB; the shorter side resized to {data.eval_resize or data.image_size} pixels, the central square of "

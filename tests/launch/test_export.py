@@ -32,15 +32,15 @@ def logits(run: Path, step: int) -> torch.Tensor:
         return network(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))).mean(0)
 
 
-def run_the_lines(card: Path) -> torch.Tensor:
-    """Runs the card's code block as a reader would, beside the weights, in a process of its own."""
+def run_the_lines(card: Path, first: str = "pass") -> torch.Tensor:
+    """Runs the card's code block as a reader would, beside the weights, in a process of its own, `first` before it."""
     found = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
     assert found
     lines = found[1].strip().splitlines()
-    assert len(lines) == 5
+    assert len(lines) <= 6
     before = "import torch; images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))"
-    after = "torch.save(logits.detach(), 'logits.pt')"
-    code = "\n".join([before, *lines, after])
+    after = "torch.save(torch.as_tensor(logits).detach(), 'logits.pt')"
+    code = "\n".join([first, before, *lines, after])
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
     subprocess.run(command, check=True, cwd=card.parent, timeout=120)
     return torch.load(card.parent / "logits.pt")
@@ -133,4 +133,107 @@ def test_mistakes_are_named(run, tmp_path):
     assert "make it first" in refusal(run, tmp_path / "no" / "net.safetensors")
     assert "holds no run" in refusal(tmp_path, tmp_path / "net.safetensors")
     assert "it has 10, 14" in refusal(run, tmp_path / "net.safetensors", "--checkpoint", "3")
-    assert "the following arguments are required: OUT.safetensors; see --help" in refusal(run)
+    assert "the following arguments are required: OUT; see --help" in refusal(run)
+
+
+def test_a_graph_of_nir_gives_the_logits_of_the_run(run, tmp_path):
+    nir = pytest.importorskip("nir", reason="nir is not installed: it is in the extra export")
+    out = tmp_path / "net.nir"
+    export.main([str(run), str(out), "--format", "nir", "--dt", "0.001"])
+    # BN is folded: fp32 rounds elsewhere. A spike that differs would change a logit by more than 1e-4.
+    torch.testing.assert_close(run_the_lines(tmp_path / "net.md"), logits(run, STEPS), rtol=0, atol=1e-5)
+    said = nir.read(out).metadata
+    assert (said["recipe"], said["T"], said["dt"], said["step"]) == ("digits", 4, 0.001, str(STEPS))
+    assert "the shorter side resized to 16 pixels" in said["images"]
+
+
+def test_a_model_of_onnx_gives_the_logits_of_the_run(run, tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed: it is in the extra dev")
+    import onnx
+
+    export.main([str(run), str(tmp_path / "net.onnx"), "--format", "onnx"])
+    # As for NIR: the runtime folds BN.
+    torch.testing.assert_close(run_the_lines(tmp_path / "net.md"), logits(run, STEPS), rtol=0, atol=1e-5)
+    model = onnx.load(tmp_path / "net.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    said = {one.key: one.value for one in model.metadata_props}
+    assert (said["recipe"], json.loads(said["config"])["train"]["seed"]) == ("digits", 0)
+
+
+def test_a_program_of_torch_export_gives_the_bits_of_the_run_without_this_package(run, tmp_path):
+    export.main([str(run), str(tmp_path / "net.pt2"), "--format", "torch_export"])
+    without = "sys.modules['pipeline'] = None"
+    with torch.no_grad():
+        assert torch.equal(run_the_lines(tmp_path / "net.md", without), logits(run, STEPS))
+    said = {"about.json": ""}
+    torch.export.load(tmp_path / "net.pt2", extra_files=said)
+    assert json.loads(said["about.json"])["recipe"] == "digits"
+
+
+def test_options_of_other_formats_are_named(run, tmp_path):
+    assert "use a name that ends in .nir" in refusal(run, tmp_path / "net.safetensors", "--format", "nir")
+    nir = (run, tmp_path / "net.nir", "--format", "nir")
+    assert "--names original is not allowed with --format nir; leave it out" in refusal(*nir, "--names", "original")
+    assert "--dt 1 is not allowed with --format safetensors" in refusal(run, tmp_path / "net.safetensors", "--dt", "1")
+    assert "dt=-1.0 is not allowed; use seconds above 0" in refusal(*nir, "--dt", "-1")
+    assert not list(tmp_path.glob("net.*"))
+
+
+def test_a_package_that_is_absent_is_named_with_the_cure(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    said = refusal(run, tmp_path / "net.nir", "--format", "nir")
+    assert said == '--format nir needs nir, not installed; run: pip install -c constraints.txt -e ".[export]"'
+
+
+def test_a_folder_of_the_hub_gives_the_bits_of_the_run(run, tmp_path, capsys):
+    folder = tmp_path / "net"
+    export.main([str(run), str(folder), "--format", "hf"])
+    assert capsys.readouterr().out.split() == [str(folder / "model.safetensors"), str(folder / "README.md")]
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert torch.equal(run_the_lines(folder / "README.md"), logits(run, STEPS))
+    said = json.loads((folder / "config.json").read_text())
+    assert said["id2label"] == {str(digit): str(digit) for digit in range(10)}
+    assert (said["model"]["arch"], said["image_size"], said["dtype"]) == ("sew_tiny", 16, "float32")
+    assert f"{folder / 'config.json'} is there already" in refusal_of_the_last(run, folder)
+    export.main([str(run), str(folder), "--format", "hf", "--force"])
+
+
+def refusal_of_the_last(run: Path, folder: Path) -> str:
+    """What is said where config.json alone is there."""
+    for name in ("model.safetensors", "README.md"):
+        (folder / name).unlink()
+    return refusal(run, folder, "--format", "hf")
+
+
+def test_the_hub_reads_the_card_s_metadata(run, tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: it is in the extra export")
+    export.main([str(run), str(tmp_path / "net"), "--format", "hf"])
+    data = hub.ModelCard.load(tmp_path / "net" / "README.md").data
+    (result,) = data.eval_results
+    summary = json.loads((run / "summary.json").read_text())
+    assert (result.task_type, result.metric_type) == ("image-classification", "accuracy")
+    assert result.metric_value == summary["eval_accuracy_ratio"]
+    assert (data.library_name, data.pipeline_tag) == ("chispike", "image-classification")
+
+
+def test_a_push_without_a_hub_says_that_the_folder_is_there(run, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: it is in the extra export")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    folder = tmp_path / "net"
+    said = refusal(run, folder, "--format", "hf", "--push", "me/net")
+    assert f"{folder} is written, and cannot be pushed to me/net ([Errno 111] Connection refused)" in said
+    assert said.endswith(f"then run `hf upload me/net {folder}`")
+    assert (folder / "README.md").exists()
+
+
+def test_mistakes_with_folders_and_repositories_are_named(run, tmp_path, monkeypatch):
+    hf = (run, tmp_path / "net", "--format", "hf")
+    assert "is the run's own folder" in refusal(run, run, "--format", "hf", "--force")
+    assert "'me' is no repository of the hub; name one as OWNER/NAME" in refusal(*hf, "--push", "me")
+    assert "--push a/b is not allowed with --format safetensors" in refusal(run, tmp_path / "n", "--push", "a/b")
+    (tmp_path / "file").touch()
+    assert "file is a file; --format hf writes a folder" in refusal(run, tmp_path / "file", "--format", "hf")
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert refusal(*hf, "--push", "me/net").startswith("--push needs huggingface_hub, not installed; run: pip install")
+    assert not (tmp_path / "net").exists()

@@ -1,0 +1,154 @@
+"""A trained network as a folder that the Hugging Face hub keeps, and back.
+
+FOLDER/model.safetensors    the weights, under our names
+FOLDER/config.json          what the network is, see `config`
+FOLDER/README.md            the model card, with metadata that the hub reads; load_pretrained does not
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pipeline.config import ModelConfig, config_json
+from pipeline.errors import ConfigError, first_line, is_outage
+from pipeline.snn import state_dicts
+from pipeline.snn.networks import sew_resnet
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+FILES = (WEIGHTS, CONFIG, CARD)
+INSTALL = 'pip install -c constraints.txt -e ".[export]"'
+_REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def config(
+    network: sew_resnet.SEWResNet, model: ModelConfig, *, image_size: int, classes: Sequence[str], images: str
+) -> dict:
+    """The content of config.json.
+
+    Args:
+        network: what `model` names.
+        model: its configuration.
+        image_size: H = W of the images, in pixels.
+        classes: their names, in label order.
+        images: how an image becomes the network's input, in words.
+    """
+    return {
+        "model_type": "chispike",
+        "architectures": [type(network).__name__],
+        "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
+        "model": asdict(model),
+        "in_channels": network.in_channels,
+        "image_size": image_size,
+        "num_labels": len(classes),
+        "id2label": {str(label): name for label, name in enumerate(classes)},
+        "images": images,
+    }
+
+
+def load_pretrained(source: str | Path, *, revision: str | None = None) -> sew_resnet.SEWResNet:
+    """The network that lies in a folder of `launch.export --format hf`, or in a repository of the hub.
+
+    Its weights are read by safetensors, which holds numbers alone; no code of the repository is run.
+
+    Args:
+        source: the folder, or a repository's name, OWNER/NAME, where there is no such folder.
+        revision: branch, tag or commit of the repository.
+
+    Returns:
+        The network in evaluation mode, on the CPU: images `(N, C, H, W)` to logits `(T, N, K)`.
+
+    Raises:
+        ConfigError: nothing is there, or not what this version writes; the hub cannot be reached.
+    """
+    folder = Path(source) if Path(source).is_dir() else _download(str(source), revision)
+    path = folder / CONFIG
+    mend = "name a folder that launch.export --format hf wrote"
+    said = config_json.read_object(path, mend)
+    if said is None:
+        raise ConfigError(f"{folder} holds no {CONFIG}; {mend}")
+    if said.get("model_type") != "chispike":
+        raise ConfigError(f"{path}: model_type={said.get('model_type')!r:.80} is not chispike; {mend}")
+    model = said.get("model")
+    known = {field.name for field in fields(ModelConfig)}
+    unknown = sorted(set(model) - known) if isinstance(model, dict) else []
+    if not isinstance(model, dict) or unknown:
+        what = f"model.{unknown[0]} is not known to this version" if unknown else "model is no JSON object"
+        raise ConfigError(f"{path}: {what}; install the version that wrote it")
+    sizes = {name: said.get(name) for name in ("num_labels", "in_channels", "image_size")}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{path}: {name}={value!r:.80} is not allowed; use a whole number of at least 1")
+    try:
+        network = sew_resnet.build(
+            ModelConfig(**model),
+            num_classes=sizes["num_labels"],  # pyright: ignore[reportArgumentType]
+            in_channels=sizes["in_channels"],  # pyright: ignore[reportArgumentType]
+            image_size=sizes["image_size"],  # pyright: ignore[reportArgumentType]
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    weights = folder / WEIGHTS
+    try:
+        state_dicts.load_safetensors(network.double() if said.get("dtype") == "float64" else network, weights)
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, OSError) and is_outage(error):
+            raise
+        raise ConfigError(f"{weights} cannot be loaded ({first_line(error)}); export it again") from None
+    return network.eval()
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    check_repo(repo, "is no folder, and no repository of the hub")
+    huggingface_hub = _library(f"loading {repo} from the Hugging Face hub")
+    try:
+        found = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[WEIGHTS, CONFIG])
+    except (OSError, ValueError, *_failures()) as error:
+        raise ConfigError(f"{repo} cannot be loaded from the Hugging Face hub ({first_line(error)})") from None
+    return Path(found)
+
+
+def push(folder: Path, repo: str) -> str:
+    """Puts the folder's files into a repository of the hub, which is made, private, where it is not there.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: huggingface_hub is not installed, nobody is logged in, or the hub cannot be reached or refuses.
+    """
+    check_repo(repo, "is no repository of the hub")
+    huggingface_hub = _library("--push")
+    try:
+        hub = huggingface_hub.HfApi()
+        hub.create_repo(repo, private=True, exist_ok=True)
+        made = hub.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(FILES))
+    except (OSError, ValueError, *_failures()) as error:
+        raise ConfigError(
+            f"{folder} is written, and cannot be pushed to {repo} ({first_line(error)}); log in by `hf auth login`, "
+            f"then run `hf upload {repo} {folder}`"
+        ) from None
+    return made.commit_url
+
+
+def check_repo(repo: str, otherwise: str) -> None:
+    """Raises ConfigError where `repo` is no OWNER/NAME."""
+    if not _REPO.fullmatch(repo):
+        raise ConfigError(f"{repo!r:.200} {otherwise}; name one as OWNER/NAME")
+
+
+def _library(what: str):
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ConfigError(f"{what} needs huggingface_hub, which is not installed; run: {INSTALL}") from None
+    return huggingface_hub
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the library raises beside OSError and ValueError, when the hub answers no or not at all."""
+    from huggingface_hub import errors
+
+    return errors.HfHubHTTPError, errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]

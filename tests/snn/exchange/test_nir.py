@@ -1,0 +1,247 @@
+"""Graphs of NIR: the same spikes after a round trip, in NIR's own equations, and in other simulators."""
+
+import contextlib
+import io
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.snn import losses, neurons
+from pipeline.snn.exchange import nir_graph, nir_network
+from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.neurons import Neuron
+from tests.snn.exchange.nets import K, digits, handed_on, network
+from tests.support import peers
+
+nir = pytest.importorskip("nir", reason="nir is not installed: it is in the extra export")
+
+NETWORKS = [
+    ("sew_tiny", 16, {"neuron": "if"}),
+    ("sew_cifar8", 16, {"neuron": "lif", "tau": 1.7}),
+    ("sew_cifar8", 16, {"neuron": "plif", "tau": 2.3, "connect": "none"}),
+    ("small_bottleneck", 16, {"neuron": "if", "T": 3}),
+]
+IDS = [f"{arch} {model['neuron']}" for arch, _, model in NETWORKS]
+
+
+def graph_of(net, size: int = 16, **settings) -> Any:
+    return nir_graph.from_network(net, image_size=size, **settings)
+
+
+@pytest.mark.parametrize(("arch", "size", "model"), NETWORKS, ids=IDS)
+def test_a_round_trip_by_a_file_gives_the_same_spikes_in_every_layer(arch, size, model, tmp_path):
+    net = network(arch, size, **model)
+    nir.write(tmp_path / "net.nir", graph_of(net, size))
+    back = nir_network.load(tmp_path / "net.nir")
+    ours, logits = handed_on(net, digits(4, size))
+    theirs, their_logits = handed_on(back, digits(4, size))
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == len(net.spiking_layers()) + 1
+    for name, x in ours.items():
+        assert torch.equal(x, theirs[name]), name
+        assert x.count_nonzero() > 0, f"{name} would be the same whatever happened before"
+    torch.testing.assert_close(their_logits, logits, rtol=0, atol=1e-12)
+    assert [layer.name for layer in back.spiking_layers()] == [
+        name for name, _ in back.order if name in {layer.name for layer in net.spiking_layers()}
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda nodes: nodes["layer1.0.conv1"].weight.__setitem__((0, 0, 1, 1), 2.0),
+        lambda nodes: nodes["layer1.0.conv1"].bias.__setitem__(0, 2.0),
+        lambda nodes: nodes["layer2.0.sn2"].v_threshold.fill(0.45),
+        lambda nodes: nodes["layer2.0.sn2"].tau.fill(2.2e-4),
+        lambda nodes: nodes["layer1.0.sn1"].r.fill(1.1),
+        lambda nodes: (nodes["sn1"].v_reset.fill(0.1), nodes["sn1"].v_leak.fill(0.1)),
+    ],
+    ids=["weight", "bias", "threshold", "tau", "r", "reset"],
+)
+def test_the_spikes_depend_on_every_number_of_the_graph(change):
+    net = network(neuron="lif")
+    graph = graph_of(net)
+    ours, _ = handed_on(net, digits(16))
+
+    def same() -> bool:
+        theirs, _ = handed_on(nir_network.load(graph), digits(16))
+        return all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+    assert same()
+    change(graph.nodes)
+    assert not same()
+
+
+@pytest.mark.parametrize("dt", [1e-4, 1e-3, 0.5])
+@pytest.mark.parametrize("kind", ["if", "lif", "plif"])
+def test_a_step_is_one_of_forward_euler_in_nir_s_equations(kind, dt):
+    rule = Rule(leaky=kind != "if", v_th=0.6, v_reset=-0.2)
+    neuron = Neuron(rule, tau=2.6, learn_tau=kind == "plif").double()
+    writer = nir_graph.Writer(dt, torch.float64)
+    writer.neurons("n", neuron, writer.input((50,)))
+    node: Any = writer.nodes["n"]
+    current = torch.rand(30, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 0.5
+    v, spikes = node.v_reset.copy(), []
+    for x in current.numpy():
+        slope = node.r * x if kind == "if" else ((node.v_leak - v) + node.r * x) / node.tau
+        v = v + dt * slope
+        z = v > node.v_threshold
+        v = np.where(z, node.v_reset, v)
+        spikes.append(z)
+    ours = neuron(current[:, None])[:, 0]
+    assert 0.05 < ours.mean() < 0.9
+    assert np.array_equal(ours.detach().numpy() > 0, np.stack(spikes))
+
+
+@pytest.mark.parametrize(("arch", "size", "model"), NETWORKS, ids=IDS)
+def test_spikingjelly_reads_the_file_and_computes_the_same(arch, size, model, tmp_path):
+    pytest.importorskip("spikingjelly", reason="needs Python 3.11")
+    peers.spikingjelly()
+    from spikingjelly.activation_based import nir_exchange
+
+    net, images = network(arch, size, **model), digits(4, size)
+    nir.write(tmp_path / "net.nir", graph_of(net, size))
+    theirs: Any = nir_exchange.import_from_nir(tmp_path / "net.nir", dtype=torch.float64)
+    state, logits = None, []
+    with torch.no_grad():
+        for _ in range(net.T):
+            out, state = theirs(images, state)
+            logits.append(out)
+        torch.testing.assert_close(torch.stack(logits), net(images), rtol=0, atol=1e-12)
+
+
+def test_snntorch_reads_the_graph_of_leaky_neurons_and_computes_the_same():
+    """In fp32, one image at a time: its Flatten is given NIR's dimensions, which leave the batch out."""
+    peers.snntorch()
+    from snntorch.import_nir import import_from_nir
+
+    net, images = network(neuron="lif"), digits(8)
+    graph = graph_of(net.float())
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells how it scales thresholds
+        theirs: Any = import_from_nir(graph)
+    logits = []
+    with torch.no_grad():
+        for image in images.float():
+            for module in theirs.modules():
+                if hasattr(module, "reset_mem"):
+                    module.reset_mem()
+            state, steps = None, []
+            for _ in range(net.T):
+                out, state = theirs(image, state)
+                steps.append(out)
+            logits.append(torch.stack(steps))
+        # A spike that differs changes a logit by some 1e-3; rounding alone by some 1e-7.
+        torch.testing.assert_close(torch.stack(logits, 1), net(images.float()), rtol=0, atol=1e-5)
+
+
+def test_what_is_read_can_be_trained_and_measured(tmp_path):
+    nir.write(tmp_path / "net.nir", graph_of(network(neuron="lif").float()))
+    back = nir_network.load(tmp_path / "net.nir", surrogate=Rule(shape="rectangle"), width=2.0)
+    state = neurons.bind(back)
+    losses.cross_entropy(back.train()(digits(4).float()), torch.tensor([0, 1, 2, 3])).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in back.parameters())
+    assert torch.all(state.covered > 0)
+    assert {neuron.rule.shape for neuron in state.neurons} == {"rectangle"}
+    assert torch.equal(state.widths, torch.full((len(state.names),), 2.0))
+
+
+def test_event_frames_and_another_T():
+    net = network(T=4)
+    frames = digits(6).unflatten(0, (3, 2))
+    back = nir_network.load(graph_of(net), T=2)
+    torch.testing.assert_close(back(frames), net(frames), rtol=0, atol=1e-12)
+    assert back(digits(2)).shape == (2, 2, K)
+    torch.testing.assert_close(back(digits(2)), net(digits(2))[:2], rtol=0, atol=1e-12)
+    with pytest.raises(
+        ValueError, match=r"\(1, 3, 8, 8\) are not allowed; use \(N, 3, 16, 16\), or \(T, N, 3, 16, 16\)"
+    ):
+        back(torch.zeros(1, 3, 8, 8))
+
+
+def test_the_file_says_what_nir_leaves_open(tmp_path):
+    nir.write(tmp_path / "net.nir", graph_of(network(T=3), dt=1e-3, about={"recipe": "digits"}))
+    said = nir.read(tmp_path / "net.nir").metadata
+    assert (said["recipe"], said["T"], said["dt"], said["fires_at"]) == ("digits", 3, 1e-3, "v >= v_threshold")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"reset": "soft"}, r"cannot say model\.reset='soft' \(sn1\): .*; train with --model\.reset hard"),
+        ({"connect": "iand"}, r"cannot say model\.connect='iand' \(layer1\.0\): .*; train with --model\.connect add"),
+        ({"connect": "and"}, r"cannot say model\.connect='and'"),
+    ],
+)
+def test_what_nir_cannot_say_is_refused(model, said):
+    with pytest.raises(ConfigError, match=said):
+        graph_of(network(**model))
+
+
+def test_other_networks_and_steps_of_no_length_are_refused():
+    with pytest.raises(ConfigError, match=r"Linear cannot be written as a graph of NIR"):
+        graph_of(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"dt=0 is not allowed; use seconds above 0"):
+        graph_of(network(), dt=0)
+
+
+def line(*nodes: Any, edges=None, extra=None) -> Any:
+    """The nodes in a row, with input and output of 2 numbers."""
+    all_nodes = {"input": nir.Input({"input": np.array([2])})}
+    all_nodes |= {f"n{i}": node for i, node in enumerate(nodes)} | {"output": nir.Output({"output": np.array([2])})}
+    names = list(all_nodes)
+    made = [*pairwise(names), *(edges or [])]
+    return nir.NIRGraph({**all_nodes, **(extra or {})}, made, type_check=False)
+
+
+def lif(**fields) -> Any:
+    values = {"tau": 2e-4, "r": 1.0, "v_leak": 0.0, "v_threshold": 1.0, "v_reset": 0.0} | fields
+    return nir.LIF(**{name: np.broadcast_to(value, (2,)).astype(float) for name, value in values.items()})
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        (line(lif(v_leak=0.5)), r"'n0' leaks to v_leak=0\.5 and is reset to v_reset=0; only neurons with one value"),
+        (line(lif(tau=5e-5)), r"tau of node 'n0' is 5e-05 s, less than a step of dt=0\.0001; use a smaller dt"),
+        (line(lif(v_threshold=[1, 2])), r"v_threshold of node 'n0' has 2 values, 1 to 2; only layers in which"),
+        (line(lif(tau=np.nan)), r"tau of node 'n0' has 1 values, nan to nan"),
+        (line(nir.Delay(np.ones(2))), r"node 'n0' of this graph is a Delay, which is not read; Input, Output"),
+        (line(nir.Linear(np.ones((1, 2, 2)))), r"'n0' of this graph has a weight of shape \(1, 2, 2\)"),
+        (line(lif(), lif(), edges=[("n1", "n0")]), r"has a cycle through 'n\d'; only graphs without"),
+        (line(lif(), edges=[("n0", "n7")]), r"an edge 'n0' to 'n7', and no node 'n7'"),
+        (line(lif(), extra={"b": lif()}), r"node 'b' of this graph has no input"),
+        (line(lif(), extra={"b": nir.Input({"input": np.array([2])})}), r"has 2 nodes Input; it must have one"),
+        (line(lif(), edges=[("n0", "a.b"), ("n0", "a_b")], extra={"a.b": lif(), "a_b": lif()}), r"rename one"),
+    ],
+)
+def test_graphs_that_these_neurons_cannot_run_are_refused(graph, said):
+    with pytest.raises(ConfigError, match=said):
+        nir_network.load(graph, T=2)
+
+
+def test_a_resistance_scales_the_input_and_edges_add():
+    graph = line(lif(r=3.0), edges=[("input", "output")])
+    x = torch.tensor([[0.5, 0.8]], dtype=torch.float64)
+    # h = (3 x) / 2 from v = 0: 0.75, no spike; 1.2, a spike.
+    assert nir_network.load(graph, T=1)(x).tolist() == [[[0.5, 1.8]]]
+
+
+def test_files_that_are_no_graphs_and_an_unknown_T_are_refused(tmp_path):
+    (tmp_path / "net.nir").write_bytes(b"no graph")
+    with pytest.raises(ConfigError, match=r"net\.nir cannot be read as a graph of NIR"):
+        nir_network.load(tmp_path / "net.nir", T=1)
+    with pytest.raises(ConfigError, match=r"no\.nir cannot be read as a graph of NIR"):
+        nir_network.load(tmp_path / "no.nir", T=1)
+    with pytest.raises(ConfigError, match=r"T=None is not allowed; say how many time steps"):
+        nir_network.load(line(lif()))
+    with pytest.raises(ConfigError, match=r"dt=-1\.0 is not allowed"):
+        nir_network.load(line(lif()), T=1, dt=-1.0)
+
+
+def test_weights_keep_the_dtype_of_the_network():
+    assert graph_of(network().float()).nodes["conv1"].weight.dtype == np.float32
+    assert graph_of(network()).nodes["conv1"].weight.dtype == np.float64
