@@ -15,11 +15,14 @@ from data_prep.pool import StopRequestedError
 from data_prep.prepare import AllowedBad, Source, prepare
 from data_prep.sources.digits import SHARD_BYTES, Digits
 from data_prep.sources.digits_dvs import DigitsDvs
+from data_prep.sources.event_formats import TIME_UNITS, Settings
+from data_prep.sources.events import Recordings
 from data_prep.sources.imagefolder import ImageFolder
 from data_prep.sources.imagenet import ImageNet
 from data_prep.sources.parquet import Parquet
 from data_prep.stores import Store, is_url, make_store
 from data_prep.verify import verify
+from pipeline.data.decode.events import MAX_SIDE
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 from pipeline.run_dir import caches
 
@@ -142,12 +145,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     parquet.add_argument("--image-column", metavar="NAME", help="column of the images, where it is not found")
     parquet.add_argument("--label-column", metavar="NAME", help="column of the labels, where it is not found")
+    events = commands.add_parser("events", help="recordings of event cameras: .bin, .aedat, .dat, .raw, .npz, .npy")
+    _add_event_options(events)
     for command in (digits, imagenet, imagefolder, parquet):
         _add_common(command)
         _add_image_options(command)
-    _add_common(digits_dvs)
+    for command in (digits_dvs, events):
+        _add_common(command)
     _add_checks(commands)
     return parser
+
+
+def _sensor(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not all(side.isdigit() and 0 < int(side) <= MAX_SIDE for side in (width, height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of a sensor; write WIDTHxHEIGHT, such as 128x128")
+    return int(width), int(height)
+
+
+def _add_event_options(events: argparse.ArgumentParser) -> None:
+    events.add_argument(
+        "source", metavar="SRC", nargs="+", help="folders or archives of [SPLIT/]CLASS/FILE, or of DVS128 Gesture"
+    )
+    events.add_argument(
+        "--sensor", type=_sensor, metavar="WxH", help="width and height, where the files do not say them (34x34)"
+    )
+    events.add_argument(
+        "--time-unit", choices=tuple(TIME_UNITS), default="us", help="of times in .npz and .npy (default us)"
+    )
+    events.add_argument(
+        "--val-ratio",
+        type=_ratio,
+        default=0.0,
+        help="share of each class to hold out as val where there is one split (default 0)",
+    )
 
 
 def _add_checks(commands) -> None:
@@ -170,6 +201,9 @@ def _source(arguments: argparse.Namespace) -> Source:
         return ImageFolder(arguments.source, arguments.val_ratio, arguments.seed)
     if arguments.command == "parquet":
         return Parquet(arguments.source, arguments.image_column, arguments.label_column)
+    if arguments.command == "events":
+        settings = Settings(sensor=arguments.sensor, time_unit=arguments.time_unit)
+        return Recordings(arguments.source, settings, arguments.val_ratio, arguments.seed)
     return DigitsDvs(arguments.seed) if arguments.command == "digits_dvs" else Digits(arguments.seed)
 
 
@@ -180,8 +214,11 @@ def _require_apart(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.directory).resolve()
     for name in ("source", "train", "val", "devkit"):
         given = getattr(arguments, name, None)
-        if isinstance(given, str) and directory.is_relative_to(Path(given).resolve()):
-            raise ConfigError(f"DIR={arguments.directory} lies in {given}, which is packed; give a DIR outside of it")
+        for path in given if isinstance(given, list) else [given]:
+            if isinstance(path, str) and directory.is_relative_to(Path(path).resolve()):
+                raise ConfigError(
+                    f"DIR={arguments.directory} lies in {path}, which is packed; give a DIR outside of it"
+                )
 
 
 def _run(arguments: argparse.Namespace) -> int:
