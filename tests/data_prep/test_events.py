@@ -116,14 +116,13 @@ def test_coordinates_outside_of_the_sensor_are_refused(events, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_that_was_cut_is_refused(events, format):
+    """Of formats without a length or an end, what is cut between two records is a shorter file and cannot be known."""
     data = WRITERS[format](events)
-    assert refusal(name_of(format), b"") == "empty file"
-    for length in (1, 40, len(data) // 2 + 1, len(data) - 1):
-        if format in ("evt2", "evt3") and (length - data.index(b"% end\n") - 6) % (4 if format == "evt2" else 2) == 0:
-            length -= 1  # a cut between two words cannot be seen
-        if format == "bin" and length % 5 == 0:
-            length += 1
+    record = {"bin": 5, "aedat2": 8, "dat": 8, "evt2": 4, "evt3": 2}.get(format, 1 << 30)
+    for length in (1, 40, len(data) // 2, len(data) - 1):
+        length -= (len(data) - length) % record == 0
         assert refusal(name_of(format), data[:length]), length
+    assert refusal(name_of(format), b"") == "empty file"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -253,12 +252,13 @@ def test_a_numpy_file_can_run_no_code_and_take_no_memory_it_does_not_have(events
 
 
 def test_readers_agree_with_expelliarmus_on_its_files(tmp_path, events):
+    """Not of EVT 3.0: its writer gives the high bits of the time once only, and its reader counts them twice."""
     expelliarmus = pytest.importorskip("expelliarmus")
     array = np.zeros(len(events.t), dtype=[("t", "<i8"), ("x", "<i2"), ("y", "<i2"), ("p", "u1")])
     for name, column in (("t", events.t + 70_000), ("x", events.x), ("y", events.y), ("p", events.p)):
         array[name] = column
-    for encoding, extension in (("dat", "dat"), ("evt2", "raw"), ("evt3", "raw")):
-        path = tmp_path / f"{encoding}.{extension}"
+    for encoding, extension in (("dat", "dat"), ("evt2", "raw")):
+        path = tmp_path / f"theirs_{encoding}.{extension}"
         expelliarmus.Wizard(encoding=encoding).save(path, array)
         assert same(read(path.name, path.read_bytes())[0], events), encoding
         ours = tmp_path / f"ours_{encoding}.{extension}"
@@ -274,7 +274,7 @@ def packed(folder: Path) -> dict[str, Events]:
 @pytest.mark.parametrize("format", FORMATS)
 def test_packing_loses_nothing(tmp_path, format):
     expected = write_classes(tmp_path / "in", format)
-    done = prepare("events", tmp_path / "in", tmp_path / "out", "--val-ratio", 0.2, "--sensor", "34x34")
+    done = prepare("events", tmp_path / "in", tmp_path / "out", "--val-ratio", 0.5, "--sensor", "34x34")
     assert done.returncode == 0, done.stderr
     found = {}
     for split in ("train", "val"):

@@ -181,6 +181,7 @@ def write_gesture(root: Path, users: int = 3, gestures: int = 4) -> dict[str, tu
             found[f"{stem}_{place + 1:02d}"] = (events, label + 1)
             clock += 1_000_000
         packets = [packet(all_rows[at : at + 300]) for at in range(0, len(all_rows), 300)]
+        packets.append(packet([(clock + step, 6, 6, 1) for step in range(20)]))  # behind the last gesture
         (root / f"{stem}.aedat").write_bytes(AEDAT3_HEAD + OTHER_PACKET + b"".join(packets))
         (root / f"{stem}_labels.csv").write_text("\n".join(lines) + "\n")
     (root / "trials_to_train.txt").write_text("\n".join(names[:-1]) + "\n")
