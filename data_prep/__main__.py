@@ -1,9 +1,10 @@
-"""`python -m data_prep SOURCE … DIR`: any image collection becomes verified WebDataset shards."""
+"""`python -m data_prep SOURCE … DIR`: a collection of images, or of recordings of events, becomes verified shards."""
 
 import argparse
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -13,11 +14,15 @@ from data_prep.plan import Options
 from data_prep.pool import StopRequestedError
 from data_prep.prepare import AllowedBad, Source, prepare
 from data_prep.sources.digits import SHARD_BYTES, Digits
+from data_prep.sources.digits_dvs import DigitsDvs
+from data_prep.sources.event_formats import TIME_UNITS, Settings
+from data_prep.sources.events import Recordings
 from data_prep.sources.imagefolder import ImageFolder
 from data_prep.sources.imagenet import ImageNet
 from data_prep.sources.parquet import Parquet
 from data_prep.stores import Store, is_url, make_store
 from data_prep.verify import verify
+from pipeline.data.decode.events import MAX_SIDE
 from pipeline.errors import EXIT_DATA, EXIT_DONE, EXIT_STOPPED, EXIT_USAGE, ConfigError, DataError
 from pipeline.run_dir import caches
 
@@ -85,16 +90,6 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of the shuffle (default 0)")
     command.add_argument(
-        "--resize",
-        type=_integer(1, 65536),
-        default=0,
-        metavar="SHORT_SIDE",
-        help="shrink the shorter side to this many pixels",
-    )
-    command.add_argument(
-        "--quality", type=_integer(1, 100), default=90, help="JPEG quality of resized images (default 90)"
-    )
-    command.add_argument(
         "--limit",
         type=_integer(1, 2**40),
         default=0,
@@ -108,16 +103,30 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="refused samples of a split that are tolerated, a number or a share (default 0.1%%)",
     )
+    command.add_argument("--scratch", metavar="FOLDER", help="local folder for files before their upload to a URL")
+
+
+def _add_image_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--resize",
+        type=_integer(1, 65536),
+        default=0,
+        metavar="SHORT_SIDE",
+        help="shrink the shorter side to this many pixels",
+    )
+    command.add_argument(
+        "--quality", type=_integer(1, 100), default=90, help="JPEG quality of resized images (default 90)"
+    )
     command.add_argument(
         "--no-decode", action="store_true", help="check headers and ends of files only, at the speed of a copy"
     )
-    command.add_argument("--scratch", metavar="FOLDER", help="local folder for files before their upload to a URL")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     digits = commands.add_parser("digits", help="scikit-learn's 1,797 digits, the built-in default")
+    digits_dvs = commands.add_parser("digits_dvs", help="the digits before a simulated event camera")
     imagenet = commands.add_parser("imagenet", help="ILSVRC2012, from its archives or unpacked")
     imagenet.add_argument("--train", required=True, help="ILSVRC2012_img_train.tar, or a folder of synset folders")
     imagenet.add_argument("--val", help="ILSVRC2012_img_val.tar, or a folder of its images")
@@ -136,16 +145,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     parquet.add_argument("--image-column", metavar="NAME", help="column of the images, where it is not found")
     parquet.add_argument("--label-column", metavar="NAME", help="column of the labels, where it is not found")
+    events = commands.add_parser("events", help="recordings of event cameras: .bin, .aedat, .dat, .raw, .npz, .npy")
+    _add_event_options(events)
     for command in (digits, imagenet, imagefolder, parquet):
+        _add_common(command)
+        _add_image_options(command)
+    for command in (digits_dvs, events):
         _add_common(command)
     _add_checks(commands)
     return parser
 
 
+def _sensor(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not all(side.isdigit() and 0 < int(side) <= MAX_SIDE for side in (width, height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size of a sensor; write WIDTHxHEIGHT, such as 128x128")
+    return int(width), int(height)
+
+
+def _add_event_options(events: argparse.ArgumentParser) -> None:
+    events.add_argument(
+        "source", metavar="SRC", nargs="+", help="folders or archives of [SPLIT/]CLASS/FILE, or of DVS128 Gesture"
+    )
+    events.add_argument(
+        "--sensor", type=_sensor, metavar="WxH", help="width and height, where the files do not say them (34x34)"
+    )
+    events.add_argument(
+        "--time-unit", choices=tuple(TIME_UNITS), default="us", help="of times in .npz and .npy (default us)"
+    )
+    events.add_argument(
+        "--val-ratio",
+        type=_ratio,
+        default=0.0,
+        help="share of each class to hold out as val where there is one split (default 0)",
+    )
+
+
 def _add_checks(commands) -> None:
     verify = commands.add_parser("verify", help="check a data set against its manifests, one line a fault")
     verify.add_argument("directory", metavar="DIR", help="folder or URL of a data set, or of one split")
-    verify.add_argument("--decode", action="store_true", help="decode every image, too")
+    verify.add_argument("--decode", action="store_true", help="decode every sample, too")
     verify.add_argument("--workers", type=_integer(1, 1024), default=len(os.sched_getaffinity(0)), help="processes")
     info = commands.add_parser("info", help="a table of what a data set holds, and a contact sheet")
     info.add_argument("directory", metavar="DIR", help="folder or URL of a data set, or of one split")
@@ -162,7 +201,10 @@ def _source(arguments: argparse.Namespace) -> Source:
         return ImageFolder(arguments.source, arguments.val_ratio, arguments.seed)
     if arguments.command == "parquet":
         return Parquet(arguments.source, arguments.image_column, arguments.label_column)
-    return Digits(arguments.seed)
+    if arguments.command == "events":
+        settings = Settings(sensor=arguments.sensor, time_unit=arguments.time_unit)
+        return Recordings(arguments.source, settings, arguments.val_ratio, arguments.seed)
+    return DigitsDvs(arguments.seed) if arguments.command == "digits_dvs" else Digits(arguments.seed)
 
 
 def _require_apart(arguments: argparse.Namespace) -> None:
@@ -172,8 +214,11 @@ def _require_apart(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.directory).resolve()
     for name in ("source", "train", "val", "devkit"):
         given = getattr(arguments, name, None)
-        if isinstance(given, str) and directory.is_relative_to(Path(given).resolve()):
-            raise ConfigError(f"DIR={arguments.directory} lies in {given}, which is packed; give a DIR outside of it")
+        for path in given if isinstance(given, list) else [given]:
+            if isinstance(path, str) and directory.is_relative_to(Path(path).resolve()):
+                raise ConfigError(
+                    f"DIR={arguments.directory} lies in {path}, which is packed; give a DIR outside of it"
+                )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -185,14 +230,11 @@ def _run(arguments: argparse.Namespace) -> int:
         store = make_store(arguments.directory)
         info(store, Path(arguments.sheet) if arguments.sheet else _sheet_path(store), arguments.seed, _say)
         return EXIT_DONE
-    options = Options(
-        shard_bytes=arguments.shard_bytes or (SHARD_BYTES if arguments.command == "digits" else 0),
-        seed=arguments.seed,
-        resize=arguments.resize,
-        quality=arguments.quality,
-        limit=arguments.limit,
-        decode=not arguments.no_decode,
-    )
+    small = SHARD_BYTES if arguments.command in ("digits", "digits_dvs") else 0
+    options = Options(shard_bytes=arguments.shard_bytes or small, seed=arguments.seed, limit=arguments.limit)
+    if "resize" in arguments:  # of images
+        decode = not arguments.no_decode
+        options = replace(options, resize=arguments.resize, quality=arguments.quality, decode=decode)
     store = make_store(arguments.directory, arguments.scratch)
     _require_apart(arguments)
     source, allowed_bad = _source(arguments), arguments.allow_bad

@@ -41,9 +41,15 @@ def existing(path: str, option: str) -> Path:
 
 
 class PassedOver:
-    """Finds by name the members that are no images, and counts them, so that none is left out in silence."""
+    """Finds by name the members that are no samples, and counts them, so that none is left out in silence.
 
-    def __init__(self) -> None:
+    Args:
+        wanted: extensions of the samples; None: every file may be an image that is of no other known kind.
+        noun: what the samples are called.
+    """
+
+    def __init__(self, wanted: frozenset[str] | None = None, noun: str = "images") -> None:
+        self._wanted, self._noun = wanted, noun
         self._kinds: Counter[str] = Counter()
         self._num_hidden = 0
 
@@ -52,10 +58,15 @@ class PassedOver:
         if is_hidden(item.name):
             self._num_hidden += not item.folder
             return HIDDEN
-        kind = "" if item.folder else _other_kind(item.name)
+        kind = "" if item.folder else _other_kind(item.name) if self._wanted is None else self._unwanted(item.name)
         if kind:
             self._kinds[kind] += 1
         return kind
+
+    def _unwanted(self, name: bytes) -> str:
+        base = name.rsplit(b"/", 1)[-1].decode("utf-8", "backslashreplace").casefold()
+        extension = base.rpartition(".")[2] if "." in base else ""
+        return "" if extension in (self._wanted or ()) else f".{extension}" if extension else base
 
     def tell(self, say: Callable[[str], None]) -> None:
         """Says what was passed over: one line for hidden files, one for the others."""
@@ -65,7 +76,7 @@ class PassedOver:
             counts = ", ".join(f"{kind} {num:,}" for kind, num in self._kinds.most_common(5))
             more = f" and {len(self._kinds) - 5} more kinds" if len(self._kinds) > 5 else ""
             num = sum(self._kinds.values())
-            say(f"{num:,} files that are no images by their names are passed over: {counts}{more}")
+            say(f"{num:,} files that are no {self._noun} by their names are passed over: {counts}{more}")
 
 
 def is_hidden(name: bytes) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from data_prep.collection import Refusal, Split, SplitBuilder
+from data_prep.collection import Convert, Reader, Refusal, Split, SplitBuilder
 from data_prep.plan import shuffled
 from data_prep.sources.files import ARCHIVE_KINDS, HIDDEN, PassedOver, existing, open_collection, path_fingerprint
 from data_prep.sources.layout import LAYOUT, Layout, Tree, find_layout, is_in, join
@@ -27,6 +27,10 @@ class ImageFolder:
         seed: draws what is held out.
     """
 
+    _wanted: frozenset[str] | None = None
+    """Extensions of the samples; None: every file may be an image that is of no other known kind."""
+    _noun = "images"
+
     def __init__(self, path: str, val_ratio: float, seed: int) -> None:
         self._path = existing(path, "imagefolder")
         self._val_ratio, self._seed = val_ratio, seed
@@ -37,8 +41,11 @@ class ImageFolder:
 
     def index(self, work: Path, say: Callable[[str], None]) -> list[Split]:
         members, reader = open_collection(self._path, work, say)
+        return self._index_members(members, reader, say)
+
+    def _index_members(self, members: Iterable[Member], reader: Reader, say: Callable[[str], None]) -> list[Split]:
         lists = Lists(reader)
-        found = _Found(members, lists, say)
+        found = _Found(members, lists, PassedOver(self._wanted, self._noun), say)
         try:
             layout = find_layout(found.tree, str(self._path))
         except DataError as error:
@@ -52,13 +59,20 @@ class ImageFolder:
             builders = _held_out(builders["train"], self._val_ratio, self._seed)
         elif self._val_ratio:
             say(f"--val-ratio is not used: the source has the splits {', '.join(builders)}")
-        return [builder.build(classes, shown=lists.words(classes)) for builder in builders.values()]
+        shown, convert = lists.words(classes), self._converter()
+        return [builder.build(classes, shown=shown, convert=convert) for builder in builders.values()]
+
+    def _converter(self) -> Convert | None:
+        """What makes events of a sample; None for images."""
+        return None
 
 
 class _Found:
     """The members of a source, by kind; what is passed over is counted and said."""
 
-    def __init__(self, members: Iterable[Member], lists: Lists, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, members: Iterable[Member], lists: Lists, passed_over: PassedOver, say: Callable[[str], None]
+    ) -> None:
         self.images: list[Member] = []
         """What is taken for an image: every file of no other known kind."""
         self.refused: list[Refusal] = []
@@ -69,7 +83,6 @@ class _Found:
         """Folders that hold files of other kinds."""
         self.archive = ""
         """An archive in the source: perhaps the user meant to give that."""
-        passed_over = PassedOver()
         for item in members:
             name = item.name.decode("utf-8", "backslashreplace")
             if kind := passed_over.kind(item):

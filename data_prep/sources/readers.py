@@ -43,6 +43,11 @@ class FileReader:
         self._path = path
         self._handle = -1
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
     def _open(self) -> int:
         if self._handle < 0:
             self._handle = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,406 @@
+"""The formats of event cameras: the bytes of a file → its events.
+
+    .bin    N-MNIST, N-Caltech101: 40 bits an event, big-endian (Orchard et al. 2015)
+    .aedat  AEDAT 2.0 of a DVS128, as CIFAR10-DVS has it, and 3.1, as DVS128 Gesture has it (inivation's specifications)
+    .dat    Prophesee DAT, change detection events
+    .raw    Prophesee EVT 2.0 and 3.0
+    .npz    arrays named x, y, t, p, or one structured array; .npy: a structured array
+
+All are read by numpy without a loop over events. tonic's readers check nothing and need librosa to install;
+expelliarmus does not return from a .dat that was cut. The tests compare with both on whole files.
+"""
+
+import io
+import math
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.images import Inspected, RefusedError
+from pipeline.data.decode.events import EXTENSION, Events, encode
+
+EXTENSIONS = frozenset(("bin", "aedat", "dat", "raw", "npz", "npy"))
+"""Of the files that are recordings."""
+DVS128 = (128, 128)
+TIME_UNITS = {"us": 1, "ms": 1_000, "s": 1_000_000}
+"""Microseconds of each unit that times in .npz and .npy may have."""
+SORTED, INVALID, UNTIMED = (
+    "events out of the order of time were sorted",
+    "events marked as invalid, or of no pixel, were left out",
+    "events before the first time of the file were left out",
+)
+"""Warnings of recordings that are kept."""
+_MAX_UNPACKED = 1 << 30  # bytes of an array in an .npz
+_SOURCES = {"DVS128": DVS128, "DAVIS240": (240, 180), "DAVIS346": (346, 260)}  # of AEDAT 3.1, width and height
+_PACKET = struct.Struct("<hhiiiiii")
+_POLARITY_EVENT = 1
+_NAMES = {
+    "t": ("t", "ts", "time", "times", "timestamp", "timestamps"),
+    "x": ("x",),
+    "y": ("y",),
+    "p": ("p", "pol", "polarity", "polarities"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What files do not say of themselves."""
+
+    sensor: tuple[int, int] | None = None
+    """Width and height; None: as the file or its format says."""
+    time_unit: str = "us"
+    """Of .npz and .npy, a key of `TIME_UNITS`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Raw:
+    """What lies in a file, in its order."""
+
+    t: np.ndarray
+    """int64, in µs from any point."""
+    x: np.ndarray
+    y: np.ndarray
+    p: np.ndarray
+    """0 and 1, or -1 and 1."""
+    format: str
+    sensor: tuple[int, int] | None = None
+    """Width and height, where the file or its format says them."""
+    warnings: tuple[str, ...] = ()
+
+
+def convert(name: str, data: memoryview, settings: Settings) -> Inspected:
+    """The recording in the file `name`, of the bytes `data`, as it is stored.
+
+    Raises:
+        RefusedError: it is cut, empty, of another format, or holds what no recording can.
+    """
+    if not len(data):
+        raise RefusedError("empty file")
+    return inspected(_READERS[name.rsplit(".", 1)[-1].casefold()](data, settings), settings)
+
+
+def inspected(raw: Raw, settings: Settings) -> Inspected:
+    """The recording as it is stored: in the order of time, polarity 0 or 1, on a known sensor."""
+    sensor = settings.sensor or raw.sensor
+    if sensor is None:
+        raise RefusedError("the file does not say the size of its sensor; give it, such as --sensor 128x128")
+    if not len(raw.t):
+        raise RefusedError("holds no event")
+    warnings, t, x, y = raw.warnings, raw.t, raw.x, raw.y
+    p = _polarity(raw.p)
+    if (t[1:] < t[:-1]).any():
+        order = np.argsort(t, kind="stable")
+        t, x, y, p = t[order], x[order], y[order], p[order]
+        warnings = (*warnings, SORTED)
+    try:
+        data = encode(Events(t - t[0], x, y, p, *sensor))
+    except ValueError as error:
+        raise RefusedError(f"{error} ({sensor[0]}x{sensor[1]} pixels)") from None
+    return Inspected(EXTENSION, sensor[1], sensor[0], (raw.format,), data, warnings)
+
+
+def _polarity(p: np.ndarray) -> np.ndarray:
+    if p.dtype == bool:
+        return p.astype(np.uint8)
+    low, high = p.min(), p.max()
+    if low == -1 and high <= 1 and not (p == 0).any():
+        return (p == 1).astype(np.uint8)
+    if low < 0 or high > 1 or not ((p == 0) | (p == 1)).all():
+        raise RefusedError(f"polarities from {low} to {high}; they must be 0 and 1, or -1 and 1")
+    return p.astype(np.uint8)
+
+
+def _unwrapped(t: np.ndarray, bits: int) -> np.ndarray:
+    """`t` as int64 without the wraps of a counter of so many bits: a fall by more than half its range is one."""
+    steps = np.diff(t.astype(np.int64), prepend=0)
+    half = 1 << bits - 1
+    steps[1:] = (steps[1:] + half) % (2 * half) - half
+    return np.cumsum(steps)
+
+
+def _whole(data: memoryview, at: int, dtype: np.dtype | str, what: str) -> np.ndarray:
+    """The records from byte `at` to the end; `RefusedError` where the last is cut."""
+    size = np.dtype(dtype).itemsize
+    if rest := (len(data) - at) % size:
+        raise RefusedError(f"truncated: {rest} bytes behind the last whole {what} of {size} bytes")
+    return np.frombuffer(data, dtype=dtype, offset=at)
+
+
+def _read_bin(data: memoryview, settings: Settings) -> Raw:
+    columns = _whole(data, 0, "(5,)u1", "event").astype(np.int64)
+    x, y, p = columns[:, 0], columns[:, 1], columns[:, 2] >> 7
+    t = (columns[:, 2] & 127) << 16 | columns[:, 3] << 8 | columns[:, 4]
+    overflows = y == 240  # no event: later times are 2^13 µs more
+    if overflows.any():
+        t = t + np.cumsum(overflows) * (1 << 13)
+        t, x, y, p = (column[~overflows] for column in (t, x, y, p))
+    else:
+        t = _unwrapped(t, 23)
+    return Raw(t=t, x=x, y=y, p=p, format="N-MNIST bin", sensor=(34, 34))
+
+
+def text_header(data: memoryview, mark: bytes, last: bytes | None = None) -> tuple[bytes, int]:
+    """The lines at the start that begin with `mark`, up to the one that is `last`, and the offset behind them."""
+    at = 0
+    while bytes(data[at : at + 1]) == mark:
+        line = bytes(data[at : at + 4096])
+        end = line.find(b"\n")
+        if end < 0:
+            raise RefusedError("truncated: it ends in its header")
+        at += end + 1
+        if last is not None and line[:end].strip() == last:
+            break
+    return bytes(data[:at]), at
+
+
+def _read_aedat(data: memoryview, settings: Settings) -> Raw:
+    start = bytes(data[:16])
+    if start.startswith(b"#!AER-DAT2"):
+        return _read_aedat2(data)
+    if start.startswith(b"#!AER-DAT3.1"):
+        header, at = text_header(data, b"#", b"#!END-HEADER")
+        found = [size for name, size in _SOURCES.items() if re.search(rb"#Source \d+: " + name.encode(), header)]
+        packets, end = walk_packets(data, at)
+        if end < len(data):
+            raise RefusedError(f"truncated: {len(data) - end} bytes behind the last whole packet")
+        return read_packets(data, packets, sensor=found[0] if found else None)
+    raise RefusedError("not AEDAT 2.0 or 3.1, the versions that are read; convert it, for instance to .npz")
+
+
+def _read_aedat2(data: memoryview) -> Raw:
+    """Of a DVS128. x and y are as in SpikingJelly's CIFAR10-DVS: upright pictures with 0, 0 at the top left."""
+    _, at = text_header(data, b"#")
+    events = _whole(data, at, np.dtype([("address", ">u4"), ("t", ">u4")]), "event")
+    address, is_pixel = events["address"].astype(np.int64), events["address"] < 1 << 15
+    t = _unwrapped(events["t"], 32)
+    warnings = () if is_pixel.all() else (INVALID,)
+    address, t = address[is_pixel], t[is_pixel]
+    x, y, p = 127 - (address >> 8 & 127), 127 - (address >> 1 & 127), 1 - (address & 1)
+    return Raw(t=t, x=x, y=y, p=p, format="AEDAT 2.0", sensor=DVS128, warnings=warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A packet of AEDAT 3.1."""
+
+    at: int
+    """Offset of its header."""
+    end: int
+    kind: int
+    """Type of its events."""
+    size: int
+    """Bytes of an event."""
+    num: int
+    overflow: int
+    """How often the 31 bits of the time had wrapped."""
+
+    def columns(self, data: memoryview) -> np.ndarray:
+        """Of a packet of polarity events, `(num, 2)` uint32: data and time."""
+        flat = np.frombuffer(data, dtype="<u4", count=self.num * 2, offset=self.at + _PACKET.size)
+        return flat.reshape(-1, 2)
+
+    def times(self, data: memoryview) -> np.ndarray:
+        """In µs, `(num,)` int64."""
+        return self.columns(data)[:, 1].astype(np.int64) + (self.overflow << 31)
+
+
+def walk_packets(data: memoryview, at: int) -> tuple[list[Packet], int]:
+    """The packets of polarity events from byte `at`, and where the last whole packet of any kind ends."""
+    packets = []
+    while at + _PACKET.size <= len(data):
+        kind, _, size, _, overflow, capacity, num, _ = _PACKET.unpack_from(data, at)
+        if size <= 0 or capacity <= 0 or not 0 <= num <= capacity or overflow < 0:
+            raise RefusedError(f"damaged: a packet of {num} events of {size} bytes at byte {at}")
+        end = at + _PACKET.size + capacity * size
+        if end > len(data):
+            break
+        if kind == _POLARITY_EVENT:
+            if size != 8:
+                raise RefusedError(f"damaged: polarity events of {size} bytes at byte {at}, where they have 8")
+            packets.append(Packet(at, end, kind, size, num, overflow))
+        at = end
+    return packets, at
+
+
+def read_packets(data: memoryview, packets: list[Packet], sensor: tuple[int, int] | None) -> Raw:
+    """The valid events of these packets."""
+    columns = [packet.columns(data) for packet in packets] or [np.zeros((0, 2), np.uint32)]
+    times = [packet.times(data) for packet in packets] or [np.zeros(0, np.int64)]
+    word, t = np.concatenate(columns)[:, 0].astype(np.int64), np.concatenate(times)
+    valid = word & 1 == 1
+    warnings = () if valid.all() else (INVALID,)
+    word, t = word[valid], t[valid]
+    x, y, p = word >> 17 & 0x7FFF, word >> 2 & 0x7FFF, word >> 1 & 1
+    return Raw(t=t, x=x, y=y, p=p, format="AEDAT 3.1", sensor=sensor, warnings=warnings)
+
+
+def _size_in(header: bytes) -> tuple[int, int] | None:
+    """Width and height in the header of a Prophesee file: "% Width 304", or "geometry 1280x720", or "width=1280"."""
+    if found := re.search(rb"geometry[ :]+(\d{1,6})x(\d{1,6})", header, re.IGNORECASE):
+        return int(found[1]), int(found[2])
+    sides = [re.search(side + rb"[ :=]+(\d{1,6})", header, re.IGNORECASE) for side in (b"width", b"height")]
+    return (int(sides[0][1]), int(sides[1][1])) if sides[0] and sides[1] else None
+
+
+def _read_dat(data: memoryview, settings: Settings) -> Raw:
+    header, at = text_header(data, b"%")
+    kind = bytes(data[at : at + 2])
+    if len(kind) < 2 or kind[0] not in (0x00, 0x0C) or kind[1] != 8:
+        raise RefusedError("not a DAT of change detection events of 8 bytes")
+    events = _whole(data, at + 2, np.dtype([("t", "<u4"), ("word", "<u4")]), "event")
+    word = events["word"].astype(np.int64)
+    x, y, p = word & 0x3FFF, word >> 14 & 0x3FFF, word >> 28
+    return Raw(t=_unwrapped(events["t"], 32), x=x, y=y, p=p, format="DAT", sensor=_size_in(header))
+
+
+def _read_raw(data: memoryview, settings: Settings) -> Raw:
+    header, at = text_header(data, b"%", b"% end")
+    version = re.search(rb"% (?:evt (\d\.\d)|format EVT(\d+))", header, re.IGNORECASE)
+    number = (version[1] or version[2]).rstrip(b"0").rstrip(b".").decode() if version else "none"
+    if number not in ("2", "3"):
+        raise RefusedError(f"not EVT 2.0 or 3.0, the formats that are read (its header says {number})")
+    return (_read_evt2 if number == "2" else _read_evt3)(data, at, _size_in(header))
+
+
+def _last(is_mark: np.ndarray) -> np.ndarray:
+    """For every place the last one up to it where `is_mark`; -1 where there is none."""
+    return np.maximum.accumulate(np.where(is_mark, np.arange(len(is_mark)), -1))
+
+
+def _high_times(words: np.ndarray, is_high: np.ndarray, bits: int) -> np.ndarray:
+    """At each word the time that the last TIME_HIGH word up to it says, without its wraps; meaningless before."""
+    highs = np.zeros(len(words), np.int64)
+    if is_high.any():
+        highs[is_high] = _unwrapped(words[is_high], bits)
+    return highs[np.maximum(_last(is_high), 0)]
+
+
+def _read_evt2(data: memoryview, at: int, sensor: tuple[int, int] | None) -> Raw:
+    words = _whole(data, at, "<u4", "word").astype(np.int64)
+    kind = words >> 28
+    is_high = kind == 8
+    highs = _high_times(words & (1 << 28) - 1, is_high, 28)
+    is_event = kind <= 1
+    timed = is_event & (_last(is_high) >= 0)
+    event, t = words[timed], highs[timed] << 6 | words[timed] >> 22 & 63
+    warnings = (UNTIMED,) if timed.sum() < is_event.sum() else ()
+    x, y, p = event >> 11 & 0x7FF, event & 0x7FF, event >> 28
+    return Raw(t=t, x=x, y=y, p=p, format="EVT 2.0", sensor=sensor, warnings=warnings)
+
+
+def _read_evt3(data: memoryview, at: int, sensor: tuple[int, int] | None) -> Raw:
+    """EVT 3.0: words of 16 bits, of which some set row, time, or first column of the vectors of events that follow."""
+    words = _whole(data, at, "<u2", "word").astype(np.int64)
+    kind, low = words >> 12, words & 0xFFF
+    is_y, is_single, is_base, is_12, is_8 = (kind == number for number in (0, 2, 3, 4, 5))
+    is_low, is_high = kind == 6, kind == 8
+    widths = np.where(is_12, 12, np.where(is_8, 8, 0))
+    # A vector begins where the last base says, moved by the vectors in between.
+    moved = np.cumsum(widths) - widths
+    base = np.maximum(_last(is_base), 0)
+    first = (low[base] & 0x7FF) + moved - moved[base]
+    bits = np.where(is_single, 1, np.where(is_12, low, np.where(is_8, low & 0xFF, 0)))
+    place, bit = np.nonzero(bits[:, None] >> np.arange(12) & 1)
+    x = np.where(is_single[place], low[place] & 0x7FF, first[place] + bit)
+    p = np.where(is_single[place], low[place], low[base[place]]) >> 11 & 1
+    row, clock = _last(is_y), _last(is_low)
+    known = (row >= 0) & (clock >= 0) & (_last(is_high) >= 0) & (is_single | (_last(is_base) >= 0))
+    keep = known[place]
+    highs = _high_times(low, is_high, 12)
+    t = highs[place] << 12 | low[np.maximum(clock[place], 0)]
+    y = low[np.maximum(row[place], 0)] & 0x7FF
+    t, x, y, p = t[keep], x[keep], y[keep], p[keep]
+    warnings = () if keep.all() else (UNTIMED,)
+    return Raw(t=t, x=x, y=y, p=p, format="EVT 3.0", sensor=sensor, warnings=warnings)
+
+
+def _read_npy(data: bytes | memoryview) -> np.ndarray:
+    """The array in an .npy; nothing in it is executed, and no more memory is taken than it has bytes."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except (ValueError, EOFError) as error:
+        raise RefusedError(f"not an array of numpy: {' '.join(str(error).split())[:200]}") from None
+    if dtype.hasobject:
+        raise RefusedError("holds Python objects, which are not read: they could run any code")
+    needed = math.prod(shape) * dtype.itemsize
+    if needed != len(data) - stream.tell():
+        raise RefusedError(f"truncated or damaged: {len(data) - stream.tell()} bytes, its header says {needed}")
+    flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
+    return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def _read_npz(data: memoryview, settings: Settings) -> Raw:
+    arrays = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith(".npy"):
+                    if entry.file_size > _MAX_UNPACKED:
+                        raise RefusedError(f"{entry.filename} would unpack to {entry.file_size} bytes")
+                    arrays[entry.filename.removesuffix(".npy")] = _read_npy(archive.read(entry))
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise RefusedError(f"truncated or damaged: {' '.join(str(error).split())[:200]}") from None
+    if len(arrays) == 1 and (only := next(iter(arrays.values()))).dtype.names:
+        return _from_columns({name: only[name] for name in only.dtype.names}, settings, "npz")
+    return _from_columns(arrays, settings, "npz")
+
+
+def _read_structured(data: memoryview, settings: Settings) -> Raw:
+    array = _read_npy(data)
+    if not array.dtype.names:
+        raise RefusedError(
+            f"a plain array of {array.shape}, whose columns have no names; save a structured array with x, y, t, p"
+        )
+    return _from_columns({name: array[name] for name in array.dtype.names}, settings, "npy")
+
+
+def _from_columns(columns: dict[str, np.ndarray], settings: Settings, format: str) -> Raw:
+    lowered, found = {name.casefold(): column for name, column in columns.items()}, {}
+    for name, known in _NAMES.items():
+        named = [lowered[one] for one in known if one in lowered]
+        if len(named) != 1:
+            there = ", ".join(sorted(columns)) or "no arrays"
+            raise RefusedError(
+                f"{len(named)} arrays are called {' or '.join(known)}, where one must be; it has {there}"
+            )
+        found[name] = named[0]
+    shapes = {column.shape for column in found.values()}
+    if len(shapes) > 1 or len(shapes.copy().pop()) != 1:
+        raise RefusedError(f"x, y, t, p of the shapes {sorted(shapes)}; they must be (n,) and alike")
+    t = _integers("t", found["t"], TIME_UNITS[settings.time_unit])
+    x, y, p = (_integers(name, found[name], 1) for name in "xyp")
+    return Raw(t=t, x=x, y=y, p=p, format=format)
+
+
+def _integers(name: str, column: np.ndarray, factor: int) -> np.ndarray:
+    """`column` times `factor` as int64; `RefusedError` where that loses something."""
+    if column.dtype.kind not in "biuf":
+        raise RefusedError(f"{name} is {column.dtype}, not numbers")
+    if column.dtype.kind == "f":
+        scaled = column.astype(np.float64) * factor
+        rounded = np.rint(scaled)
+        if not (np.abs(scaled) < 2**53).all() or (np.abs(scaled - rounded) > 0.01).any():
+            what = "µs; --time-unit says what t is in (us, ms or s)" if name == "t" else name
+            raise RefusedError(f"{name} holds values that are no whole numbers of {what}")
+        return rounded.astype(np.int64)
+    if len(column) and (int(column.max()) * factor >= 1 << 62 or int(column.min()) * factor <= -(1 << 62)):
+        raise RefusedError(f"{name} goes up to {column.max()}, which is no time or place of an event")
+    return column.astype(np.int64) * factor
+
+
+_READERS: dict[str, Callable[[memoryview, Settings], Raw]] = {
+    "bin": _read_bin,
+    "aedat": _read_aedat,
+    "dat": _read_dat,
+    "raw": _read_raw,
+    "npz": _read_npz,
+    "npy": _read_structured,
+}
