@@ -28,6 +28,7 @@ SHARED_WITH_DATA_PREP = {
     "pipeline.data.manifest",  # the shard format
     "pipeline.data.order",  # the hash that shuffles
     "pipeline.data.decode.image_headers",  # what a whole image is
+    "pipeline.data.decode.events",  # what a whole recording is
     "pipeline.errors",
     "pipeline.run_dir.atomic",
     "pipeline.run_dir.caches",

@@ -2,11 +2,12 @@
 
     DIR/train/                   one shard set a split
       manifest.json              format, split, classes and what to show for them, every file's size and SHA-256
-      train-000000.tar           a WebDataset tar: KEY.cls (the label in ASCII), then KEY.jpg or KEY.png
+      train-000000.tar           a WebDataset tar: KEY.cls (the label in ASCII), then KEY.jpg or KEY.png; or KEY.events
       train-000000.idx           DALI's index of it (format v1.2)
       train-000000.npy           SAMPLE_DTYPE records in the tar's order
 
-A sample's number is its position in the concatenation of the shards: shard 0's samples first.
+A sample's number is its position in the concatenation of the shards: shard 0's samples first. A set holds images or
+recordings of events (pipeline/data/decode/events.py); of these height and width are the sensor's.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
+from pipeline.data.decode.events import MAX_SIDE
 from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote, join
 from pipeline.errors import ConfigError, DataError, is_outage
 from pipeline.run_dir import outages
@@ -28,6 +30,8 @@ from pipeline.run_dir import outages
 FORMAT = "chispike-shards"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
+KINDS = IMAGES, EVENTS = "images", "events"
+"""What the samples of a set are."""
 TRAIN, EVALUATION = "train", "val"
 """Names of the splits, which are their folders."""
 # Names become paths in the set and in the cache: they must not lead out of these folders, nor hold invalid bytes.
@@ -37,10 +41,10 @@ _MOST = 1 << 53  # bytes or samples of a shard: sums of larger numbers could ove
 
 SAMPLE_DTYPE = np.dtype(
     [
-        ("offset", "<u8"),  # of the image's bytes in the tar
-        ("length", "<u4"),  # of the image, in bytes
+        ("offset", "<u8"),  # of the image's bytes, or the events', in the tar
+        ("length", "<u4"),  # of these, in bytes
         ("label", "<i4"),  # index into the manifest's classes
-        ("height", "<u4"),  # in pixels, after EXIF rotation
+        ("height", "<u4"),  # in pixels, after EXIF rotation; of events the sensor's
         ("width", "<u4"),
     ]
 )
@@ -71,6 +75,14 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sensor:
+    """The size of an event camera's pixel array."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What a shard set holds. `classes[label]` is the class's name."""
 
@@ -79,6 +91,10 @@ class Manifest:
     shards: tuple[Shard, ...]
     display_names: tuple[str, ...] = ()
     """Names to show for the classes, in label order, where `classes` are codes (WNIDs); empty: show `classes`."""
+    kind: str = IMAGES
+    """What the samples are, one of `KINDS`. Not in the JSON of images."""
+    sensor: Sensor | None = None
+    """Of events, the sensor that all recordings are of; None where there are several, and of images."""
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -102,6 +118,10 @@ class Manifest:
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
         if not self.display_names:
             del document["display_names"]
+        if self.kind == IMAGES:
+            del document["kind"]
+        if self.sensor is None:
+            del document["sensor"]
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -121,6 +141,8 @@ class Manifest:
                 classes=tuple(document["classes"]),
                 shards=tuple(Shard(**shard) for shard in document["shards"]),
                 display_names=tuple(document.get("display_names", ())),
+                kind=document.get("kind", IMAGES),
+                sensor=Sensor(**document["sensor"]) if "sensor" in document else None,
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"{where} lacks or misspells a field ({error}); make the shards again") from None
@@ -129,6 +151,7 @@ class Manifest:
         if not _is_text(manifest.split):
             raise DataError(f"{where} gives split={manifest.split!r}, not a name; make the shards again")
         _check(manifest.shards, where)
+        _check_kind(manifest, where)
         shown = manifest.display_names
         if shown and (len(shown) != len(manifest.classes) or not all(map(_is_text, shown))):
             raise DataError(
@@ -168,6 +191,20 @@ class Manifest:
 def _is_text(value: object) -> bool:
     """Whether it can be written as UTF-8: JSON lets half a character pass, which `identity` could not hash."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _check_kind(manifest: Manifest, where: str) -> None:
+    """Raises a `DataError` for samples of an unknown kind, or a sensor that no recording could be of."""
+    if manifest.kind not in KINDS:
+        raise DataError(f"{where} holds {manifest.kind!r}; this program reads {' and '.join(KINDS)}: use a newer one")
+    if (sensor := manifest.sensor) is None:
+        return
+    sides = (sensor.height, sensor.width)
+    if manifest.kind != EVENTS or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
+        raise DataError(
+            f"{where} gives {manifest.kind} a sensor of height {sides[0]!r} and width {sides[1]!r}; events have one of "
+            f"1 to {MAX_SIDE} pixels a side, images none; make the shards again"
+        )
 
 
 def _check(shards: tuple[Shard, ...], where: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from launch.train import QUIET, main
 from pipeline.config import DataConfig
 from pipeline.data.loader import Loader, evaluation_batches
-from pipeline.data.manifest import MANIFEST_NAME, Manifest, check_splits, load_manifest
+from pipeline.data.manifest import EVENTS, IMAGES, MANIFEST_NAME, Manifest, Sensor, check_splits, load_manifest
 from pipeline.errors import ConfigError, DataError
 from tests.conftest import launch
 from tests.support.data_servers import serve
@@ -67,6 +68,16 @@ def test_sound_splits_pass_and_the_training_splits_manifest_comes_back(folder):
     assert check_splits(DataConfig(path=str(folder))) == Manifest.load(folder / "train")
 
 
+def test_a_manifest_of_events_says_so_and_one_of_images_does_not():
+    events = Manifest(split="train", classes=("a",), shards=(), kind=EVENTS, sensor=Sensor(height=128, width=64))
+    document = json.loads(events.to_json())
+    assert (document["kind"], document["sensor"]) == ("events", {"height": 128, "width": 64})
+    for manifest in (events, replace(events, sensor=None), replace(events, kind=IMAGES, sensor=None)):
+        assert Manifest.from_json(manifest.to_json(), "here") == manifest
+    assert {"kind", "sensor"}.isdisjoint(json.loads(replace(events, kind=IMAGES, sensor=None).to_json()))
+    assert events.identity != replace(events, sensor=Sensor(height=64, width=64)).identity
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_validation_split_of_other_classes_is_refused(folder, kind):
     edit, said = CLASSES[kind]
@@ -86,6 +97,10 @@ def test_a_validation_split_of_other_classes_is_refused(folder, kind):
         (lambda d: d.update(classes=[0, 1, 2, 3]), "gives classes that are not a list of names"),
         (lambda d: d["classes"].__setitem__(0, "\ud800"), "gives classes that are not a list of names"),
         (lambda d: d.update(split=3), "gives split=3, not a name"),
+        (lambda d: d.update(kind="films"), "holds 'films'; this program reads images and events"),
+        (lambda d: d.update(sensor={"height": 4, "width": 4}), "gives images a sensor of height 4 and width 4"),
+        (lambda d: d.update(kind="events", sensor={"height": 0, "width": 4}), "gives events a sensor of height 0"),
+        (lambda d: d.update(kind="events", sensor={"height": 4}), "lacks or misspells a field"),
         (lambda d: d["shards"][0].update(num_samples=10**20), "gives num_samples=100000000000000000000 for"),
     ],
 )
