@@ -92,8 +92,10 @@ def catch_up(run: Run) -> None:
 def validate(run: Run) -> Evaluation:
     """Evaluates the weights on the validation split: their moving average, if the run keeps one."""
     began = time.monotonic()
-    place = run.place
-    batches = evaluation_batches(run.config.data, rank=place.rank, world_size=place.world_size, device=place.device)
+    config, place = run.config, run.place
+    batches = evaluation_batches(
+        config.data, rank=place.rank, world_size=place.world_size, device=place.device, T=config.model.T
+    )
     engine_state.average_buffers(run.engine)
     with run.ema.shown():
         engine_state.average_buffers(run.engine)  # the moving average has its own buffers

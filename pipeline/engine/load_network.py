@@ -59,7 +59,12 @@ def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str
     chosen = found["model"] if average is None or weights == "last" else average
     tensors = {**chosen["parameters"], **chosen["buffers"]}
     num_classes = len(tensors["fc.weight"])
-    network = sew_resnet.build(config.model, num_classes=num_classes, image_size=config.data.image_size).eval()
+    network = sew_resnet.build(
+        config.model,
+        num_classes=num_classes,
+        in_channels=tensors["conv1.weight"].shape[1],
+        image_size=config.data.image_size,
+    ).eval()
     network.to(tensors["fc.weight"].dtype)
     try:
         state_dicts.load(network, tensors)
