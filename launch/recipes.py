@@ -36,6 +36,26 @@ def digits() -> Config:
     )
 
 
+def digits_dvs() -> Config:
+    """SEW-ResNet, 6 spiking layers, on event data: the digits as a simulated event camera records them while they move.
+
+    python -m data_prep digits_dvs data/digits_dvs
+    deepspeed --num_accelerators 2 launch/train.py --recipe digits_dvs
+
+    """
+    return Config(
+        recipe="digits_dvs",
+        run_dir="runs/digits_dvs",
+        data=DataConfig(
+            path="data/digits_dvs", image_size=24, global_batch=128, micro_batch=16, event_shift=2, flip=False
+        ),
+        model=ModelConfig(arch="sew_tiny", T=8),
+        chi=ChiConfig(target=0.5, target_end=0.3),
+        optim=OptimConfig(lr=0.4),
+        train=TrainConfig(precision=quick_precision(), epochs=20, checkpoint_every=50, eval_every_epochs=5),
+    )
+
+
 def cifar10() -> Config:
     """SEW-ResNet20, 21 spiking layers, T=4, on CIFAR-10 at 32 x 32.
 
@@ -188,6 +208,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
     for recipe in (
         digits,
+        digits_dvs,
         cifar10,
         imagenet_sew34_baseline,
         imagenet_sew34_chi,
