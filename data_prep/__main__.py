@@ -1,9 +1,10 @@
-"""`python -m data_prep SOURCE … DIR`: any image collection becomes verified WebDataset shards."""
+"""`python -m data_prep SOURCE … DIR`: a collection of images, or of recordings of events, becomes verified shards."""
 
 import argparse
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -13,6 +14,7 @@ from data_prep.plan import Options
 from data_prep.pool import StopRequestedError
 from data_prep.prepare import AllowedBad, Source, prepare
 from data_prep.sources.digits import SHARD_BYTES, Digits
+from data_prep.sources.digits_dvs import DigitsDvs
 from data_prep.sources.imagefolder import ImageFolder
 from data_prep.sources.imagenet import ImageNet
 from data_prep.sources.parquet import Parquet
@@ -85,16 +87,6 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of the shuffle (default 0)")
     command.add_argument(
-        "--resize",
-        type=_integer(1, 65536),
-        default=0,
-        metavar="SHORT_SIDE",
-        help="shrink the shorter side to this many pixels",
-    )
-    command.add_argument(
-        "--quality", type=_integer(1, 100), default=90, help="JPEG quality of resized images (default 90)"
-    )
-    command.add_argument(
         "--limit",
         type=_integer(1, 2**40),
         default=0,
@@ -108,16 +100,30 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="refused samples of a split that are tolerated, a number or a share (default 0.1%%)",
     )
+    command.add_argument("--scratch", metavar="FOLDER", help="local folder for files before their upload to a URL")
+
+
+def _add_image_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--resize",
+        type=_integer(1, 65536),
+        default=0,
+        metavar="SHORT_SIDE",
+        help="shrink the shorter side to this many pixels",
+    )
+    command.add_argument(
+        "--quality", type=_integer(1, 100), default=90, help="JPEG quality of resized images (default 90)"
+    )
     command.add_argument(
         "--no-decode", action="store_true", help="check headers and ends of files only, at the speed of a copy"
     )
-    command.add_argument("--scratch", metavar="FOLDER", help="local folder for files before their upload to a URL")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     digits = commands.add_parser("digits", help="scikit-learn's 1,797 digits, the built-in default")
+    digits_dvs = commands.add_parser("digits_dvs", help="the digits before a simulated event camera")
     imagenet = commands.add_parser("imagenet", help="ILSVRC2012, from its archives or unpacked")
     imagenet.add_argument("--train", required=True, help="ILSVRC2012_img_train.tar, or a folder of synset folders")
     imagenet.add_argument("--val", help="ILSVRC2012_img_val.tar, or a folder of its images")
@@ -138,6 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     parquet.add_argument("--label-column", metavar="NAME", help="column of the labels, where it is not found")
     for command in (digits, imagenet, imagefolder, parquet):
         _add_common(command)
+        _add_image_options(command)
+    _add_common(digits_dvs)
     _add_checks(commands)
     return parser
 
@@ -145,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_checks(commands) -> None:
     verify = commands.add_parser("verify", help="check a data set against its manifests, one line a fault")
     verify.add_argument("directory", metavar="DIR", help="folder or URL of a data set, or of one split")
-    verify.add_argument("--decode", action="store_true", help="decode every image, too")
+    verify.add_argument("--decode", action="store_true", help="decode every sample, too")
     verify.add_argument("--workers", type=_integer(1, 1024), default=len(os.sched_getaffinity(0)), help="processes")
     info = commands.add_parser("info", help="a table of what a data set holds, and a contact sheet")
     info.add_argument("directory", metavar="DIR", help="folder or URL of a data set, or of one split")
@@ -162,7 +170,7 @@ def _source(arguments: argparse.Namespace) -> Source:
         return ImageFolder(arguments.source, arguments.val_ratio, arguments.seed)
     if arguments.command == "parquet":
         return Parquet(arguments.source, arguments.image_column, arguments.label_column)
-    return Digits(arguments.seed)
+    return DigitsDvs(arguments.seed) if arguments.command == "digits_dvs" else Digits(arguments.seed)
 
 
 def _require_apart(arguments: argparse.Namespace) -> None:
@@ -185,14 +193,11 @@ def _run(arguments: argparse.Namespace) -> int:
         store = make_store(arguments.directory)
         info(store, Path(arguments.sheet) if arguments.sheet else _sheet_path(store), arguments.seed, _say)
         return EXIT_DONE
-    options = Options(
-        shard_bytes=arguments.shard_bytes or (SHARD_BYTES if arguments.command == "digits" else 0),
-        seed=arguments.seed,
-        resize=arguments.resize,
-        quality=arguments.quality,
-        limit=arguments.limit,
-        decode=not arguments.no_decode,
-    )
+    small = SHARD_BYTES if arguments.command in ("digits", "digits_dvs") else 0
+    options = Options(shard_bytes=arguments.shard_bytes or small, seed=arguments.seed, limit=arguments.limit)
+    if "resize" in arguments:  # of images
+        decode = not arguments.no_decode
+        options = replace(options, resize=arguments.resize, quality=arguments.quality, decode=decode)
     store = make_store(arguments.directory, arguments.scratch)
     _require_apart(arguments)
     source, allowed_bad = _source(arguments), arguments.allow_bad

@@ -4,12 +4,21 @@ The index of a split is a few flat arrays, so that a million samples take some 6
 """
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from data_prep.images import Inspected
+from pipeline.data.manifest import EVENTS, IMAGES
 from pipeline.errors import DataError
+
+Convert = Callable[[str, memoryview], Inspected]
+"""Makes what is stored of a recording: its name in the source and its bytes → its events, as in a shard.
+
+It raises `RefusedError` where the recording cannot be used. It runs in forked workers.
+"""
 
 
 class Reader(Protocol):
@@ -75,9 +84,16 @@ class Split:
     """Display names of the classes, in label order, where they are not the names: the words of a WNID."""
     refusals: tuple[Refusal, ...] = ()
     """Files refused while indexing: links, devices, duplicates, names that are not UTF-8."""
+    convert: Convert | None = None
+    """Of recordings of events; None: the samples are images."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def kind(self) -> str:
+        """What the samples are, one of the manifest's `KINDS`."""
+        return IMAGES if self.convert is None else EVENTS
 
 
 @dataclass(slots=True)
@@ -131,7 +147,11 @@ class SplitBuilder:
         return set(self._classes)
 
     def build(
-        self, classes: tuple[str, ...], display: dict[str, str] | None = None, shown: dict[str, str] | None = None
+        self,
+        classes: tuple[str, ...],
+        display: dict[str, str] | None = None,
+        shown: dict[str, str] | None = None,
+        convert: Convert | None = None,
     ) -> Split:
         """The finished split.
 
@@ -139,9 +159,11 @@ class SplitBuilder:
             classes: in label order.
             display: the names that the split gives them instead, by class.
             shown: display names, by class; a class without one has its name in the split.
+            convert: of recordings of events.
         """
         if not self._names:
-            raise DataError(f"the split {self.name} holds no image; check the source's layout in docs/data_prep.md")
+            what = "image" if convert is None else "recording"
+            raise DataError(f"the split {self.name} holds no {what}; check the source's layout in docs/data_prep.md")
         order = sorted(range(len(self._names)), key=self._names.__getitem__)
         kept, refusals = [], list(self.refusals)
         for number in order:
@@ -164,4 +186,5 @@ class SplitBuilder:
             lengths=np.array(self._lengths, dtype=np.int64)[rows],
             readers=tuple(self.readers),
             refusals=tuple(refusals),
+            convert=convert,
         )

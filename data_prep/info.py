@@ -1,4 +1,7 @@
-"""Shows a data set: a table of what it holds, and a contact sheet of random samples with their class names."""
+"""Shows a data set: a table of what it holds, and a contact sheet of random samples with their class names.
+
+Of a recording of events the sheet has all its events in one picture, ON in red and OFF in blue.
+"""
 
 import io
 from collections.abc import Callable
@@ -13,13 +16,15 @@ from data_prep.progress import size
 from data_prep.state import STATE_NAME, load_state
 from data_prep.stores import Store
 from data_prep.verify import find_splits
-from pipeline.data.manifest import Manifest
+from pipeline.data.decode.events import decode
+from pipeline.data.manifest import EVENTS, IMAGES, Manifest
 from pipeline.errors import DataError
 
 SHEET_NAME = "contact-sheet.png"
 _COLUMNS, _ROWS = 10, 6
 _TILE, _CAPTION, _GAP = 128, 18, 6
 _FONT_PIXELS = 12
+_ON, _OFF = np.array([200, 30, 30]), np.array([30, 70, 200])  # colours of events
 _SMOOTH_FROM = 32  # smaller images are enlarged pixel by pixel, so that their pixels show
 
 
@@ -93,7 +98,7 @@ def _draw(store: Store, splits: dict[str, Manifest], tables: dict[str, np.ndarra
         drawn = shuffled(manifest.num_samples, seed)[: rows_each * _COLUMNS]
         for place, number in enumerate(drawn):
             left, upper = _GAP + place % _COLUMNS * step_x, top + place // _COLUMNS * step_y
-            tile = _tile(_image_bytes(store, split, manifest, tables[split], int(number)))
+            tile = _TILES[manifest.kind](_sample_bytes(store, split, manifest, tables[split], int(number)))
             canvas.paste(tile, (left + (_TILE - tile.width) // 2, upper + (_TILE - tile.height) // 2))
             label = int(tables[split]["label"][number])
             pen.text((left, upper + _TILE + 2), _fitting(manifest.shown[label], font), "black", font)
@@ -101,7 +106,7 @@ def _draw(store: Store, splits: dict[str, Manifest], tables: dict[str, np.ndarra
     return canvas
 
 
-def _image_bytes(store: Store, split: str, manifest: Manifest, table: np.ndarray, number: int) -> bytes:
+def _sample_bytes(store: Store, split: str, manifest: Manifest, table: np.ndarray, number: int) -> bytes:
     ends = np.cumsum([shard.num_samples for shard in manifest.shards])
     shard = manifest.shards[int(np.searchsorted(ends, number, side="right"))]
     return store.read_range(
@@ -109,7 +114,7 @@ def _image_bytes(store: Store, split: str, manifest: Manifest, table: np.ndarray
     )
 
 
-def _tile(data: bytes) -> Image.Image:
+def _picture_tile(data: bytes) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS)).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
@@ -118,6 +123,33 @@ def _tile(data: bytes) -> Image.Image:
         ) from None
     smooth = max(image.size) >= _SMOOTH_FROM
     return ImageOps.contain(image, (_TILE, _TILE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
+
+
+def _events_tile(data: bytes) -> Image.Image:
+    """All events of a recording in one picture: red where the pixel sent more ON than OFF, blue where less; the more,
+    the darker."""
+    try:
+        events = decode(data)
+    except ValueError as error:
+        raise DataError(
+            f"a sample cannot be decoded ({error}); check the set with python -m data_prep verify --decode"
+        ) from None
+    places = events.y.astype(np.int64) * events.width + events.x
+    num = events.width * events.height
+    on, off = (np.bincount(places[events.p == p], minlength=num).astype(np.float64) for p in (1, 0))
+    total = on + off
+    # Full colour at the 95th percentile of the pixels that sent anything: one hot pixel must not pale all others.
+    strength = np.minimum(1, total / max(1, np.quantile(total[total > 0], 0.95)))[:, None]
+    share = (on / np.maximum(total, 1))[:, None]
+    colour = share * _ON + (1 - share) * _OFF
+    pixels = np.rint(255 + (colour - 255) * (0.15 + 0.85 * strength) * (total[:, None] > 0)).astype(np.uint8)
+    image = Image.fromarray(pixels.reshape(events.height, events.width, 3))
+    return ImageOps.contain(
+        image, (_TILE, _TILE), Image.Resampling.BOX if max(image.size) > _TILE else Image.Resampling.NEAREST
+    )
+
+
+_TILES = {IMAGES: _picture_tile, EVENTS: _events_tile}
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

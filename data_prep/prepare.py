@@ -16,11 +16,11 @@ from data_prep.collection import Refusal, Split
 from data_prep.images import MAX_IMAGE_BYTES, RefusedError, inspect
 from data_prep.plan import Options, Plan, make_plan, shuffled
 from data_prep.pool import Event, run_tasks
-from data_prep.progress import Progress, duration, size
+from data_prep.progress import NOUNS, Progress, duration, size
 from data_prep.shard_writer import RECORDS, Record, describe_os_error, shard_name, write_shard
 from data_prep.state import State, finished_shards, forget, load_state, refuse_other, request_identity
 from data_prep.stores import Store, clear_temporary, locked
-from pipeline.data.manifest import MANIFEST_NAME, Manifest
+from pipeline.data.manifest import EVENTS, MANIFEST_NAME, Manifest, Sensor
 from pipeline.errors import DataError
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -147,12 +147,13 @@ def _described(split: Split) -> str:
     shown = split.shown or split.classes
     first = ", ".join(shown[:5]) + (", …" if len(shown) > 5 else "")
     present = np.count_nonzero(np.bincount(split.labels, minlength=len(shown)))
-    lacking = "" if present == len(shown) else f" ({present:,} of them have images)"
-    return f"{split.name}: {len(split):,} images, {len(shown):,} classes{lacking}: {first}"
+    lacking = "" if present == len(shown) else f" ({present:,} of them have {NOUNS[split.kind]})"
+    return f"{split.name}: {len(split):,} {NOUNS[split.kind]}, {len(shown):,} classes{lacking}: {first}"
 
 
 def _plan(split: Split, options: Options) -> Plan:
-    return make_plan(split, options, size_ratio=_size_ratio(split, options) if options.resize else 1.0)
+    is_stored = split.convert is None and not options.resize
+    return make_plan(split, options, size_ratio=1.0 if is_stored else _size_ratio(split, options))
 
 
 def _size_ratio(split: Split, options: Options) -> float:
@@ -165,7 +166,10 @@ def _size_ratio(split: Split, options: Options) -> float:
         room = memoryview(bytearray(length))
         try:
             split.readers[split.places[source]].read_into(room, int(split.offsets[source]), split.names[source])
-            found = inspect(room, decode=False, resize=options.resize, quality=options.quality)
+            if split.convert is None:
+                found = inspect(room, decode=False, resize=options.resize, quality=options.quality)
+            else:
+                found = split.convert(split.names[source], room)
         except RefusedError:
             continue
         before, after = before + length, after + (length if found.converted is None else len(found.converted))
@@ -183,8 +187,8 @@ def _write_all(jobs: list[_Job], store: Store, options: Options, num_workers: in
     num_done = sum(len(job.records) for job in jobs)
     if num_done:
         say(f"{num_done} of {num_done + len(tasks)} shards are finished already and stay as they are")
-    num_images = sum(int(np.diff(jobs[which].plan.bounds)[number]) for which, number in tasks)
-    progress = Progress(num_images, "packed")
+    num_samples = sum(int(np.diff(jobs[which].plan.bounds)[number]) for which, number in tasks)
+    progress = Progress(num_samples, "packed", noun=NOUNS[jobs[0].split.kind])
     uploads: set[Future] = set()
 
     def work(task: tuple[int, int], report: Callable) -> Record:
@@ -262,10 +266,26 @@ def _finish(jobs: list[_Job], store: Store, state: State, allowed_bad: AllowedBa
     for job in jobs:
         shards = tuple(job.records[name].shard for name in sorted(job.records) if job.records[name].shard.num_samples)
         split = job.split
-        manifest = Manifest(split=split.name, classes=split.classes, shards=shards, display_names=split.shown)
+        manifest = Manifest(
+            split=split.name,
+            classes=split.classes,
+            shards=shards,
+            display_names=split.shown,
+            kind=split.kind,
+            sensor=_common_sensor(job) if split.kind == EVENTS else None,
+        )
         store.write(f"{job.split.name}/{MANIFEST_NAME}", manifest.to_json().encode())
     state.complete = True
     state.save(store)
+
+
+def _common_sensor(job: _Job) -> Sensor | None:
+    """The sensor of all recordings of a split, where it is one."""
+    sizes = {size for record in job.records.values() for size in record.sensors}
+    if len(sizes) != 1:
+        return None
+    height, width = sizes.pop()
+    return Sensor(height=height, width=width)
 
 
 def _refuse_all(too_many: list[tuple[str, list[Refusal], int]], store: Store, allowed_bad: AllowedBad) -> None:
@@ -290,14 +310,14 @@ def _summarise(counts: dict, name: str, say: Say) -> None:
 
 
 def _tell_warnings(job: _Job, say: Say) -> None:
-    """Says what the image library warned of in kept images, one line for each kind."""
+    """Says what is unusual in samples that are kept, or what the image library warned of, one line for each kind."""
     told: dict[str, tuple[int, str]] = {}
     for name in sorted(job.records):
         for text, (count, first) in job.records[name].warnings.items():
             earlier, first = told.get(text, (0, first))
             told[text] = (earlier + count, first)
     for text, (count, first) in sorted(told.items())[:_WARNINGS_TOLD]:
-        say(f"{job.split.name}: {count:,} images that are kept, {first} the first: {text}")
+        say(f"{job.split.name}: {count:,} {NOUNS[job.split.kind]} that are kept, {first} the first: {text}")
     if len(told) > _WARNINGS_TOLD:
         say(f"{job.split.name}: and {len(told) - _WARNINGS_TOLD} more kinds of warnings")
 

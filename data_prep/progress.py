@@ -5,6 +5,10 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from pipeline.data.manifest import EVENTS, IMAGES
+
+NOUNS = {IMAGES: "images", EVENTS: "recordings"}
+"""What the samples of each kind of set are called in messages."""
 _EVERY_S_TERMINAL = 0.25
 _EVERY_S_LOG = 10.0
 
@@ -29,41 +33,47 @@ def size(num_bytes: float) -> str:
 
 
 class Progress:
-    """Counts images and bytes and writes a line to stderr: rewritten in place on a terminal, every 10 s in a log.
+    """Counts samples and bytes and writes a line to stderr: rewritten in place on a terminal, every 10 s in a log.
 
     Args:
-        num_images: how many there are to do, without those that an earlier run did.
+        num_samples: how many there are to do, without those that an earlier run did.
         verb: what is done to them, as a participle: packed.
+        noun: what they are: images, recordings.
         clock: monotonic, in seconds.
     """
 
     def __init__(
-        self, num_images: int, verb: str, stream: TextIO = sys.stderr, clock: Callable[[], float] = time.monotonic
+        self,
+        num_samples: int,
+        verb: str,
+        stream: TextIO = sys.stderr,
+        clock: Callable[[], float] = time.monotonic,
+        noun: str = "images",
     ) -> None:
-        self._total, self._verb, self._stream, self._clock = num_images, verb, stream, clock
+        self._total, self._verb, self._stream, self._clock, self._noun = num_samples, verb, stream, clock, noun
         self._terminal = stream.isatty()
         self._start = self._shown = clock()
-        self.images = 0
+        self.samples = 0
         self.bytes = 0
 
     @property
     def elapsed_s(self) -> float:
         return self._clock() - self._start
 
-    def add(self, images: int, num_bytes: int) -> None:
-        self.images += images
+    def add(self, samples: int, num_bytes: int) -> None:
+        self.samples += samples
         self.bytes += num_bytes
         self.show()
 
     def line(self) -> str:
         """The current state in words."""
         if not self._total:
-            return f"no image was left to be {self._verb}"
+            return f"no {self._noun.removesuffix('s')} was left to be {self._verb}"
         seconds = max(self.elapsed_s, 1e-9)
-        rate = self.images / seconds
-        left = f", {duration((self._total - self.images) / rate)} left" if 0 < self.images < self._total else ""
-        speed = f"{rate:,.0f} images/s, {self.bytes / seconds / 1e6:,.0f} MB/s"
-        return f"{self._verb} {self.images:,} of {self._total:,} images, {speed}{left}"
+        rate = self.samples / seconds
+        left = f", {duration((self._total - self.samples) / rate)} left" if 0 < self.samples < self._total else ""
+        speed = f"{rate:,.0f} {self._noun}/s, {self.bytes / seconds / 1e6:,.0f} MB/s"
+        return f"{self._verb} {self.samples:,} of {self._total:,} {self._noun}, {speed}{left}"
 
     def show(self) -> None:
         """Writes the line if the last one is old enough."""

@@ -42,7 +42,9 @@ class Record:
     refusals: tuple[Refusal, ...]
     kinds: dict[str, int]
     warnings: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Warnings of the image library: of how many images, and the name of the first."""
+    """What was warned of in samples that are kept: of how many, and the name of the first."""
+    sensors: tuple[tuple[int, int], ...] = ()
+    """Of recordings of events: height and width of each sensor, at most two, as then there is none common to all."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -55,6 +57,7 @@ class Record:
             refusals=tuple(Refusal(**refusal) for refusal in document["refusals"]),
             kinds=document["kinds"],
             warnings={text: (count, first) for text, (count, first) in document.get("warnings", {}).items()},
+            sensors=tuple((height, width) for height, width in document.get("sensors", ())),
         )
 
 
@@ -152,11 +155,14 @@ def _write_samples(
         length, room = int(split.lengths[source]), memoryview(b"")
         try:
             if length > MAX_IMAGE_BYTES:
-                raise RefusedError(f"{length} bytes, more than the {MAX_IMAGE_BYTES} that an image may have")
+                raise RefusedError(f"{length} bytes, more than the {MAX_IMAGE_BYTES} that a sample may have")
             room = stream.reserve(length)
             start = stream.position
             split.readers[split.places[source]].read_into(room, int(split.offsets[source]), name)
-            found = inspect(room, decode=options.decode, resize=options.resize, quality=options.quality)
+            if split.convert is None:
+                found = inspect(room, decode=options.decode, resize=options.resize, quality=options.quality)
+            else:
+                found = split.convert(name, room)
             # A file that is kept has its end where it should be; of a converted one this is not known.
             if found.converted is not None and (swallowed := members_inside(room)):
                 raise RefusedError(swallowed)
@@ -234,7 +240,8 @@ def write_shard(
     else:  # all refused: an empty tar would only trouble its readers
         temporary.unlink()
     kinds, warnings = dict(sorted(content.kinds.items())), dict(sorted(content.warnings.items()))
-    record = Record(shard=shard, refusals=content.refusals, kinds=kinds, warnings=warnings)
+    sizes = sorted({(int(row["height"]), int(row["width"])) for row in content.rows}) if split.convert else ()
+    record = Record(shard=shard, refusals=content.refusals, kinds=kinds, warnings=warnings, sensors=tuple(sizes[:2]))
     atomic.write(folder / RECORDS / f"{name}.json", record.to_json(), sync=True)
     return record
 

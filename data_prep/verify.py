@@ -1,4 +1,4 @@
-"""Checks a data set against its manifests: files, checksums, index, sample table, labels and, if asked, every pixel."""
+"""Checks a data set against its manifests: files, checksums, index, table, labels and, if asked, every pixel."""
 
 import hashlib
 import io
@@ -7,21 +7,25 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.images import RefusedError, inspect
 from data_prep.pool import Event, run_tasks
-from data_prep.progress import Progress
+from data_prep.progress import NOUNS, Progress
 from data_prep.sources.tars import walk_tar
 from data_prep.state import STATE_NAME, State, load_state
 from data_prep.stores import Store
 from data_prep.tar_format import IMAGE_AT, INDEX_VERSION, index_line
-from pipeline.data.manifest import MANIFEST_NAME, SAMPLE_DTYPE, Manifest, Shard
+from pipeline.data.decode.events import EXTENSION
+from pipeline.data.decode.events import decode as decode_events
+from pipeline.data.manifest import EVENTS, IMAGES, MANIFEST_NAME, SAMPLE_DTYPE, Manifest, Sensor, Shard
 from pipeline.errors import ConfigError, DataError
 
 _SPLITS = ("train", "val", "test")
+_EXTENSIONS = {IMAGES: ("jpg", "png"), EVENTS: (EXTENSION,)}
 _FAULTS_A_SHARD = 20
 _REPORT_EVERY = 64
 
@@ -53,13 +57,14 @@ def verify(store: Store, *, decode: bool, num_workers: int, say: Callable[[str],
     """Checks the data set in `store` and says every fault in a line; returns how many there are.
 
     Args:
-        decode: decode every image in full, too.
+        decode: decode every image in full, too. Events are always decoded.
         num_workers: processes, at least 1.
     """
     splits = find_splits(store)
     faults = _state_faults(store, splits)
     tasks = [(split, number) for split, manifest in splits.items() for number in range(len(manifest.shards))]
-    progress = Progress(sum(manifest.num_samples for manifest in splits.values()), "verified")
+    num_samples, kind = sum(manifest.num_samples for manifest in splits.values()), next(iter(splits.values())).kind
+    progress = Progress(num_samples, "verified", noun=NOUNS[kind])
     keys: dict[str, list[np.ndarray]] = {split: [] for split in splits}
     scratch = Path(tempfile.mkdtemp(prefix="data_prep-verify-")) if store.upload else store.work
 
@@ -88,8 +93,8 @@ def verify(store: Store, *, decode: bool, num_workers: int, say: Callable[[str],
     for fault in sorted(faults):
         say(ascii(fault)[1:-1].replace("\\\\", "\\"))
     if not faults:
-        depth = "every image decoded" if decode else "checksums, index, tables and headers"
-        say(f"{store.where} is whole: {progress.images:,} samples in {len(tasks)} shards ({depth})")
+        depth = "every sample decoded" if decode else "checksums, index, tables and headers"
+        say(f"{store.where} is whole: {progress.samples:,} samples in {len(tasks)} shards ({depth})")
     return len(faults)
 
 
@@ -160,7 +165,7 @@ def _digest(file: io.BufferedReader) -> str:
 def _check_tar(
     paths: dict[str, Path], shard: Shard, manifest: Manifest, decode: bool, faults: list[str], report: Callable
 ) -> np.ndarray:
-    """Compares the tar's samples with its index and table, and looks at the images; returns hashes of the keys."""
+    """Compares the tar's samples with its index and table, and looks at the samples; returns hashes of the keys."""
     rows, lines, keys = [], [], []
     with open(paths[shard.tar], "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         tar = memoryview(mapped)
@@ -176,9 +181,10 @@ def _check_tar(
                     image_file is None
                     or extension != "cls"
                     or image_key != key
-                    or image_extension not in ("jpg", "png")
+                    or image_extension not in _EXTENSIONS[manifest.kind]
                 ):
-                    faults.append(f"{shard.tar}: {key}.{extension} is not followed by the image of its sample")
+                    what = NOUNS[manifest.kind].removesuffix("s")
+                    faults.append(f"{shard.tar}: {key}.{extension} is not followed by the {what} of its sample")
                     break
                 text = bytes(tar[label_file.offset : label_file.offset + label_file.length])
                 label = int(text) if text.isdigit() else -1
@@ -187,7 +193,8 @@ def _check_tar(
                         f"{shard.tar}: {key}: the label {text[:20]!r} is none of {len(manifest.classes)} classes"
                     )
                 image = tar[image_file.offset : image_file.offset + image_file.length]
-                height, width = _look(image, decode, f"{shard.tar}: {key}.{image_extension}", faults)
+                look = _look_at_events if manifest.kind == EVENTS else partial(_look, decode)
+                height, width = look(image, f"{shard.tar}: {key}.{image_extension}", faults)
                 image.release()
                 rows.append((image_file.offset, image_file.length, label, height, width))
                 start = image_file.offset - IMAGE_AT
@@ -205,12 +212,17 @@ def _check_tar(
         and paths[shard.index].read_bytes() != f"{INDEX_VERSION} {len(lines)}\n{''.join(lines)}".encode()
     ):
         faults.append(f"{shard.index}: does not describe {shard.tar}")
+    sensors = {Sensor(height=row[3], width=row[4]) for row in rows if row[3]}
+    if manifest.sensor is not None and (others := sensors - {manifest.sensor}):
+        faults.append(
+            f"{shard.tar}: holds recordings of {others.pop()}, the manifest says all are of {manifest.sensor}"
+        )
     if shard.samples in paths:
         _check_table(paths[shard.samples], np.array(rows, dtype=SAMPLE_DTYPE), shard, faults)
     return np.array(keys, dtype=np.int64)
 
 
-def _look(image: memoryview, decode: bool, where: str, faults: list[str]) -> tuple[int, int]:
+def _look(decode: bool, image: memoryview, where: str, faults: list[str]) -> tuple[int, int]:
     try:
         found = inspect(image, decode=decode)
     except RefusedError as error:
@@ -219,6 +231,15 @@ def _look(image: memoryview, decode: bool, where: str, faults: list[str]) -> tup
     if found.converted is not None:
         faults.append(f"{where}: decoders differ about it ({', '.join(found.kinds)}); pack the source again")
     return found.height, found.width
+
+
+def _look_at_events(data: memoryview, where: str, faults: list[str]) -> tuple[int, int]:
+    try:
+        events = decode_events(data)
+    except ValueError as error:
+        faults.append(f"{where}: {error}")
+        return 0, 0
+    return events.height, events.width
 
 
 def _check_table(path: Path, expected: np.ndarray, shard: Shard, faults: list[str]) -> None:
