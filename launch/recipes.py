@@ -42,7 +42,7 @@ def digits_dvs() -> Config:
     python -m data_prep digits_dvs data/digits_dvs
     deepspeed --num_accelerators 2 launch/train.py --recipe digits_dvs
 
-    The sensor's 24 x 24 pixels are summed into 12 x 12 cells, and 0.2 s are cut into frames of 25 ms. Neurons leak, since
+    The sensor's 24 x 24 pixels are summed into 12 x 12 cells, and 0.2 s are cut into frames of 25 ms. Neurons leak:
     what a pixel showed before the digit moved on must fade.
     """
     return Config(
