@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= digits
+# Recipes whose data need no download.
+MADE_HERE := digits digits_dvs
 MONITOR_PORT ?= 9095
 BENCHMARKS := loader shard_writing train_step neuron_bytes chi_overhead attach_cost engine checkpoint_stall scrape scale
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .PHONY: train test test-faults test-deploy check monitor bench clean
 
-train: $(VENV)/installed $(if $(filter digits,$(RECIPE)),data/digits/val/manifest.json) ## train the digits, from shards to report; ARGS are options of launch/train.py
+train: $(VENV)/installed $(if $(filter $(RECIPE),$(MADE_HERE)),data/$(RECIPE)/val/manifest.json) ## train the digits, from shards to report, or with RECIPE=digits_dvs the digits as event data; ARGS are options of launch/train.py
 	$(BIN)/python -m launch.local --recipe $(RECIPE) $(ARGS)
 
-data/digits/val/manifest.json: | $(VENV)/installed
-	$(BIN)/python -m data_prep digits data/digits
+data/%/val/manifest.json: | $(VENV)/installed
+	$(BIN)/python -m data_prep $* data/$*
 
 test: $(VENV)/installed-dev ## the tests that every change must pass
 	$(BIN)/python -m pytest -m "not faults and not deploy" $(ARGS)
@@ -44,7 +46,7 @@ bench: $(VENV)/installed-dev ## the quick form of all benchmarks
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 clean: ## remove what make train and make test made
-	rm -rf $(VENV) data/digits runs/digits build *.egg-info
+	rm -rf $(VENV) $(MADE_HERE:%=data/%) $(MADE_HERE:%=runs/%) build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) launch/make_venv.py $(VENV)

@@ -21,7 +21,7 @@ from scipy import stats
 
 from launch import command
 from pipeline.chi import quality
-from pipeline.config import DataConfig
+from pipeline.config import Config
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.manifest import EVALUATION, TRAIN
 from pipeline.engine import load_network
@@ -65,31 +65,33 @@ def groups_of(num_layers: int, count: int) -> dict[str, slice]:
     }
 
 
-def batches_of(data: DataConfig, split: str, size: int, count: int) -> Iterator[quality.Batch]:
+def batches_of(config: Config, split: str, size: int, count: int) -> Iterator[quality.Batch]:
     """The first batches of `size` valid samples of a split, `count` or all there are; shards are in random order."""
     images = labels = None
-    stream = evaluation_batches(data, rank=0, world_size=1, device=torch.device("cpu"), split=split)
+    stream = evaluation_batches(
+        config.data, rank=0, world_size=1, device=torch.device("cpu"), split=split, T=config.model.T
+    )
     try:
         for batch in stream:
-            new = batch.images[batch.valid], batch.labels[batch.valid]
-            images = new[0] if images is None else torch.cat((images, new[0]))
+            new = batch.images[..., batch.valid, :, :, :], batch.labels[batch.valid]
+            images = new[0] if images is None else torch.cat((images, new[0]), -4)
             labels = new[1] if labels is None else torch.cat((labels, new[1]))
-            while len(images) >= size and count:
-                yield images[:size], labels[:size]
-                images, labels, count = images[size:], labels[size:], count - 1
+            while len(labels) >= size and count:
+                yield images[..., :size, :, :, :], labels[:size]
+                images, labels, count = images[..., size:, :, :, :], labels[size:], count - 1
             if not count:
                 return
     finally:
         stream.close()
 
 
-def pairs_of(data: DataConfig, options) -> list[tuple[quality.Batch, quality.Batch]]:
+def pairs_of(config: Config, options) -> list[tuple[quality.Batch, quality.Batch]]:
     """Batches of the training split, --batches or what there is, each with one of the validation split."""
     wanted = options.batches or BATCHES
-    seen, unseen = (list(batches_of(data, split, options.batch, wanted)) for split in (TRAIN, EVALUATION))
+    seen, unseen = (list(batches_of(config, split, options.batch, wanted)) for split in (TRAIN, EVALUATION))
     if len(seen) < (options.batches or 2) or not unseen:
         raise ConfigError(
-            f"the splits of {data.path} have {len(seen)} and {len(unseen)} batches of {options.batch} images; "
+            f"the splits of {config.data.path} have {len(seen)} and {len(unseen)} batches of {options.batch} images; "
             f"{options.batches or 2} and 1 are needed: use a smaller --batch or --batches"
         )
     return list(zip(seen, itertools.cycle(unseen), strict=False))
@@ -214,7 +216,7 @@ def measure(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     stored = checked(options)
     torch.set_num_threads(options.threads)
-    pairs = pairs_of(stored.config.data, options)
+    pairs = pairs_of(stored.config, options)
     rows: list[Row] = []
     for step in options.checkpoint:
         found = look(stored, step, pairs, options)

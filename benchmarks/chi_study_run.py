@@ -19,6 +19,7 @@ from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.loader import evaluation_batches
 from pipeline.snn.losses import cross_entropy
 from pipeline.snn.networks.build import build
+from pipeline.snn.networks.network import Network
 
 DATA = {"cifar10": (40_000, 10), "cifar100": (20_000, 100), "digits": (1_078, 10)}
 """By data set: the number of images for training, and of classes."""
@@ -135,9 +136,7 @@ def drawn_for(setting: Setting, num_train: int) -> Tensor:
     return torch.randperm(num_train, generator=torch.Generator().manual_seed(0))[: setting.num_images]
 
 
-def run(
-    setting: Setting, scratch: Path, watch: Callable[[int, sew_resnet.SEWResNet, chi.Pilot], None] | None = None
-) -> dict:
+def run(setting: Setting, scratch: Path, watch: Callable[[int, Network, chi.Pilot], None] | None = None) -> dict:
     """Trains one network on the shards in `scratch`; returns the setting with the results.
 
     `watch` is called with the number of steps done, before each and after the last one, and must change nothing.

@@ -9,7 +9,7 @@ from launch import epoch_time
 from launch.devices import num_ranks
 from pipeline.config import Config
 from pipeline.config.config_json import flatten
-from pipeline.data.manifest import TRAIN, load_manifest
+from pipeline.data.manifest import EVENTS, IMAGE_CHANNELS, TRAIN, load_manifest
 from pipeline.engine.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
 from pipeline.snn import memory_estimate
@@ -44,6 +44,7 @@ def report(config: Config, ranks: int) -> list[str]:
         network = build(
             config.model,
             num_classes=num_classes,
+            in_channels=manifest.channels if manifest else IMAGE_CHANNELS,
             image_size=data.image_size,
             image_size_start=data.image_size_start,
         )
@@ -61,7 +62,8 @@ def report(config: Config, ranks: int) -> list[str]:
         lines += [f"steps       not known: {missing}"]
     assumed = "" if manifest else ", assumed"
     lines += [f"parameters  {num_parameters:,} ({num_classes} classes{assumed})"]
-    parts = memory(config, network, num_parameters, ranks)
+    frames = bool(manifest) and manifest.kind == EVENTS
+    parts = memory(config, network, num_parameters, ranks, frames=frames)
     lines += ["memory per GPU, estimated from shapes"]
     lines += [f"  {name:<42}{size / 2**20:>12,.1f} MiB" for name, size in parts.items()]
     lines += [f"  {'sum':<42}{sum(parts.values()) / 2**20:>12,.1f} MiB"]
@@ -72,13 +74,15 @@ def report(config: Config, ranks: int) -> list[str]:
     return lines
 
 
-def memory(config: Config, network: Network, num_parameters: int, ranks: int) -> dict[str, int]:
+def memory(
+    config: Config, network: Network, num_parameters: int, ranks: int, *, frames: bool = False
+) -> dict[str, int]:
     """Bytes on each of `ranks` ranks, by what they hold.
 
     Parameters and gradients are fp32; with precision fp16 or fp64 they have that type. ZeRO ≥ 1 and fp16 add fp32
     master weights, and ZeRO ≥ 1 the update's gradient in fp32. What a stage shards is divided by the ranks. The bucket
     is the flat copy of all gradients, for the all-reduce. Under bf16 autocast the weights' bf16 copies live as long as
-    the activations.
+    the activations. `frames`: every time step has images of its own, as of event data.
     """
     stage, precision = config.train.zero_stage, config.train.precision
     number = {"fp16": 2, "fp64": 8}.get(precision, 4)
@@ -88,7 +92,8 @@ def memory(config: Config, network: Network, num_parameters: int, ranks: int) ->
     masters = 4 * share if stage or precision == "fp16" else 0
     side = config.data.image_size
     itemsize = {"fp32": 4, "fp64": 8}.get(precision, 2)
-    layers = memory_estimate.of(network, (config.data.micro_batch, network.in_channels, side, side), itemsize)
+    images = (config.data.micro_batch, network.in_channels, side, side)
+    layers = memory_estimate.of(network, (network.T, *images) if frames else images, itemsize)
     parts = {
         "parameters": number * num_parameters / (ranks if stage == 3 else 1),
         "gradients": number * num_parameters / (ranks if stage >= 2 else 1) + (4 * share if stage else 0),

@@ -52,6 +52,11 @@ def main(arguments: list[str]) -> None:
     from pipeline.engine import load_network  # torch is imported here, after everything cheap was checked
 
     checkpoint = load_network.load(options.run, config, step=options.checkpoint, weights=options.weights)
+    if checkpoint.network.in_channels != manifest.channels:
+        raise ConfigError(
+            f"{join(config.data.path, options.split)} holds {manifest.kind}, {manifest.channels} channels, but the "
+            f"network of {options.run} takes {checkpoint.network.in_channels}; use data of the same kind"
+        )
     if checkpoint.num_classes != len(manifest.classes):
         raise ConfigError(
             f"{join(config.data.path, options.split)} has {len(manifest.classes)} classes, but the network of "
@@ -152,7 +157,7 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
     with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
         detail = evaluate_in_detail(
             network,
-            evaluation_batches(config.data, rank=0, world_size=1, device=device, split=options.split),
+            evaluation_batches(config.data, rank=0, world_size=1, device=device, split=options.split, T=config.model.T),
             num_classes=checkpoint.num_classes,
             measure_every=max(1, num_batches * config.data.micro_batch // MEASURED),
             said=said,

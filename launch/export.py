@@ -78,6 +78,16 @@ def main(arguments: list[str]) -> None:
             f"--names original is not allowed with model.arch={stored.config.model.arch!r}: they are of the original "
             "SEW-ResNet code; use --names ours"
         )
+    if options.format != "safetensors" and stored.about.get("kind") == "events":
+        raise ConfigError(
+            f"--format {options.format} is not allowed for a run of event data: it is for networks whose input is an image; "
+            "use --format safetensors"
+        )
+    if options.format == "hf" and stored.config.model.is_own:
+        raise ConfigError(
+            "--format hf is not allowed for a network of your own, whose code the folder would lack; use --format "
+            "torch_export or onnx"
+        )
 
     from launch import model_card
     from pipeline.engine import load_network  # torch is imported here, after everything cheap was checked

@@ -7,6 +7,7 @@ from pathlib import Path
 from launch.evaluation_table import percent, shown
 from pipeline.config import ModelConfig
 from pipeline.data.decode.dali_pipeline import MEAN, STD
+from pipeline.data.manifest import EVENT_CHANNELS, EVENTS
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir.run_folder import Stored
 
@@ -29,14 +30,14 @@ def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path, fo
     layers = len(stored.about["layers"])
     sections = [
         f"# {about['recipe']}: {model.arch}, T = {model.T}",
-        f"A spiking network for images, trained with chispike: {layers} layers of "
-        f"{'' if model.is_own else NEURONS[model.neuron] + ' '}neurons, "
+        f"A spiking network for {'event data' if _holds_events(stored) else 'images'}, trained with chispike: {layers} "
+        f"layers of {'' if model.is_own else NEURONS[model.neuron] + ' '}neurons, "
         f"{stored.about['num_parameters']:,} parameters, {about['num_classes']} classes. "
         f"{'Moving average of the weights' if about['weights'] == 'ema' else 'Weights'} after optimizer step "
         f"{about['step']}.",
         "## Result\n" + _result(about["metrics"], evaluation),
         "## To load it\n" + _LOADING[format](stored, about, weights),
-        "## Images\n" + images_of(stored),
+        "## Frames\n" + frames_of(stored) if _holds_events(stored) else "## Images\n" + images_of(stored),
         "## Classes\n" + classes_of(about, evaluation),
         "## Layers\n" + _layers(stored, about["step"], evaluation),
         "## Training\n" + _training(stored, about),
@@ -91,8 +92,16 @@ def _result(metrics: dict, evaluation: dict | None) -> str:
     return _rows(*rows)
 
 
+def _holds_events(stored: Stored) -> bool:
+    return stored.about.get("kind") == EVENTS  # runs of before there was event data do not say
+
+
 def _loading(stored: Stored, about: dict, weights: Path) -> str:
     model, size = stored.config.model, stored.config.data.image_size
+    images, network = f"images (N, 3, {size}, {size})", f"num_classes={about['num_classes']}, image_size={size}"
+    if _holds_events(stored):
+        images = f"images: frames ({model.T}, N, {EVENT_CHANNELS}, {size}, {size})"
+        network += f", in_channels={EVENT_CHANNELS}"
     names = ["arch", "T", "connect", "neuron", "v_th", "reset", *(["tau"] if model.neuron != "if" else [])]
     own = ""
     if model.is_own:  # it may use any of the model's options
@@ -106,9 +115,9 @@ The network is code of its own: {model.arch.rpartition(":")[0]}, with the SHA-25
 from pipeline.config import ModelConfig
 from pipeline.snn import state_dicts
 from pipeline.snn.networks.build import build
-network = build(ModelConfig({settings}), num_classes={about["num_classes"]}, image_size={size}).eval()
+network = build(ModelConfig({settings}), {network}).eval()
 state_dicts.load_safetensors(network, {weights.name!r})
-logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
+logits = network(images).mean(0)  # {images} → (N, {about["num_classes"]})
 ```{own}"""
 
 
@@ -170,6 +179,17 @@ def images_of(stored: Stored) -> str:
         f"RGB; the shorter side resized to {data.eval_resize or data.image_size} pixels, the central square of "
         f"{data.image_size} cut out. Of 8-bit levels, the mean {MEAN} of each channel is taken away and the "
         f"rest divided by {STD}. The same image is shown at every time step."
+    )
+
+
+def frames_of(stored: Stored) -> str:
+    """How a recording of events becomes the network's input."""
+    data, T = stored.config.data, stored.config.model.T
+    cut = "the same duration" if data.event_frames == "time" else "the same number of events"
+    return (
+        f"Event recordings, cut into {T} frames of {cut}. A frame has {data.image_size} x {data.image_size} cells; the "
+        "longer side of the sensor fills it, the shorter one is centred, and a cell counts the events of its pixels: "
+        "channel 0 those that became darker, channel 1 those that became brighter. Counts are not normalised."
     )
 
 

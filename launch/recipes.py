@@ -36,6 +36,26 @@ def digits() -> Config:
     )
 
 
+def digits_dvs() -> Config:
+    """SEW-ResNet8, 9 spiking layers of LIF neurons, T=8, on event data: the digits before a simulated event camera.
+
+    python -m data_prep digits_dvs data/digits_dvs
+    deepspeed --num_accelerators 2 launch/train.py --recipe digits_dvs
+
+    The sensor's 24 x 24 pixels are summed into 12 x 12 cells, and 0.2 s are cut into frames of 25 ms. Neurons leak:
+    what a pixel showed before the digit moved on must fade.
+    """
+    return Config(
+        recipe="digits_dvs",
+        run_dir="runs/digits_dvs",
+        data=DataConfig(path="data/digits_dvs", image_size=12, global_batch=32, micro_batch=16, flip=False),
+        model=ModelConfig(arch="sew_cifar8", T=8, neuron="lif"),
+        chi=ChiConfig(target=0.5, target_end=0.3),
+        optim=OptimConfig(name="adamw", lr=0.004, weight_decay=0.01),
+        train=TrainConfig(precision=quick_precision(), epochs=30, checkpoint_every=200, eval_every_epochs=6),
+    )
+
+
 def cifar10() -> Config:
     """SEW-ResNet20, 21 spiking layers, T=4, on CIFAR-10 at 32 x 32.
 
@@ -205,6 +225,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
     for recipe in (
         digits,
+        digits_dvs,
         cifar10,
         imagenet_sew34_baseline,
         imagenet_sew34_chi,

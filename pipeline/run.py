@@ -17,6 +17,7 @@ from pipeline.config import Config
 from pipeline.config.config_json import flatten
 from pipeline.config.sections import SURROGATES
 from pipeline.data.loader import Loader, evaluation_batches
+from pipeline.data.manifest import TRAIN
 from pipeline.engine import init_from
 from pipeline.engine.ema import Ema
 from pipeline.engine.engine import build, loss_scale, normalise_as_one
@@ -131,6 +132,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         world_size=place.world_size,
         device=place.device,
         dtype=IMAGES[config.train.precision],
+        T=config.model.T,
     )
     if place.local_rank == 0 and place.rank > 0:
         locks.look_from_another_node(Path(config.run_dir))
@@ -138,10 +140,10 @@ def prepare(config: Config, watch: Watch) -> Run:
     step = saved["step"] if saved else 0
     source = own_source.find(config.model.arch)
     agree(config, step, loader.manifest.identity, "" if source is None else source.digest, place.device)
-    classes = len(loader.manifest.classes)
     model = build_network(
         config.model,
-        num_classes=classes,
+        num_classes=len(loader.manifest.classes),
+        in_channels=loader.manifest.channels,
         image_size=config.data.image_size,
         image_size_start=config.data.image_size_start,
     ).to(place.device)
@@ -171,6 +173,7 @@ def prepare(config: Config, watch: Watch) -> Run:
             layers=neurons.names,
             num_parameters=num_parameters,
             world_size=place.world_size,
+            kind=loader.manifest.kind,
             network_code=b"" if source is None else source.code,
         )
     run = assembled(config, place, loader, engine, neurons, layers, schedule, step)
@@ -279,8 +282,9 @@ def require_weights(config: Config, layers: list[SpikingLayer]) -> None:
 
 def calibrate(run: Run) -> None:
     """Sets the first widths of a run that is not resumed, from the same images on every rank."""
-    batches = evaluation_batches(run.config.data, rank=0, world_size=1, device=run.place.device, split="train")
-    images = next(batches).images.to(IMAGES[run.config.train.precision])
+    config, device = run.config, run.place.device
+    batches = evaluation_batches(config.data, rank=0, world_size=1, device=device, split=TRAIN, T=config.model.T)
+    images = next(batches).images.to(IMAGES[config.train.precision])
     batches.close()
     run.widths.calibrate(run.engine, images, lambda widths: dist.broadcast(widths, 0))
 

@@ -97,8 +97,10 @@ def validate(run: Run, spikes: Spikes | None = None) -> Evaluation:
     `spikes` looks at samples of it meanwhile, and then into the network.
     """
     began = time.monotonic()
-    place = run.place
-    batches = evaluation_batches(run.config.data, rank=place.rank, world_size=place.world_size, device=place.device)
+    config, place = run.config, run.place
+    batches = evaluation_batches(
+        config.data, rank=place.rank, world_size=place.world_size, device=place.device, T=config.model.T
+    )
     engine_state.average_buffers(run.engine)
     with run.ema.shown():
         engine_state.average_buffers(run.engine)  # the moving average has its own buffers

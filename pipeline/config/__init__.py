@@ -9,14 +9,35 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from pipeline.config.checks import INTEGER_MAX, checked, positive, require
+from pipeline.config.checks import INTEGER_MAX, checked, one_of, positive, require
 from pipeline.config.sections import SURROGATES, ChiConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.errors import ConfigError
 
-__all__ = ["ChiConfig", "Config", "DataConfig", "MetricsConfig", "ModelConfig", "OptimConfig", "TrainConfig"]
+__all__ = [
+    "OF_EVENTS",
+    "OF_IMAGES",
+    "ChiConfig",
+    "Config",
+    "DataConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TrainConfig",
+]
 
 POSITIONS_MAX = 2**45
 """Most pixels of a micro-batch over all time steps. With some hundred channels, their bytes still fit in 64 bits."""
+OF_IMAGES = (
+    "image_size_start",
+    "image_size_ramp",
+    "image_size_step",
+    "crop_area_min",
+    "crop_aspect",
+    "eval_resize",
+    "hw_decoder_load",
+)
+OF_EVENTS = ("event_frames", "event_shift", "event_drop")
+"""Fields of `DataConfig` that only a set of images uses, and those that only a set of event recordings uses."""
 NEAREST = 8
 """Most numbers of ranks that an error message suggests."""
 
@@ -34,7 +55,8 @@ class DataConfig:
     timeout_s: float = 30.0
     """Seconds without any data after which an attempt at a remote file fails, above 0."""
     image_size: int = 16
-    """Side of the square image that the network gets, in pixels; with image_size_start, its side at the end."""
+    """Side of the square image that the network gets, in pixels; with image_size_start, its side at the end. Of event
+    data, the side of the frames, in cells: events of a larger sensor are summed."""
     image_size_start: int = 0
     """Side of the images at the start of training, in pixels, which grows to image_size; 0 uses image_size throughout.
     Evaluations always use image_size."""
@@ -49,11 +71,21 @@ class DataConfig:
     window_shards: int = 16
     """Samples are shuffled within windows of this many shards; 0 shuffles the whole epoch."""
     crop_area_min: float = 0.08
-    """Smallest random crop, as a fraction of the image's area, in (0, 1]; 1 with crop_aspect 1 is no crop."""
+    """Smallest random crop, as a fraction of the image's area, in (0, 1]; 1 with crop_aspect 1 is no crop. Event data
+    has no such crop: see event_shift."""
     crop_aspect: float = 4 / 3
     """Widest aspect ratio of a random crop, at least 1."""
     flip: bool = True
-    """Mirror each training image with probability 1/2."""
+    """Mirror each training image or recording, left and right, with probability 1/2."""
+    event_frames: str = "time"
+    """How an event recording is cut into model.T frames: time gives all the same duration, count the same number of
+    events. For event data, as the next two."""
+    event_shift: int = 0
+    """Farthest that the picture of a training recording is shifted along each axis, in cells of a frame; events that
+    leave the frame are lost."""
+    event_drop: float = 0.0
+    """Largest share of a training recording's events that is dropped at random, in [0, 1); each recording's share is
+    uniform in [0, event_drop)."""
     eval_resize: int = 0
     """Shorter side before the central crop of an evaluation, in pixels; 0 uses image_size."""
     threads: int = 0
@@ -89,6 +121,10 @@ class DataConfig:
             self.crop_aspect,
             "a number of at least 1, and finite",
         )
+        one_of("data.event_frames", self.event_frames, ("time", "count"))
+        fits = 0 <= self.event_shift < size
+        require(fits, "data.event_shift", self.event_shift, f"an integer from 0 to data.image_size - 1 = {size - 1}")
+        require(0 <= self.event_drop < 1, "data.event_drop", self.event_drop, "a number in [0, 1)")
         require(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,
             "data.eval_resize",

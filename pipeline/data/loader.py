@@ -1,6 +1,6 @@
 """The two streams of batches for one rank, from a shard set: one for training, one for evaluation.
 
-Order → sample numbers → Samples → files and windows → Stream → Batch
+Order → sample numbers → Samples → files and views → Stream → Batch
 """
 
 import atexit
@@ -14,12 +14,13 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data.cache import READ_AHEAD, check_cache
-from pipeline.data.decode.augment import central_windows, image_size_at, random_windows
-from pipeline.data.manifest import EVALUATION, TRAIN, load_manifest
+from pipeline.data.decode.augment import image_size_at
+from pipeline.data.decode.kinds import Kind, kind_of
+from pipeline.data.manifest import EVALUATION, TRAIN, check_kind, load_manifest
 from pipeline.data.order import Order
 from pipeline.data.prefetcher import Batch, Request, Stream
 from pipeline.data.remote import join
-from pipeline.data.samples import BadSamples, Samples, Taken, refuse, too_many
+from pipeline.data.samples import BadSamples, Samples, refuse, too_many
 from pipeline.data.shard_reader import Shards
 from pipeline.errors import ConfigError
 from pipeline.ranks.cores import local_ranks
@@ -52,9 +53,11 @@ class Loader:
         device: where batches go; a CUDA device decodes on the GPU.
         split: folder of the shard set below `data.path`.
         dtype: of the images; bfloat16 halves their memory where the network computes in bf16.
+        T: frames of a recording, for a set of event data.
 
     Raises:
-        ConfigError: there is no such set, or the batch does not divide over the ranks.
+        ConfigError: there is no such set, `data` has options of another kind of samples, or the batch does not divide
+            over the ranks.
         DataError: the set is damaged.
     """
 
@@ -68,6 +71,7 @@ class Loader:
         device: torch.device,
         split: str = TRAIN,
         dtype: torch.dtype = torch.float32,
+        T: int | None = None,
     ) -> None:
         self._data, self._seed, self._rank = data, seed, rank
         self._share = data.global_batch // world_size
@@ -80,6 +84,8 @@ class Loader:
         self._shards = open_shards(data, split)
         self._samples = Samples(self._shards)
         self.manifest = self._shards.manifest
+        check_kind(data, self.manifest)
+        self._kind = kind_of(self.manifest, data, seed=seed, device=device, T=T)
         self._order = Order(
             [shard.num_samples for shard in self.manifest.shards], seed=seed, window_shards=data.window_shards
         )
@@ -87,7 +93,7 @@ class Loader:
         self.bad = BadSamples()
         """The samples that this rank replaced; on rank 0 the count starts from that of all ranks before the resume."""
         self._bad_count = self._bad_step = self._bad_from_step = self._bad_earlier = 0
-        self._stream = Stream(data, device, self._samples, self._request, self.bad, dtype)
+        self._stream = Stream(data, self._kind, device, self._samples, self._request, self.bad, dtype)
         self._step = self._left = 0
         atexit.register(self.close)  # runs before DALI's own exit handler, which aborts if a thread is in a pipeline
 
@@ -148,16 +154,7 @@ class Loader:
             self._shards.expect(self._order.coming(position, last, share=self._share, global_batch=global_batch))
         epochs, numbers = self._order.samples(position, m)
         taken = self._samples.take(numbers, lambda slot, attempt: self._order.replacement(position + slot, attempt))
-        windows = random_windows(
-            self._seed,
-            epochs,
-            taken.numbers,
-            sizes(taken),
-            area_min=self._data.crop_area_min,
-            aspect=self._data.crop_aspect,
-            flip=self._data.flip,
-            image_size=self._image_size(step),
-        )
+        views = self._kind.random_views(epochs, taken.numbers, taken.records, self._image_size(step))
         bad = [
             (
                 self._samples.name(number),
@@ -171,7 +168,7 @@ class Loader:
             index=micro_batch,
             numbers=taken.numbers,
             encoded=taken.encoded,
-            windows=windows,
+            views=views,
             labels=taken.records["label"].astype(np.int64),
             valid=np.ones(m, dtype=bool),
             position=position,
@@ -266,7 +263,7 @@ class Loader:
     def close(self) -> None:
         """Ends the threads and closes the shards."""
         atexit.unregister(self.close)
-        end(self._stream, self._shards)
+        end(self._stream, self._shards, self._kind)
 
 
 def _count(state: dict[str, object], name: str) -> int:
@@ -276,9 +273,10 @@ def _count(state: dict[str, object], name: str) -> int:
     return value
 
 
-def end(stream: Stream, shards: Shards) -> None:
+def end(stream: Stream, shards: Shards, kind: Kind) -> None:
     shards.interrupt()
     stream.close()
+    kind.close()
     shards.close()
 
 
@@ -293,22 +291,25 @@ def open_shards(data: DataConfig, split: str) -> Shards:
     )
 
 
-def sizes(taken: Taken) -> np.ndarray:
-    """`(n, 2)` int64 heights and widths."""
-    return np.stack((taken.records["height"], taken.records["width"]), axis=1).astype(np.int64)
-
-
 def evaluation_batches(
-    data: DataConfig, *, rank: int, world_size: int, device: torch.device, split: str = EVALUATION
+    data: DataConfig,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    split: str = EVALUATION,
+    T: int | None = None,
 ) -> Generator[Batch, None, None]:
     """Every sample of a split exactly once over all ranks; each rank gets the same number of batches.
 
-    Padding and bad samples are not `valid`: another sample of the split fills their place.
+    Padding and bad samples are not `valid`: another sample of the split fills their place. `T` as in `Loader`.
 
     Raises:
         ConfigError, DataError: as `Loader`; also when this rank's bad samples alone are over `data.max_bad_ratio`.
     """
     shards, m = open_shards(data, split), data.micro_batch
+    check_kind(data, shards.manifest)
+    kind = kind_of(shards.manifest, data, seed=0, device=device, T=T)
     samples, bad = Samples(shards), BadSamples()
     total = shards.manifest.num_samples
     per_rank = -(-total // (m * world_size))
@@ -333,17 +334,15 @@ def evaluation_batches(
             index=index,
             numbers=taken.numbers,
             encoded=taken.encoded,
-            windows=central_windows(
-                sizes(taken), image_size=data.image_size, resize=data.eval_resize or data.image_size
-            ),
+            views=kind.whole_views(taken.records),
             labels=taken.records["label"].astype(np.int64),
             valid=valid,
             position=position,
             bad=reported,
         )
 
-    stream = Stream(data, device, samples, request, bad)
-    close = partial(end, stream, shards)
+    stream = Stream(data, kind, device, samples, request, bad)
+    close = partial(end, stream, shards, kind)
     atexit.register(close)  # for an evaluation that is left before its end
     try:
         yield from stream.run(range(per_rank))

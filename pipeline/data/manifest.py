@@ -15,13 +15,13 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import DataConfig
+from pipeline.config import OF_EVENTS, OF_IMAGES, DataConfig
 from pipeline.data.decode.events import MAX_SIDE
 from pipeline.data.remote import RETRIES, TIMEOUT_S, Remote, is_remote, join
 from pipeline.errors import ConfigError, DataError, is_outage
@@ -32,6 +32,8 @@ VERSION = 1
 MANIFEST_NAME = "manifest.json"
 KINDS = IMAGES, EVENTS = "images", "events"
 """What the samples of a set are."""
+IMAGE_CHANNELS, EVENT_CHANNELS = 3, 2
+"""Channels that the network gets: red, green and blue; the darker and the brighter events of a frame."""
 TRAIN, EVALUATION = "train", "val"
 """Names of the splits, which are their folders."""
 # Names become paths in the set and in the cache: they must not lead out of these folders, nor hold invalid bytes.
@@ -100,6 +102,11 @@ class Manifest:
     def shown(self) -> tuple[str, ...]:
         """The name to show for each class."""
         return self.display_names or self.classes
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images or frames that the network gets."""
+        return EVENT_CHANNELS if self.kind == EVENTS else IMAGE_CHANNELS
 
     @property
     def num_samples(self) -> int:
@@ -275,13 +282,31 @@ def load_manifest(data: DataConfig, split: str) -> Manifest:
     return Manifest.load(join(data.path, split), retries=data.retries, timeout_s=data.timeout_s)
 
 
+def check_kind(data: DataConfig, manifest: Manifest) -> None:
+    """Refuses options that say nothing for the kind of samples in a set.
+
+    Raises:
+        ConfigError: an option of images is set for event recordings, or the other way round.
+    """
+    of_events = manifest.kind == EVENTS
+    foreign = OF_IMAGES if of_events else OF_EVENTS
+    for field in fields(data):
+        got = getattr(data, field.name)
+        if field.name in foreign and got != field.default:
+            what, holds = ("images", "event recordings") if of_events else ("event recordings", "images")
+            raise ConfigError(
+                f"data.{field.name}={got!r} is for {what}, and {join(data.path, manifest.split)} holds {holds}; leave "
+                f"it out, which is {field.default!r}"
+            )
+
+
 def check_splits(data: DataConfig) -> Manifest:
     """Checks that both splits can be used; returns the training split's manifest.
 
     Files of local splits are checked here, those of remote splits when the cache downloads them.
 
     Raises:
-        ConfigError: there is no such set, or the classes of the two differ.
+        ConfigError: there is no such set, the classes or kinds of the two differ, or an option is of another kind.
         DataError: a split has no samples or no classes, lacks a file, has a damaged file of records, or more labels
             out of range than `data.max_bad_ratio` allows.
     """
@@ -292,6 +317,12 @@ def check_splits(data: DataConfig) -> Manifest:
             raise DataError(f"{where} names no classes; make the shards again with python -m data_prep")
         if manifest.num_samples == 0:
             raise DataError(f"{where} has no samples; make the shards again with python -m data_prep")
+    if train.kind != evaluation.kind:
+        raise ConfigError(
+            f"{data.path} holds {train.kind} to train on, and {evaluation.kind} to evaluate; make both splits of the "
+            "same kind"
+        )
+    check_kind(data, train)
     if train.classes != evaluation.classes:
         raise ConfigError(
             f"{join(data.path, EVALUATION)} has {differing(evaluation.classes, train.classes, 'train has')}; make both "

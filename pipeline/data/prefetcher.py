@@ -1,6 +1,8 @@
 """Reads and decodes micro-batches ahead of the training loop.
 
-    reader thread: numbers → bytes, windows → decoder thread: DALI (its own threads) → Batch → the training loop
+    reader thread: numbers → bytes, views → decoder thread: DALI (its own threads) → Batch → the training loop
+
+Recordings of events are counted by NumPy where images are decoded by DALI.
 
 Threads, not processes: reading and decoding release the GIL, a killed rank leaves no orphans, and a resume starts no
 processes.
@@ -12,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,8 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.data.background import Background
-from pipeline.data.decode.augment import Windows
-from pipeline.data.decode.dali_pipeline import Copied, DeviceCopies, Graph, undecodable
+from pipeline.data.decode.dali_pipeline import Copied, DeviceCopies
+from pipeline.data.decode.kinds import Decoder, Kind
 from pipeline.data.remote import ClosedError
 from pipeline.data.samples import UNDECODABLE, BadSamples, Samples
 
@@ -30,7 +32,7 @@ GRAPH_AHEAD = 3  # batches inside DALI; with fewer its threads have no work betw
 
 class Batch(NamedTuple):
     images: Tensor
-    """`(m, 3, H, W)`, normalised, channels-last, on the device. Event data would be `(T, m, C, H, W)`."""
+    """`(m, 3, H, W)`, normalised; of event data `(T, m, 2, H, W)`, counts. Channels-last, on the device."""
     labels: Tensor
     """`(m,)` int64, on the device."""
     valid: Tensor
@@ -46,7 +48,8 @@ class Request(NamedTuple):
     """The index from which `prepare` made it."""
     numbers: np.ndarray
     encoded: list[np.ndarray]
-    windows: Windows
+    views: Any
+    """What its kind of samples made: see `kinds.py`."""
     labels: np.ndarray
     valid: np.ndarray
     position: int
@@ -59,6 +62,7 @@ class Stream:
 
     Args:
         data, device: see `Graph`.
+        kind: of the samples.
         samples: a sample that does not decode is marked bad here, so that `prepare` replaces it.
         prepare: makes the request of an index; called in the reader thread.
         bad: counts bad samples when their batches are handed out.
@@ -68,16 +72,17 @@ class Stream:
     def __init__(
         self,
         data: DataConfig,
+        kind: Kind,
         device: torch.device,
         samples: Samples,
         prepare: Callable[[int], Request],
         bad: BadSamples,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._data, self._device, self._samples, self._prepare, self._bad = data, device, samples, prepare, bad
-        self._dtype = dtype
+        self._data, self._kind, self._device = data, kind, device
+        self._samples, self._prepare, self._bad, self._dtype = samples, prepare, bad, dtype
         self._reader = Background(1, name="shard-reader")
-        self._decoder: _Decoder | None = None
+        self._decoder: _DecoderThread | None = None
         self.wait_s = 0.0
         """Seconds that `run` waited for a finished batch."""
 
@@ -90,8 +95,8 @@ class Stream:
         """The batches of `indices`, in order. One run at a time: a new one ends the one before."""
         if self._decoder is not None:
             self._decoder.close()
-        decoder = self._decoder = _Decoder(
-            self._data, self._device, self._samples, self._prepare, self._reader, iter(indices), self._dtype
+        decoder = self._decoder = _DecoderThread(
+            self._data, self._kind, self._device, self._samples, self._prepare, self._reader, iter(indices), self._dtype
         )
         for _ in indices:
             began = time.monotonic()
@@ -110,12 +115,13 @@ class Stream:
         self._reader.close(wait=True)
 
 
-class _Decoder:
-    """The thread that feeds DALI and collects from it, for one run."""
+class _DecoderThread:
+    """The thread that feeds the kind's decoder and collects from it, for one run."""
 
     def __init__(
         self,
         data: DataConfig,
+        kind: Kind,
         device: torch.device,
         samples: Samples,
         prepare: Callable[[int], Request],
@@ -123,7 +129,7 @@ class _Decoder:
         indices: Iterator[int],
         dtype: torch.dtype,
     ) -> None:
-        self._data, self._device, self._samples = data, device, samples
+        self._data, self._kind, self._samples = data, kind, samples
         self._copies = DeviceCopies(device, dtype)
         self._prepare, self._reader, self._indices = prepare, reader, indices
         self._ahead = min(data.prefetch, GRAPH_AHEAD)
@@ -164,16 +170,16 @@ class _Decoder:
         try:
             for _ in range(2 * self._data.prefetch):
                 self._read_on()
-            graph = self._graph()
+            decoder = self._decoder()
             while self._fed or self._again or self._reading:
                 self._room.acquire()
                 if self._stopped:
                     return
                 try:
-                    images = graph.run()
+                    images = decoder.run()
                 except RuntimeError as error:
                     self._repair(error)
-                    graph = self._graph()
+                    decoder = self._decoder()
                     self._room.release()
                     continue
                 request = self._fed.popleft()
@@ -186,15 +192,15 @@ class _Decoder:
             self._done.put(ClosedError("the loader was closed"))  # so that a waiting `next` ends
             self._copies.release()
 
-    def _graph(self) -> Graph:
-        return Graph(self._data, self._device, self._feed, batch_size=self._data.micro_batch, ahead=self._ahead)
+    def _decoder(self) -> Decoder:
+        return self._kind.decoder(self._feed, ahead=self._ahead)
 
     def _read_on(self) -> None:
         index = next(self._indices, None)
         if index is not None:
             self._reading.append(self._reader.submit(self._prepare, index))
 
-    def _feed(self) -> tuple[list[np.ndarray], Windows]:
+    def _feed(self) -> tuple[list[np.ndarray], Any]:
         if self._again:
             request = self._again.popleft()
         elif self._reading and not self._stopped:
@@ -203,12 +209,12 @@ class _Decoder:
         else:
             raise StopIteration
         self._fed.append(request)
-        return request.encoded, request.windows
+        return request.encoded, request.views
 
     def _repair(self, error: RuntimeError) -> None:
-        """Finds the image that DALI failed at, marks it bad, and prepares all batches that DALI lost again."""
+        """Finds the sample that did not decode, marks it bad, and prepares all batches that DALI lost again."""
         for request in self._fed:
-            culprits = undecodable(self._data, self._device, request.encoded, request.windows)
+            culprits = self._kind.undecodable(request.encoded, request.views)
             if culprits:
                 self._samples.bad.update(dict.fromkeys(request.numbers[culprits].tolist(), UNDECODABLE))
                 break

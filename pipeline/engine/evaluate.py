@@ -128,7 +128,7 @@ def evaluate_in_detail(
         best = logits_NK.topk(min(5, num_classes), dim=1).indices
         top5 += int((best == labels_N[:, None]).sum())
         if index >= due:
-            measured.append((energy.measure(network, images[valid]), len(labels_N)))
+            measured.append((energy.measure(network, images[..., valid, :, :, :]), len(labels_N)))
             due = index + measure_every
         said(int(confusion.sum()))
     num_samples = int(confusion.sum())

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.config import Config
+from pipeline.data.manifest import EVENT_CHANNELS, EVENTS, IMAGE_CHANNELS
 from pipeline.errors import ConfigError
 from pipeline.run_dir import checkpoint_files, run_folder
 from pipeline.snn import state_dicts
@@ -63,10 +64,15 @@ def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str
         raise ConfigError(f"{run_dir} keeps no moving average of its weights (train.ema_decay=0); use --weights last")
     chosen = found["model"] if average is None or weights == "last" else average
     tensors = {**chosen["parameters"], **chosen["buffers"]}
-    classes = run_folder.read(run_dir).about.get("classes")
-    num_classes = len(classes or tensors["fc.weight"])  # older runs have no record of their classes
-    size = config.data.image_size
-    network = build(config.model, num_classes=num_classes, image_size=size, run=run_dir).eval()
+    about = run_folder.read(run_dir).about
+    num_classes = len(about.get("classes") or tensors["fc.weight"])  # older runs have no record of their classes
+    network = build(
+        config.model,
+        num_classes=num_classes,
+        in_channels=EVENT_CHANNELS if about.get("kind") == EVENTS else IMAGE_CHANNELS,
+        image_size=config.data.image_size,
+        run=run_dir,
+    ).eval()
     network.to(next(iter(chosen["parameters"].values())).dtype)
     saved, there = network.state_dict(), dict(network.named_buffers())
     tensors = {name: tensor for name, tensor in tensors.items() if name in saved or name not in there}  # persistent

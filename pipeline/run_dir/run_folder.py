@@ -217,14 +217,19 @@ def describe(
     layers: Sequence[str],
     num_parameters: int,
     world_size: int,
+    kind: str = "images",
     network_code: bytes = b"",
 ) -> None:
-    """Writes config.json and run.json; of a user's own network its hash, and a copy where it is a single file."""
+    """Writes config.json and run.json; of a user's own network its hash, and a copy where it is a single file.
+
+    `kind` is that of the samples, as the manifest says.
+    """
     folder = Path(config.run_dir)
     description = {
         "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(),
         "seed": config.train.seed,
+        "kind": kind,
         "data_identity": data_identity,
         "classes": list(classes),
         "num_parameters": num_parameters,

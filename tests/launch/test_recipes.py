@@ -15,9 +15,9 @@ from pipeline.engine.schedule import Schedule
 from pipeline.ranks import cores
 from pipeline.snn.networks.build import build
 
-GPUS = {"digits": 8, "cifar10": 4, "tiny_imagenet": 4}
-CLASSES = {"digits": 10, "cifar10": 10, "imagenet100": 100, "tiny_imagenet": 200}
-MILLIONS = {"digits": 0.02, "cifar10": 0.27, "imagenet100": 11.2, "tiny_imagenet": 11.3}
+GPUS = {"digits": 8, "digits_dvs": 2, "cifar10": 4, "tiny_imagenet": 4}
+CLASSES = {"digits": 10, "digits_dvs": 10, "cifar10": 10, "imagenet100": 100, "tiny_imagenet": 200}
+MILLIONS = {"digits": 0.02, "digits_dvs": 0.08, "cifar10": 0.27, "imagenet100": 11.2, "tiny_imagenet": 11.3}
 
 
 @pytest.mark.parametrize("name", RECIPES)

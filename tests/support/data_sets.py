@@ -1,4 +1,4 @@
-"""Shard sets for the tests of the loader: of drawn JPEGs, and of real ones where the shared images are at hand."""
+"""Shard sets for the tests of the loader: of drawn JPEGs and events, and of real JPEGs where the shared ones are."""
 
 import hashlib
 import io
@@ -11,7 +11,8 @@ import pytest
 from PIL import ExifTags, Image
 from webdataset.writer import TarWriter
 
-from pipeline.data.manifest import MANIFEST_NAME, SAMPLE_DTYPE, Manifest, Shard
+from pipeline.data.decode.events import EXTENSION, MAGIC, Events, encode
+from pipeline.data.manifest import EVENTS, IMAGES, MANIFEST_NAME, SAMPLE_DTYPE, Manifest, Shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,17 +40,30 @@ def drawn_jpeg(number: int, height: int = 48, width: int = 64, quality: int = 90
     return buffer.getvalue()
 
 
+def drawn_recording(number: int, height: int = 34, width: int = 34, num_events: int = 2000) -> bytes:
+    """Events of a bar that moves over the sensor; they differ for every number."""
+    rng = np.random.default_rng(number)
+    t = np.sort(rng.integers(0, 100_000, num_events))
+    x = (t * width // 100_000 + rng.integers(0, 3 + number % 4, num_events)) % width
+    y = rng.integers(0, height, num_events)
+    return encode(Events(t - t[0], x, y, rng.integers(0, 2, num_events), width, height))
+
+
 def write_set(
     folder: Path, images: list[bytes], *, per_shard: int, classes: int = 4, labels: dict[int, int] | None = None
 ) -> Manifest:
-    """Writes a shard set; sample i has label i mod `classes` unless `labels` says otherwise."""
+    """Writes a shard set of images, or of events where the first sample is a recording; sample i has label i mod
+    `classes` unless `labels` says otherwise.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for first in range(0, len(images), per_shard):
         name = f"{folder.name}-{len(shards):06d}"
         numbers = range(first, min(first + per_shard, len(images)))
         shards.append(_write_shard(folder, name, images, numbers, classes, labels or {}))
-    manifest = Manifest(split=folder.name, classes=tuple(f"c{i}" for i in range(classes)), shards=tuple(shards))
+    kind = EVENTS if images[0].startswith(MAGIC) else IMAGES
+    names = tuple(f"c{i}" for i in range(classes))
+    manifest = Manifest(split=folder.name, classes=names, shards=tuple(shards), kind=kind)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -58,14 +72,15 @@ def _write_shard(
     folder: Path, name: str, images: list[bytes], numbers: range, classes: int, labels: dict[int, int]
 ) -> Shard:
     label = {n: labels.get(n, n % classes) for n in numbers}
+    extension = EXTENSION if images[0].startswith(MAGIC) else "jpg"
     with TarWriter(str(folder / f"{name}.tar"), mtime=0) as tar:
         for n in numbers:
-            tar.write({"__key__": f"{n:06d}", "jpg": images[n], "cls": str(label[n]).encode()})
+            tar.write({"__key__": f"{n:06d}", extension: images[n], "cls": str(label[n]).encode()})
     with tarfile.open(folder / f"{name}.tar") as archive:
         members = {member.name: member for member in archive.getmembers()}
     records, lines = np.zeros(len(numbers), SAMPLE_DTYPE), [f"v1.2 {len(numbers)}"]
     for row, n in enumerate(numbers):
-        parts = [members[f"{n:06d}.{suffix}"] for suffix in ("jpg", "cls")]
+        parts = [members[f"{n:06d}.{suffix}"] for suffix in (extension, "cls")]
         lines.append(" ".join(f"{p.name.split('.')[1]} {p.offset_data} {p.size} {p.name}" for p in parts))
         height, width = _size(images[n])
         records[row] = (parts[0].offset_data, parts[0].size, label[n], height, width)

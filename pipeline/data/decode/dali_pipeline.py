@@ -141,7 +141,7 @@ class Queue(Protocol):
     """A queue in which a device copies while the host goes on."""
 
     def copy(self, source: Tensor, dtype: torch.dtype) -> Tensor:
-        """Queues a copy within the device; `source` must stay as it is until the copy is done."""
+        """Queues a copy to the device or within it; `source` must stay as it is until the copy is done."""
         ...
 
     def send(self, array: np.ndarray) -> Tensor:
@@ -165,6 +165,8 @@ class SideStream:
 
     def copy(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.cuda.stream(self._stream):
+            if source.device.type == "cpu":  # frames of events: their cast is the device's work
+                source = source.pin_memory().to(self._device, non_blocking=True)
             return source.to(self._device, dtype, non_blocking=True, copy=True)
 
     def send(self, array: np.ndarray) -> Tensor:
@@ -209,7 +211,7 @@ class DeviceCopies:
         self._held: tuple[Mark, Tensor] | None = None
 
     def take(self, images: Tensor, labels: np.ndarray, valid: np.ndarray) -> Copied:
-        """Called in the decoder thread with an output of DALI that is ready; it is held until it has been read."""
+        """Called in the decoder thread with an output of a decoder that is ready; held until it has been read."""
         queue = self._queue
         if queue is None:  # the cast runs in this thread, ahead of the loop
             return Copied(images.to(self._dtype), torch.from_numpy(labels), torch.from_numpy(valid), None)

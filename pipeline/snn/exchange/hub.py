@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from pipeline.config import ModelConfig, config_json
 from pipeline.errors import ConfigError, first_line, is_outage
 from pipeline.snn import state_dicts
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
+from pipeline.snn.networks.network import Network
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
@@ -23,9 +24,7 @@ INSTALL = 'pip install -c constraints.txt -e ".[export]"'
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def config(
-    network: sew_resnet.SEWResNet, model: ModelConfig, *, image_size: int, classes: Sequence[str], images: str
-) -> dict:
+def config(network: Network, model: ModelConfig, *, image_size: int, classes: Sequence[str], images: str) -> dict:
     """The content of config.json.
 
     Args:
@@ -48,7 +47,7 @@ def config(
     }
 
 
-def load_pretrained(source: str | Path, *, revision: str | None = None) -> sew_resnet.SEWResNet:
+def load_pretrained(source: str | Path, *, revision: str | None = None) -> Network:
     """The network that lies in a folder of `launch.export --format hf`, or in a repository of the hub.
 
     Its weights are read by safetensors, which holds numbers alone; no code of the repository is run.
@@ -82,8 +81,11 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> sew_r
         if type(value) is not int or value < 1:
             raise ConfigError(f"{path}: {name}={value!r:.80} is not allowed; use a whole number of at least 1")
     try:
-        network = sew_resnet.build(
-            ModelConfig(**model),
+        settings = ModelConfig(**model)
+        if settings.is_own:  # a repository must not name code of this machine to run
+            raise ConfigError(f"model.arch={settings.arch!r} is a network's own code, which is not run from here")
+        network = build(
+            settings,
             num_classes=sizes["num_labels"],  # pyright: ignore[reportArgumentType]
             in_channels=sizes["in_channels"],  # pyright: ignore[reportArgumentType]
             image_size=sizes["image_size"],  # pyright: ignore[reportArgumentType]
