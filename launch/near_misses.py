@@ -71,6 +71,9 @@ _ALIASES = """
     data.flip: hflip horizontal_flip random_flip fliplr
     data.crop_area_min: rrc_scale crop_scale scale_min
     data.crop_aspect: ratio aspect_ratio crop_ratio
+    data.mixup: mixup_alpha use_mixup
+    data.cutmix: cutmix_alpha use_cutmix
+    data.mixup_switch_prob: switch_prob cutmix_prob
     data.window_shards: shuffle shuffle_buffer shuffle_size
     data.cache_dir: cache
     metrics.port: prometheus_port

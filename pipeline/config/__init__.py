@@ -54,6 +54,15 @@ class DataConfig:
     """Widest aspect ratio of a random crop, at least 1."""
     flip: bool = True
     """Mirror each training image with probability 1/2."""
+    mixup: float = 0.0
+    """Mix the images of a micro-batch, and their labels, in pairs: alpha of mixup's Beta(alpha, alpha); 0 is off."""
+    cutmix: float = 0.0
+    """Put a box of another image into each image, and mix the labels: alpha of cutmix's Beta(alpha, alpha); 0 is
+    off."""
+    mixup_prob: float = 1.0
+    """Probability that a micro-batch is mixed, in (0, 1], where mixup or cutmix is above 0."""
+    mixup_switch_prob: float = 0.5
+    """Probability that it is cutmix, in [0, 1], where both mixup and cutmix are above 0."""
     eval_resize: int = 0
     """Shorter side before the central crop of an evaluation, in pixels; 0 uses image_size."""
     threads: int = 0
@@ -89,6 +98,14 @@ class DataConfig:
             self.crop_aspect,
             "a number of at least 1, and finite",
         )
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            require(0 <= alpha <= 1000, f"data.{name}", alpha, "a number from 0 (off) to 1000")
+            require(alpha == 0 or self.micro_batch > 1, f"data.{name}", alpha, "0 with data.micro_batch 1: partners "
+                     "are of the same micro-batch")  # fmt: skip
+        require(0 < self.mixup_prob <= 1, "data.mixup_prob", self.mixup_prob, "a number in (0, 1]")
+        got = self.mixup_switch_prob
+        require(0 <= got <= 1, "data.mixup_switch_prob", got, "a number in [0, 1]")
         require(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,
             "data.eval_resize",
@@ -101,6 +118,11 @@ class DataConfig:
             self.global_batch,
             f"a multiple of data.micro_batch={self.micro_batch}",
         )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the training images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def smallest_image(self) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data.cache import READ_AHEAD, check_cache
+from pipeline.data.decode import mixup
 from pipeline.data.decode.augment import central_windows, image_size_at, random_windows
 from pipeline.data.manifest import EVALUATION, TRAIN, load_manifest
 from pipeline.data.order import Order
@@ -132,11 +133,24 @@ class Loader:
 
     def _micro_batches(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         for left in reversed(range(self._accumulation)):
-            batch = next(batches)
+            batch = self._mixed(next(batches))
             self._left = left
             if left == 0:  # so that a state saved in the loop body after this step resumes at the next one
                 self._step = step + 1
             yield batch
+
+    def _mixed(self, batch: Batch) -> Batch:
+        """The batch after mixup or cutmix, where they are on."""
+        images, labels = batch.images, batch.labels
+        mixing = mixup.draw(self._data, self._seed, batch.position, images.shape[-2], images.shape[-1])
+        if mixing is None:
+            return batch
+        partners = mixup.partners_on(mixing, images.device)
+        return batch._replace(
+            images=mixup.mixed_images(images, mixing, partners),
+            labels=mixup.main_labels(labels, mixing, partners),
+            mixed=mixup.mixed_targets(labels, mixing, partners, len(self.manifest.classes)),
+        )
 
     def _request(self, micro_batch: int) -> Request:
         """The rank's `micro_batch`-th micro-batch of the run."""

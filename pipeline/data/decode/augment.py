@@ -28,7 +28,7 @@ class Windows(NamedTuple):
     """`(n, 2)` float32: height and width that each part is resized to."""
 
 
-def _uniform(*words: int | np.ndarray) -> np.ndarray:
+def uniform(*words: int | np.ndarray) -> np.ndarray:
     """Uniform in [0, 1), 53 bits, from a hash of the words."""
     return (mix(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -46,7 +46,7 @@ def random_windows(
 ) -> Windows:
     """Training windows of samples `(n,)` whose sizes `(n, 2)` are heights and widths, to be resized to `image_size`."""
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
-    draws = _uniform(seed, epochs[:, None], samples[:, None], _CROP, np.arange(4 * TRIES)[None])
+    draws = uniform(seed, epochs[:, None], samples[:, None], _CROP, np.arange(4 * TRIES)[None])
     area = height * width * (area_min + (1 - area_min) * draws[:, 0::4])
     ratio = np.exp(np.log(aspect) * (2 * draws[:, 1::4] - 1))
     crop_width, crop_height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
@@ -57,7 +57,7 @@ def random_windows(
     rows = np.arange(len(samples))
     boxes = np.stack((top, left, crop_height, crop_width), axis=2)[rows, first]
     boxes = np.where(fits.any(1)[:, None], boxes, _largest_central(sizes, aspect)).astype(np.int32)
-    flips = (_uniform(seed, epochs, samples, _FLIP) < 0.5) & flip
+    flips = (uniform(seed, epochs, samples, _FLIP) < 0.5) & flip
     anchors, shapes = (np.ascontiguousarray(part) for part in (boxes[:, :2], boxes[:, 2:]))
     return Windows(anchors, shapes, flips.astype(np.int32), _sides(len(samples), image_size))
 
