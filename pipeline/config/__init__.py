@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from pipeline.config.checks import INTEGER_MAX, checked, positive, require
+from pipeline.config.policy import rand_augment
 from pipeline.config.sections import SURROGATES, ChiConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.errors import ConfigError
 
@@ -54,6 +55,14 @@ class DataConfig:
     """Widest aspect ratio of a random crop, at least 1."""
     flip: bool = True
     """Mirror each training image with probability 1/2."""
+    aa: str = ""
+    """Policy of operations on each training image: ta_wide (TrivialAugmentWide); RandAugment as timm writes it, such as
+    rand-m9-mstd0.5-inc1; empty for none."""
+    color_jitter: float = 0.0
+    """Change saturation, brightness and contrast of each training image by factors from 1 - this to 1 + this; 0 is
+    off. Not with aa."""
+    reprob: float = 0.0
+    """Probability of random erasing, in [0, 1]: a box of a training image gets the mean colour."""
     mixup: float = 0.0
     """Mix the images of a micro-batch, and their labels, in pairs: alpha of mixup's Beta(alpha, alpha); 0 is off."""
     cutmix: float = 0.0
@@ -98,6 +107,10 @@ class DataConfig:
             self.crop_aspect,
             "a number of at least 1, and finite",
         )
+        rand_augment(self.aa)
+        fits = 0 <= self.color_jitter <= 1 and not (self.color_jitter and self.aa)
+        require(fits, "data.color_jitter", self.color_jitter, "a number in [0, 1], and 0 with data.aa")
+        require(0 <= self.reprob <= 1, "data.reprob", self.reprob, "a number in [0, 1]")
         for name in ("mixup", "cutmix"):
             alpha = getattr(self, name)
             require(0 <= alpha <= 1000, f"data.{name}", alpha, "a number from 0 (off) to 1000")
@@ -118,6 +131,11 @@ class DataConfig:
             self.global_batch,
             f"a multiple of data.micro_batch={self.micro_batch}",
         )
+
+    @property
+    def plain(self) -> "DataConfig":
+        """Without the changes that DALI's graph makes to training images: the graph of an evaluation."""
+        return dataclasses.replace(self, aa="", color_jitter=0.0, reprob=0.0)
 
     @property
     def mixes(self) -> bool:

@@ -16,6 +16,7 @@ from pipeline.config import DataConfig
 from pipeline.data.cache import READ_AHEAD, check_cache
 from pipeline.data.decode import mixup
 from pipeline.data.decode.augment import central_windows, image_size_at, random_windows
+from pipeline.data.decode.auto_augment import draw_changes
 from pipeline.data.manifest import EVALUATION, TRAIN, load_manifest
 from pipeline.data.order import Order
 from pipeline.data.prefetcher import Batch, Request, Stream
@@ -162,6 +163,7 @@ class Loader:
             self._shards.expect(self._order.coming(position, last, share=self._share, global_batch=global_batch))
         epochs, numbers = self._order.samples(position, m)
         taken = self._samples.take(numbers, lambda slot, attempt: self._order.replacement(position + slot, attempt))
+        image_size = self._image_size(step)
         windows = random_windows(
             self._seed,
             epochs,
@@ -170,7 +172,7 @@ class Loader:
             area_min=self._data.crop_area_min,
             aspect=self._data.crop_aspect,
             flip=self._data.flip,
-            image_size=self._image_size(step),
+            image_size=image_size,
         )
         bad = [
             (
@@ -186,6 +188,7 @@ class Loader:
             numbers=taken.numbers,
             encoded=taken.encoded,
             windows=windows,
+            changes=draw_changes(self._data, self._seed, epochs, taken.numbers, image_size),
             labels=taken.records["label"].astype(np.int64),
             valid=np.ones(m, dtype=bool),
             position=position,
@@ -350,13 +353,14 @@ def evaluation_batches(
             windows=central_windows(
                 sizes(taken), image_size=data.image_size, resize=data.eval_resize or data.image_size
             ),
+            changes=[],
             labels=taken.records["label"].astype(np.int64),
             valid=valid,
             position=position,
             bad=reported,
         )
 
-    stream = Stream(data, device, samples, request, bad)
+    stream = Stream(data.plain, device, samples, request, bad)
     close = partial(end, stream, shards)
     atexit.register(close)  # for an evaluation that is left before its end
     try:

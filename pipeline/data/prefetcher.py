@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.config import DataConfig
 from pipeline.data.background import Background
 from pipeline.data.decode.augment import Windows
-from pipeline.data.decode.dali_pipeline import Copied, DeviceCopies, Graph, undecodable
+from pipeline.data.decode.dali_pipeline import Copied, DeviceCopies, Fed, Graph, undecodable
 from pipeline.data.remote import ClosedError
 from pipeline.data.samples import UNDECODABLE, BadSamples, Samples
 
@@ -54,6 +54,8 @@ class Request(NamedTuple):
     numbers: np.ndarray
     encoded: list[np.ndarray]
     windows: Windows
+    changes: list[np.ndarray]
+    """As `draw_changes` gives them; empty where nothing is on, as in an evaluation."""
     labels: np.ndarray
     valid: np.ndarray
     position: int
@@ -201,7 +203,7 @@ class _Decoder:
         if index is not None:
             self._reading.append(self._reader.submit(self._prepare, index))
 
-    def _feed(self) -> tuple[list[np.ndarray], Windows]:
+    def _feed(self) -> Fed:
         if self._again:
             request = self._again.popleft()
         elif self._reading and not self._stopped:
@@ -210,7 +212,7 @@ class _Decoder:
         else:
             raise StopIteration
         self._fed.append(request)
-        return request.encoded, request.windows
+        return request.encoded, request.windows, request.changes
 
     def _repair(self, error: RuntimeError) -> None:
         """Finds the image that DALI failed at, marks it bad, and prepares all batches that DALI lost again."""

@@ -10,7 +10,13 @@ from pipeline.run_dir.checkpoint_files import load_newest
 from tests.conftest import launch
 from tests.support.training_runs import STEPS, arguments
 
-ON = {"--data.mixup": 0.8, "--data.cutmix": 1.0, "--data.mixup_prob": 0.9}
+ON = {
+    "--data.aa": "rand-m9-mstd0.5-inc1",
+    "--data.reprob": 0.5,
+    "--data.mixup": 0.8,
+    "--data.cutmix": 1.0,
+    "--data.mixup_prob": 0.9,
+}
 
 
 def test_a_run_with_everything_on_that_is_killed_and_resumed_is_the_same_to_the_bit(digits, straight, tmp_path):
