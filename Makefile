@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= digits
 MONITOR_PORT ?= 9095
-BENCHMARKS := loader shard_writing train_step neuron_bytes chi_overhead attach_cost engine checkpoint_stall scrape scale
+BENCHMARKS := loader augmentation shard_writing train_step neuron_bytes chi_overhead attach_cost engine checkpoint_stall scrape scale
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .PHONY: train test test-faults test-deploy check monitor bench clean

@@ -4,8 +4,10 @@ import io
 import math
 import random
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +29,9 @@ def config(path: str, threads: int, cache: str = "") -> DataConfig:
     )
 
 
-def ours(path: str, threads: int, cache: str = "") -> Generator[torch.Tensor, None, None]:
-    """This project's loader."""
-    loader = Loader(config(path, threads, cache), seed=0, rank=0, world_size=1, device=CPU)
+def ours(path: str, threads: int, cache: str = "", **options: Any) -> Generator[torch.Tensor, None, None]:
+    """This project's loader, with further options of `DataConfig`."""
+    loader = Loader(replace(config(path, threads, cache), **options), seed=0, rank=0, world_size=1, device=CPU)
     try:
         for micro_batches in loader.steps(0, 1 << 40):
             for batch in micro_batches:
