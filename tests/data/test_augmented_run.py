@@ -2,11 +2,20 @@
 
 import signal
 
+import numpy as np
+import pytest
 import torch
+from safetensors.torch import save_file
 
+from launch.options import parse
+from pipeline.config import ModelConfig
+from pipeline.data.loader import Loader
 from pipeline.errors import EXIT_DONE
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir.checkpoint_files import load_newest
+from pipeline.snn import losses
+from pipeline.snn.networks import sew_resnet
+from tests import golden
 from tests.conftest import launch
 from tests.support.training_runs import STEPS, arguments
 
@@ -43,3 +52,28 @@ def test_a_run_with_everything_on_that_is_killed_and_resumed_is_the_same_to_the_
     assert weights[1] is not None
     for name, value in weights[0]["model"]["parameters"].items():
         assert torch.equal(weights[1]["model"]["parameters"][name], value), name
+
+
+def test_the_loss_and_accuracy_of_a_step_are_those_of_its_mixed_batches(digits, tmp_path):
+    """In doubles, the first step of two ranks against the same batches through the same network here."""
+    network = sew_resnet.build(ModelConfig(arch="sew_tiny", neuron="plif", T=golden.T), num_classes=10, image_size=8)
+    network = network.double()
+    golden.fill(network)
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    words = golden.arguments(digits, tmp_path / "weights.safetensors", tmp_path / "run")
+    words += ["--train.epochs", "0.01", "--data.mixup", "5", "--data.cutmix", "1"]
+    ended = launch("launch/train.py", *words)
+    assert ended.returncode == EXIT_DONE, ended.output
+    (record,) = [r for r in read_journal(tmp_path / "run" / "metrics.jsonl") if "train_loss" in r]
+    config = parse(words)
+    loader = Loader(config.data, seed=0, rank=0, world_size=1, device=torch.device("cpu"), dtype=torch.float64)
+    wanted, with_labels, hits = [], [], []
+    for batch in next(loader.steps(0, 1)):
+        logits = network(batch.images)
+        wanted.append(losses.loss(config.train, logits, batch.targets).item())
+        with_labels.append(losses.loss(config.train, logits, batch.labels).item())
+        hits.append((logits.mean(0).argmax(1) == batch.labels).double().mean().item())
+    loader.close()
+    assert record["train_loss"] == pytest.approx(np.mean(wanted), rel=1e-6)
+    assert record["train_accuracy_ratio"] == pytest.approx(np.mean(hits))
+    assert abs(np.mean(with_labels) / np.mean(wanted) - 1) > 1e-4, "mixed targets make a difference"

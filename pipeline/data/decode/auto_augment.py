@@ -145,7 +145,7 @@ def _write(
     op: str, slot: Slot, rows: np.ndarray, severity: np.ndarray, sign: np.ndarray, strength: _Strength, side: int
 ) -> None:
     """Writes `op` into those rows of the slot."""
-    factor = np.maximum(1 + sign * severity * strength.enhance, 0.01)
+    factor = 1 + sign * severity * strength.enhance
     match op:
         case "shear_x":
             slot.kind[rows], slot.matrix[rows, 0, 1] = WARP, sign * severity * strength.shear
@@ -200,7 +200,7 @@ def _jitter(strength: float, seed: int, epochs: np.ndarray, samples: np.ndarray)
     With s, b, c it is `c b (s x + (1 - s) grey) + (1 - c) b mean(grey)`, since saturation leaves grey as it is.
     """
     draws = uniform(seed, epochs[:, None], samples[:, None], _JITTER, np.arange(3)[None])
-    saturation, brightness, contrast = (np.maximum(0, 1 - strength) + draws * (2 * strength)).T
+    saturation, brightness, contrast = (1 - strength + draws * (2 * strength)).T
     both = contrast * brightness
     parts = both * saturation, both * (1 - saturation), (1 - contrast) * brightness
     return Blend(*(part.astype(np.float32) for part in parts))
