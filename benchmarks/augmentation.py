@@ -61,12 +61,12 @@ def compare(folder: Path, threads: int, rounds: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="1 round instead of 5")
+    parser.add_argument("--quick", action="store_true", help="1 round instead of 3")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     arguments = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as name:
-        rows = compare(Path(name), threads, 1 if arguments.quick else 5)
+        rows = compare(Path(name), threads, 1 if arguments.quick else 3)
     table.show(rows)
     if arguments.json:
         table.write(
