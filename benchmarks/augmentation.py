@@ -3,8 +3,8 @@
     python -m benchmarks.augmentation [--quick] [--json FILE]
 
 Images and method are those of benchmarks/loader.py: 224² random-resized crops of ilsvrc-mini; every round runs each
-side in turn on the same cores, in its own process and after warm-up, and a ratio is the median of the rounds' ratios.
-The CPU time an image counts all threads, so other work on the machine disturbs it less than the speed.
+side in turn on the same cores, after warm-up, and a ratio is the median of the rounds' ratios. The CPU time an image
+counts all threads, so other work on the machine disturbs it less than the speed.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import table
-from benchmarks.loader import PACKAGES, alone, timed, write_images
+from benchmarks.loader import PACKAGES, timed, write_images
+from benchmarks.loader_sides import ours
 from benchmarks.table import row
 
 SIDES: dict[str, dict] = {
@@ -31,13 +32,6 @@ SIDES: dict[str, dict] = {
 BATCHES = 12
 
 
-def side(name: str, path: str, threads: int) -> dict:
-    """`timed` of the loader with the options of a side."""
-    from benchmarks import loader_sides as sides
-
-    return timed(sides.ours(path, threads, **SIDES[name]), BATCHES)
-
-
 def compare(folder: Path, threads: int, rounds: int) -> list[dict]:
     """Speed and CPU time of each side."""
     write_images(folder)
@@ -45,7 +39,7 @@ def compare(folder: Path, threads: int, rounds: int) -> list[dict]:
     spent: dict[str, list[float]] = {name: [] for name in SIDES}
     for number in range(rounds):
         for name in SIDES if number % 2 == 0 else reversed(SIDES):
-            got = alone("side", name, str(folder), threads, file="augmentation")
+            got = timed(ours(str(folder), threads, **SIDES[name]), BATCHES)
             speeds[name].append(got["images_per_s"])
             spent[name].append(1e6 * sum(got["cpu_s_per_image"].values()))
             print(f"round {number + 1}: {name}: {speeds[name][-1]:.0f} images/s", flush=True)

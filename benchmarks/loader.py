@@ -113,9 +113,9 @@ def planning() -> dict:
     return {"seconds": time.process_time() - began}
 
 
-def alone(call: str, *words: object, file: str = "loader") -> dict:
-    """The result of `call(*words)` of this file, or another of benchmarks/, in a fresh process."""
-    code = f"import json; from benchmarks import {file}; print(json.dumps({file}.{call}(*{words!r})))"
+def alone(call: str, *words: object) -> dict:
+    """The result of `call(*words)` of this file in a fresh process."""
+    code = f"import json; from benchmarks import loader; print(json.dumps(loader.{call}(*{words!r})))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
