@@ -6,7 +6,7 @@ RECIPE ?= digits
 # Recipes whose data need no download.
 MADE_HERE := digits digits_dvs
 MONITOR_PORT ?= 9095
-BENCHMARKS := loader shard_writing train_step neuron_bytes chi_overhead attach_cost engine checkpoint_stall scrape scale
+BENCHMARKS := loader augmentation shard_writing train_step neuron_bytes chi_overhead attach_cost engine checkpoint_stall scrape scale
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 .PHONY: train test test-faults test-deploy check monitor bench clean

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
@@ -46,14 +47,20 @@ IMAGENET_SHARDS, PER_SHARD = 1280, 1000
 
 
 def side(name: str, path: str, cache: str, threads: int, batches: int) -> dict:
+    """`timed` of a side by its name."""
+    from benchmarks import loader_sides as sides
+
+    make = {"ours": sides.ours, "http": sides.ours}.get(name) or getattr(sides, name)
+    return timed(make(path, threads, cache) if name == "http" else make(path, threads), batches)
+
+
+def timed(stream: Generator, batches: int) -> dict:
     """Images per second over `batches` after warm-up, and where the CPU time went."""
     import torch
 
     from benchmarks import loader_sides as sides
 
     torch.set_num_threads(1)
-    make = {"ours": sides.ours, "http": sides.ours}.get(name) or getattr(sides, name)
-    stream = make(path, threads, cache) if name == "http" else make(path, threads)
     with closing(stream):
         for _ in range(5):
             next(stream)

@@ -4,8 +4,10 @@ import io
 import math
 import random
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data.decode.augment import Windows, random_windows
-from pipeline.data.decode.dali_pipeline import MEAN, STD, Graph
+from pipeline.data.decode.dali_pipeline import MEAN, STD, Fed, Graph, ImageViews
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest, read_samples
 
@@ -27,9 +29,9 @@ def config(path: str, threads: int, cache: str = "") -> DataConfig:
     )
 
 
-def ours(path: str, threads: int, cache: str = "") -> Generator[torch.Tensor, None, None]:
-    """This project's loader."""
-    loader = Loader(config(path, threads, cache), seed=0, rank=0, world_size=1, device=CPU)
+def ours(path: str, threads: int, cache: str = "", **options: Any) -> Generator[torch.Tensor, None, None]:
+    """This project's loader, with further options of `DataConfig`."""
+    loader = Loader(replace(config(path, threads, cache), **options), seed=0, rank=0, world_size=1, device=CPU)
     try:
         for micro_batches in loader.steps(0, 1 << 40):
             for batch in micro_batches:
@@ -38,7 +40,7 @@ def ours(path: str, threads: int, cache: str = "") -> Generator[torch.Tensor, No
         loader.close()
 
 
-def from_memory(path: str) -> Callable[[], tuple[list[np.ndarray], Windows]]:
+def from_memory(path: str) -> Callable[[], Fed]:
     """Gives batches of the set's images; they are read, and their windows drawn, beforehand."""
     folder = Path(path) / "train"
     encoded, sizes = [], []
@@ -60,9 +62,9 @@ def from_memory(path: str) -> Callable[[], tuple[list[np.ndarray], Windows]]:
     )
     starts = (at * BATCH for _ in count() for at in range(len(numbers) // BATCH))
 
-    def feed() -> tuple[list[np.ndarray], Windows]:
+    def feed() -> Fed:
         chosen = slice(at := next(starts), at + BATCH)
-        return [encoded[n] for n in numbers[chosen]], Windows(*(part[chosen] for part in windows))
+        return [encoded[n] for n in numbers[chosen]], ImageViews(Windows(*(part[chosen] for part in windows)), [])
 
     return feed
 
@@ -82,7 +84,7 @@ def decode_only(path: str, threads: int) -> Generator[object, None, None]:
     feed = from_memory(path)
 
     def source() -> list:
-        encoded, windows = feed()
+        encoded, windows, _ = feed()
         return [encoded, windows.anchors, windows.shapes]
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=3)  # pyright: ignore

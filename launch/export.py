@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
         )
     if options.format != "safetensors" and stored.about.get("kind") == "events":
         raise ConfigError(
-            f"--format {options.format} is not allowed for a run of event data: it is for networks whose input is an image; "
+            f"--format {options.format} is not allowed for a run of event data: it is for networks that get images; "
             "use --format safetensors"
         )
     if options.format == "hf" and stored.config.model.is_own:

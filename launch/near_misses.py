@@ -71,6 +71,12 @@ _ALIASES = """
     data.flip: hflip horizontal_flip random_flip fliplr
     data.crop_area_min: rrc_scale crop_scale scale_min
     data.crop_aspect: ratio aspect_ratio crop_ratio
+    data.aa: auto_augment autoaugment randaugment rand_augment randaug trivial_augment trivialaugment policy
+    data.color_jitter: jitter colour_jitter colorjitter
+    data.reprob: random_erase random_erasing erasing erase_prob random_erase_prob cutout
+    data.mixup: mixup_alpha use_mixup
+    data.cutmix: cutmix_alpha use_cutmix
+    data.mixup_switch_prob: switch_prob cutmix_prob
     data.window_shards: shuffle shuffle_buffer shuffle_size
     data.cache_dir: cache
     metrics.port: prometheus_port

@@ -47,7 +47,7 @@ def loop(run: Run) -> int:
         rate = schedule.set_learning_rate(engine, step)
         for batch in stats.begin(micro_batches):
             logits = engine(batch.images)
-            loss = losses.loss(run.config.train, logits, batch.labels)
+            loss = losses.loss(run.config.train, logits, batch.targets)
             stats.observe(batch, loss, logits)
             engine.backward(loss)  # the last micro-batch of a step also all-reduces the gradients and χ
             stats.check()  # no update is made from a gradient that is not finite

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from pipeline.config.checks import INTEGER_MAX, checked, one_of, positive, require
+from pipeline.config.policy import rand_augment
 from pipeline.config.sections import SURROGATES, ChiConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.errors import ConfigError
 
@@ -33,6 +34,9 @@ OF_IMAGES = (
     "image_size_step",
     "crop_area_min",
     "crop_aspect",
+    "aa",
+    "color_jitter",
+    "reprob",
     "eval_resize",
     "hw_decoder_load",
 )
@@ -86,6 +90,23 @@ class DataConfig:
     event_drop: float = 0.0
     """Largest share of a training recording's events that is dropped at random, in [0, 1); each recording's share is
     uniform in [0, event_drop)."""
+    aa: str = ""
+    """Policy of operations on each training image: ta_wide (TrivialAugmentWide); RandAugment as timm writes it, such as
+    rand-m9-mstd0.5-inc1; empty for none."""
+    color_jitter: float = 0.0
+    """Change saturation, brightness and contrast of each training image by factors from 1 - this to 1 + this; 0 is
+    off. Not with aa."""
+    reprob: float = 0.0
+    """Probability of random erasing, in [0, 1]: a box of a training image gets the mean colour."""
+    mixup: float = 0.0
+    """Mix the images of a micro-batch, and their labels, in pairs: alpha of mixup's Beta(alpha, alpha); 0 is off."""
+    cutmix: float = 0.0
+    """Put a box of another image into each image, and mix the labels: alpha of cutmix's Beta(alpha, alpha); 0 is
+    off."""
+    mixup_prob: float = 1.0
+    """Probability that a micro-batch is mixed, in (0, 1], where mixup or cutmix is above 0."""
+    mixup_switch_prob: float = 0.5
+    """Probability that it is cutmix, in [0, 1], where both mixup and cutmix are above 0."""
     eval_resize: int = 0
     """Shorter side before the central crop of an evaluation, in pixels; 0 uses image_size."""
     threads: int = 0
@@ -125,6 +146,18 @@ class DataConfig:
         fits = 0 <= self.event_shift < size
         require(fits, "data.event_shift", self.event_shift, f"an integer from 0 to data.image_size - 1 = {size - 1}")
         require(0 <= self.event_drop < 1, "data.event_drop", self.event_drop, "a number in [0, 1)")
+        rand_augment(self.aa)
+        fits = 0 <= self.color_jitter <= 1 and not (self.color_jitter and self.aa)
+        require(fits, "data.color_jitter", self.color_jitter, "a number in [0, 1], and 0 with data.aa")
+        require(0 <= self.reprob <= 1, "data.reprob", self.reprob, "a number in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            require(0 <= alpha <= 1000, f"data.{name}", alpha, "a number from 0 (off) to 1000")
+            require(alpha == 0 or self.micro_batch > 1, f"data.{name}", alpha, "0 with data.micro_batch 1: partners "
+                     "are of the same micro-batch")  # fmt: skip
+        require(0 < self.mixup_prob <= 1, "data.mixup_prob", self.mixup_prob, "a number in (0, 1]")
+        got = self.mixup_switch_prob
+        require(0 <= got <= 1, "data.mixup_switch_prob", got, "a number in [0, 1]")
         require(
             self.eval_resize == 0 or self.eval_resize >= self.image_size,
             "data.eval_resize",
@@ -137,6 +170,16 @@ class DataConfig:
             self.global_batch,
             f"a multiple of data.micro_batch={self.micro_batch}",
         )
+
+    @property
+    def plain(self) -> "DataConfig":
+        """Without the changes that DALI's graph makes to training images: the graph of an evaluation."""
+        return dataclasses.replace(self, aa="", color_jitter=0.0, reprob=0.0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the training images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def smallest_image(self) -> int:

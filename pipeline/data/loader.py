@@ -14,6 +14,7 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data.cache import READ_AHEAD, check_cache
+from pipeline.data.decode import mixup
 from pipeline.data.decode.augment import image_size_at
 from pipeline.data.decode.kinds import Kind, kind_of
 from pipeline.data.manifest import EVALUATION, TRAIN, check_kind, load_manifest
@@ -138,11 +139,24 @@ class Loader:
 
     def _micro_batches(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         for left in reversed(range(self._accumulation)):
-            batch = next(batches)
+            batch = self._mixed(next(batches))
             self._left = left
             if left == 0:  # so that a state saved in the loop body after this step resumes at the next one
                 self._step = step + 1
             yield batch
+
+    def _mixed(self, batch: Batch) -> Batch:
+        """The batch after mixup or cutmix, where they are on."""
+        images, labels = batch.images, batch.labels
+        mixing = mixup.draw(self._data, self._seed, batch.position, images.shape[-2], images.shape[-1])
+        if mixing is None:
+            return batch
+        partners = mixup.partners_on(mixing, images.device)
+        return batch._replace(
+            images=mixup.mixed_images(images, mixing, partners),
+            labels=mixup.main_labels(labels, mixing, partners),
+            mixed=mixup.mixed_targets(labels, mixing, partners, len(self.manifest.classes)),
+        )
 
     def _request(self, micro_batch: int) -> Request:
         """The rank's `micro_batch`-th micro-batch of the run."""
@@ -309,7 +323,7 @@ def evaluation_batches(
     """
     shards, m = open_shards(data, split), data.micro_batch
     check_kind(data, shards.manifest)
-    kind = kind_of(shards.manifest, data, seed=0, device=device, T=T)
+    kind = kind_of(shards.manifest, data.plain, seed=0, device=device, T=T)
     samples, bad = Samples(shards), BadSamples()
     total = shards.manifest.num_samples
     per_rank = -(-total // (m * world_size))

@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_SHARDS, _SAMPLES, _REPLACEMENT = 0, 1, 4  # hash words that keep these draws independent; augment.py uses 2 and 3
+_SHARDS, _SAMPLES, _REPLACEMENT = 0, 1, 4  # hash words that keep these draws independent; decode/ uses the others
 
 
 def mix(*words: int | np.ndarray) -> np.ndarray:

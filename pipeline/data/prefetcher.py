@@ -34,11 +34,18 @@ class Batch(NamedTuple):
     images: Tensor
     """`(m, 3, H, W)`, normalised; of event data `(T, m, 2, H, W)`, counts. Channels-last, on the device."""
     labels: Tensor
-    """`(m,)` int64, on the device."""
+    """`(m,)` int64, on the device. Of a mixed image, the class with the larger share of it."""
     valid: Tensor
     """`(m,)` bool; False pads an evaluation's last batch."""
     position: int
     """Stream position of the first sample."""
+    mixed: Tensor | None = None
+    """`(m, K)` float32: the classes' shares of each image; None where images are not mixed."""
+
+    @property
+    def targets(self) -> Tensor:
+        """What the loss compares with: `mixed`, or the labels."""
+        return self.labels if self.mixed is None else self.mixed
 
 
 class Request(NamedTuple):

@@ -28,7 +28,10 @@ METRICS = {
     "train_steps_planned": Metric("gauge", "Optimizer steps of the whole run"),
     "train_step": Metric("gauge", "The last logged optimizer step, counted from the start of the run"),
     "train_loss": Metric("gauge", "Training loss of the last logged step"),
-    "train_accuracy_ratio": Metric("gauge", "Training accuracy over all samples since the last logged step"),
+    "train_accuracy_ratio": Metric(
+        "gauge",
+        "Training accuracy over all samples since the last logged step; mixed images count for their larger part",
+    ),
     "train_grad_norm": Metric("gauge", "L2 norm of the gradients of all spiking layers' weights"),
     "train_learning_rate": Metric("gauge", "Learning rate"),
     "train_loss_scale": Metric("gauge", "Loss scale of fp16"),

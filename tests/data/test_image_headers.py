@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from data_prep.images import Inspected, RefusedError, inspect
 from pipeline.config import DataConfig
 from pipeline.data.decode.augment import Windows
-from pipeline.data.decode.dali_pipeline import MEAN, STD, Graph
+from pipeline.data.decode.dali_pipeline import MEAN, STD, Fed, Graph, ImageViews
 from pipeline.data.samples import flaw
 from tests.conftest import ROOT
 from tests.support import image_corpus
@@ -48,12 +48,12 @@ class Decoder:
         data = DataConfig(path="unused", image_size=24, threads=1)
         self._graph = Graph(data, torch.device("cpu"), self._feed, batch_size=1, ahead=1)
 
-    def _feed(self) -> tuple[list[np.ndarray], Windows]:
+    def _feed(self) -> Fed:
         assert self._next is not None
         encoded, *size = self._next
         shape = np.array([size], np.int32)
         windows = Windows(np.zeros((1, 2), np.int32), shape, np.zeros(1, np.int32), shape.astype(np.float32))
-        return [np.frombuffer(encoded, np.uint8)], windows
+        return [np.frombuffer(encoded, np.uint8)], ImageViews(windows, [])
 
     def __call__(self, encoded: bytes, height: int, width: int) -> np.ndarray | None:
         """`(height, width, 3)` in levels of 255; None where DALI cannot decode it or has another size."""

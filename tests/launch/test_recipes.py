@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -15,9 +16,23 @@ from pipeline.engine.schedule import Schedule
 from pipeline.ranks import cores
 from pipeline.snn.networks.build import build
 
-GPUS = {"digits": 8, "digits_dvs": 2, "cifar10": 4, "tiny_imagenet": 4}
-CLASSES = {"digits": 10, "digits_dvs": 10, "cifar10": 10, "imagenet100": 100, "tiny_imagenet": 200}
-MILLIONS = {"digits": 0.02, "digits_dvs": 0.08, "cifar10": 0.27, "imagenet100": 11.2, "tiny_imagenet": 11.3}
+GPUS = {"digits": 8, "digits_dvs": 2, "cifar10": 4, "cifar10_strong": 4, "tiny_imagenet": 4}
+CLASSES = {
+    "digits": 10,
+    "digits_dvs": 10,
+    "cifar10": 10,
+    "cifar10_strong": 10,
+    "imagenet100": 100,
+    "tiny_imagenet": 200,
+}
+MILLIONS = {
+    "digits": 0.02,
+    "digits_dvs": 0.08,
+    "cifar10": 0.27,
+    "cifar10_strong": 0.85,
+    "imagenet100": 11.2,
+    "tiny_imagenet": 11.3,
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -56,6 +71,14 @@ def test_other_depths_and_lengths_are_an_override():
             network = build(config.model, num_classes=1000, image_size=224)
         assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
         assert config.train.epochs == 2
+
+
+def test_the_imagenet_recipes_take_the_augmentation_that_their_text_names():
+    words = re.findall(r"--data\.\S+ \S+?(?=[.,]?(?:\s|$))", inspect.getdoc(RECIPES["imagenet_sew34_fast"]) or "")
+    assert len(words) == 3
+    for name in ("imagenet_sew34_baseline", "imagenet_sew34_chi", "imagenet_sew34_fast"):
+        data = parse(["--recipe", name, *(part for word in words for part in word.split())]).data
+        assert (data.aa, data.mixup, data.cutmix) == ("rand-m7-mstd0.5-inc1", 0.1, 1.0)
 
 
 def test_the_baseline_is_the_published_recipe():

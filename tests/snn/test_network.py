@@ -251,6 +251,21 @@ def test_losses_match_their_formulas():
         losses.tet(logits, labels, lam=2)
 
 
+@pytest.mark.parametrize("loss", ["ce", "tet"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_of_mixed_labels_is_the_mixed_loss_of_both(loss, smoothing):
+    train = TrainConfig(loss=loss, tet_lambda=0.1, label_smoothing=smoothing)
+    logits = torch.randn(3, 4, 5, dtype=torch.float64)
+    ours, partners, share = torch.tensor([0, 4, 2, 1]), torch.tensor([1, 4, 3, 0]), 0.7
+    one_hot = [nn.functional.one_hot(labels, 5).double() for labels in (ours, partners)]
+    mixed = losses.loss(train, logits, share * one_hot[0] + (1 - share) * one_hot[1])
+    pair = [losses.loss(train, logits, labels) for labels in (ours, partners)]
+    assert mixed.item() == pytest.approx((share * pair[0] + (1 - share) * pair[1]).item(), rel=1e-12)
+    shares = (share * one_hot[0] + (1 - share) * one_hot[1]).float()  # as the loader gives them, whatever the precision
+    assert losses.loss(train, logits, shares).item() == pytest.approx(mixed.item(), rel=1e-6)
+    assert losses.loss(train, logits.bfloat16(), shares).dtype == torch.float32
+
+
 @pytest.mark.parametrize(("arch", "analog"), [("sew_tiny", {"conv1"}), ("ms_tiny", {"conv1", "layer2.0.downsample.0"})])
 def test_energy_counts_every_connection_of_every_spike(arch, analog):
     net = build(arch, T=2, v_th=0.3)

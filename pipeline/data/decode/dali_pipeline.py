@@ -1,6 +1,6 @@
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
 # DALI makes its names and overloads at run time, so its stubs lack or misstate these.
-"""The DALI pipeline: encoded images and windows → decoded, cropped, resized, flipped, normalised images.
+"""The DALI pipeline: encoded images and windows → decoded, cropped, resized, changed, flipped, normalised images.
 
 One graph serves the GPU (`mixed` decoding, of the window only) and the CPU. From DALI's memory a batch goes to tensors
 of our own (`DeviceCopies`):
@@ -25,10 +25,22 @@ from torch import Tensor
 
 from pipeline.config import DataConfig
 from pipeline.data.decode.augment import Windows
+from pipeline.data.decode.dali_ops import changed, forms
 from pipeline.ranks.cores import cores_per_rank
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet, in 8-bit levels
 STD = (58.395, 57.12, 57.375)
+
+
+class ImageViews(NamedTuple):
+    """What the network sees of each image of a batch."""
+
+    windows: Windows
+    changes: list[np.ndarray]
+    """As `draw_changes` gives them; empty where nothing is on, as in an evaluation."""
+
+
+Fed = tuple[list[np.ndarray], ImageViews]
 
 
 class Graph:
@@ -37,21 +49,21 @@ class Graph:
     Args:
         data: threads and other decoding settings.
         device: where images come out.
-        feed: called ahead of `run`, gives the encoded images and windows of the next batch; `StopIteration` ends it.
+        feed: called ahead of `run`, gives the encoded images and the views of the next batch; `StopIteration` ends it.
     """
 
     def __init__(
         self,
         data: DataConfig,
         device: torch.device,
-        feed: Callable[[], tuple[list[np.ndarray], Windows]],
+        feed: Callable[[], Fed],
         *,
         batch_size: int,
         ahead: int,
     ) -> None:
         def source() -> list:
-            encoded, windows = feed()
-            return [encoded, *windows]
+            encoded, (windows, changes) = feed()
+            return [encoded, *windows, *changes]
 
         self._pipeline = _pipeline(data, device, source, batch_size, ahead)
 
@@ -70,6 +82,7 @@ class Graph:
 
 def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list], batch_size: int, ahead: int):
     on_gpu = device.type == "cuda"
+    inputs = [(types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.INT32, 0), (types.FLOAT, 1), *forms(data)]
 
     @pipeline_def(
         batch_size=batch_size,
@@ -77,15 +90,16 @@ def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list]
         device_id=(device.index or 0) if on_gpu else None,
         prefetch_queue_depth=ahead,
         exec_dynamic=True,
+        enable_conditionals=bool(data.aa),
     )
     def graph():
-        encoded, anchors, shapes, flips, sides = fn.external_source(
+        encoded, anchors, shapes, flips, sides, *changes = fn.external_source(
             source=source,
-            num_outputs=5,
+            num_outputs=len(inputs),
             batch=True,
             no_copy=not on_gpu,  # the feeder keeps a batch until it comes out; a GPU may still be copying it then
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.FLOAT],
-            ndim=[1, 1, 1, 0, 1],
+            dtype=[dtype for dtype, _ in inputs],
+            ndim=[ndim for _, ndim in inputs],
         )
         images = fn.decoders.image_slice(
             encoded,
@@ -98,6 +112,7 @@ def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list]
             hw_decoder_load=data.hw_decoder_load,
         )
         images = fn.resize(images, size=sides, interp_type=types.INTERP_LINEAR, antialias=True)
+        images = changed(data, images, iter(changes), on_gpu=on_gpu, mean=MEAN)
         return fn.crop_mirror_normalize(
             images, mirror=flips, dtype=types.FLOAT, output_layout="HWC", mean=list(MEAN), std=list(STD)
         )
@@ -107,17 +122,18 @@ def _pipeline(data: DataConfig, device: torch.device, source: Callable[[], list]
     return pipeline
 
 
-def undecodable(data: DataConfig, device: torch.device, encoded: Sequence[np.ndarray], windows: Windows) -> list[int]:
+def undecodable(data: DataConfig, device: torch.device, encoded: Sequence[np.ndarray], views: ImageViews) -> list[int]:
     """Which of a batch's images DALI cannot decode, tried one by one: its error does not name them."""
     culprits: list[int] = []
     slots = iter(range(len(encoded)))
     tried: list[int] = []
 
-    def feed() -> tuple[list[np.ndarray], Windows]:
+    def feed() -> Fed:
         slot = next(slots)
         tried.append(slot)
-        return [encoded[slot]], Windows(*(part[slot : slot + 1] for part in windows))
+        return [encoded[slot]], ImageViews(Windows(*(part[slot : slot + 1] for part in views.windows)), [])
 
+    data = data.plain
     single = Graph(data, device, feed, batch_size=1, ahead=1)
     while True:
         try:

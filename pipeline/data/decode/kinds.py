@@ -10,8 +10,9 @@ from torch import Tensor
 from pipeline.config import DataConfig
 from pipeline.data.background import Background
 from pipeline.data.decode import dali_pipeline, event_frames
-from pipeline.data.decode.augment import Windows, central_windows, random_windows
-from pipeline.data.decode.dali_pipeline import Graph
+from pipeline.data.decode.augment import central_windows, random_windows
+from pipeline.data.decode.auto_augment import draw_changes
+from pipeline.data.decode.dali_pipeline import Graph, ImageViews
 from pipeline.data.decode.event_frames import FrameForm, FrameMaker, Views
 from pipeline.data.manifest import EVENTS, Manifest
 from pipeline.ranks.cores import cores_per_rank
@@ -56,8 +57,8 @@ class Images:
     def __init__(self, data: DataConfig, seed: int, device: torch.device) -> None:
         self._data, self._seed, self._device = data, seed, device
 
-    def random_views(self, epochs: np.ndarray, numbers: np.ndarray, records: np.ndarray, image_size: int) -> Windows:
-        return random_windows(
+    def random_views(self, epochs: np.ndarray, numbers: np.ndarray, records: np.ndarray, image_size: int) -> ImageViews:
+        windows = random_windows(
             self._seed,
             epochs,
             numbers,
@@ -67,15 +68,17 @@ class Images:
             flip=self._data.flip,
             image_size=image_size,
         )
+        return ImageViews(windows, draw_changes(self._data, self._seed, epochs, numbers, image_size))
 
-    def whole_views(self, records: np.ndarray) -> Windows:
+    def whole_views(self, records: np.ndarray) -> ImageViews:
         size = self._data.image_size
-        return central_windows(_sizes(records), image_size=size, resize=self._data.eval_resize or size)
+        windows = central_windows(_sizes(records), image_size=size, resize=self._data.eval_resize or size)
+        return ImageViews(windows, [])
 
     def decoder(self, feed: Feed, *, ahead: int) -> Graph:
         return Graph(self._data, self._device, feed, batch_size=self._data.micro_batch, ahead=ahead)
 
-    def undecodable(self, encoded: Sequence[np.ndarray], views: Windows) -> list[int]:
+    def undecodable(self, encoded: Sequence[np.ndarray], views: ImageViews) -> list[int]:
         return dali_pipeline.undecodable(self._data, self._device, encoded, views)
 
     def close(self) -> None:
