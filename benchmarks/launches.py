@@ -26,7 +26,8 @@ from pipeline.config import ModelConfig
 from pipeline.snn import kernels as kernel_files
 from pipeline.snn import losses, neurons
 from pipeline.snn.kernels import dispatch, fused_triton, packing
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
+from pipeline.snn.networks.network import Network
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAST = torch.channels_last
@@ -161,10 +162,10 @@ class Pass:
         return len(self.launches) + self.calls.launching.total()
 
 
-def network(dtype: torch.dtype, *, arch: str = "sew_resnet34", T: int = 4, **fields) -> sew_resnet.SEWResNet:
+def network(dtype: torch.dtype, *, arch: str = "sew_resnet34", T: int = 4, **fields) -> Network:
     """On the meta device: convolutions in `dtype`, batch normalisation in fp32, counters bound."""
     with torch.device("meta"):
-        net = sew_resnet.build(ModelConfig(arch=arch, T=T, **fields), num_classes=1000, image_size=224)
+        net = build(ModelConfig(arch=arch, T=T, **fields), num_classes=1000, image_size=224)
     for module in net.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.to(dtype)
@@ -172,7 +173,7 @@ def network(dtype: torch.dtype, *, arch: str = "sew_resnet34", T: int = 4, **fie
     return net.train()
 
 
-def trace(net: sew_resnet.SEWResNet, images: torch.Tensor) -> tuple[Pass, Pass]:
+def trace(net: Network, images: torch.Tensor) -> tuple[Pass, Pass]:
     """The forward and the backward pass of one micro-batch, on the images' device, which may be meta."""
     passes = Pass(), Pass()
     labels = torch.zeros(images.shape[-4], dtype=torch.long, device=images.device)

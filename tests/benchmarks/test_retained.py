@@ -13,7 +13,7 @@ from benchmarks import launches, retained
 from pipeline.config import ModelConfig
 from pipeline.snn import memory_estimate, neurons
 from pipeline.snn.kernels import compiled
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 from tests.conftest import ROOT
 from tests.support import peers
 
@@ -44,15 +44,16 @@ def test_the_cpu_path_keeps_as_much_as_the_gpu_path():
         assert retained.saved(op, parameters)["bfloat16"] == y.nbytes
 
 
-@pytest.mark.parametrize("fields", [{}, {"connect": "iand", "T": 8}])
+@pytest.mark.parametrize("fields", [{}, {"connect": "iand", "T": 8}, {"arch": "ms_resnet18"}])
 def test_the_footprint_by_shapes_is_what_the_network_keeps_on_the_gpu_path(fields):
-    net = launches.network(torch.bfloat16, arch="sew_resnet18", **fields)
+    fields = {"arch": "sew_resnet18", **fields}
+    net = launches.network(torch.bfloat16, **fields)
     shape = (16, 3, 224, 224)
     images = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     with launches.noted():
         counted = sum(retained.saved(lambda: net(images), tuple(net.parameters())).values())
     with torch.device("meta"):
-        network = sew_resnet.build(ModelConfig(arch="sew_resnet18", **fields), num_classes=1000, image_size=224)
+        network = build(ModelConfig(**fields), num_classes=1000, image_size=224)
     assert memory_estimate.of(network, shape, 2).kept_bytes == pytest.approx(counted, rel=0.05)
 
 

@@ -303,16 +303,17 @@ def batch_norm(
     With `again` its source is kept for the backward pass instead of y, but not with `ranks`.
     """
     dtype = reference.potential_dtype(y)
-    with torch.autocast(y.device.type, enabled=False):
-        if bn.training and ranks is not None:
+    if bn.training and ranks is not None:
+        with torch.autocast(y.device.type, enabled=False):
             return _jointly_normalised(y.to(dtype), bn, ranks).to(y.dtype)
-        if bn.training:
-            assert bn.num_batches_tracked is not None
-            bn.num_batches_tracked.add_(1)
-        assert bn.momentum is not None
-        statistics = bn.running_mean, bn.running_var, bn.weight.to(dtype), bn.bias.to(dtype)
-        with contextlib.nullcontext() if again is None else packing.kept_as(y, again):
-            return functional.batch_norm(y, *statistics, bn.training, bn.momentum, bn.eps)
+    if bn.training:
+        assert bn.num_batches_tracked is not None
+        bn.num_batches_tracked.add_(1)
+    assert bn.momentum is not None
+    statistics = bn.running_mean, bn.running_var, bn.weight.to(dtype), bn.bias.to(dtype)
+    with contextlib.nullcontext() if again is None else packing.kept_as(y, again):
+        # Autocast leaves it alone: y's dtype comes out, and the statistics are found in fp32.
+        return functional.batch_norm(y, *statistics, bn.training, bn.momentum, bn.eps)
 
 
 def _plain(bn: nn.BatchNorm2d) -> bool:
