@@ -214,7 +214,10 @@ def _require_apart(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.directory).resolve()
     for name in ("source", "train", "val", "devkit"):
         given = getattr(arguments, name, None)
-        for path in given if isinstance(given, list) else [given]:
+        several = (
+            given if isinstance(given, list) and arguments.command == "events" else []
+        )  # parquet takes its own files
+        for path in [given, *several]:
             if isinstance(path, str) and directory.is_relative_to(Path(path).resolve()):
                 raise ConfigError(
                     f"DIR={arguments.directory} lies in {path}, which is packed; give a DIR outside of it"

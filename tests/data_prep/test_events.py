@@ -1,5 +1,6 @@
 """Recordings of every format come out as they went in, or are refused by name with the reason."""
 
+import contextlib
 import io
 import json
 import struct
@@ -457,3 +458,18 @@ def test_a_folder_without_recordings_says_so(tmp_path):
     done = prepare("events", tmp_path / "in", tmp_path / "out")
     assert done.returncode == 65
     assert "holds no recording in a class folder" in done.stderr
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_files_end_in_a_reason_or_in_events_that_a_recording_can_have(events, format):
+    """Never in another error, which would end the run; what is kept is decoded, and so checked."""
+    few = events._replace(t=events.t[:60], x=events.x[:60], y=events.y[:60], p=events.p[:60])
+    data, random = WRITERS[format](few), np.random.RandomState(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in random.randint(0, len(data), random.randint(1, 4)):
+            damaged[place] = random.randint(256)
+        if random.randint(3) == 0:
+            del damaged[random.randint(len(damaged)) :]
+        with contextlib.suppress(RefusedError):
+            read(name_of(format), bytes(damaged))
