@@ -208,6 +208,7 @@ def _hf(job: Job, new: Path) -> None:
     from pipeline.snn.exchange import hub
 
     network, run = job.checkpoint.network, job.stored.config
+    hub.require_known(run.model.arch)
     classes = job.about["classes"] or [str(label) for label in range(job.checkpoint.num_classes)]
     images = model_card.images_of(job.stored)
     said = hub.config(network, run.model, image_size=run.data.image_size, classes=classes, images=images)

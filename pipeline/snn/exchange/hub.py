@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from pipeline.config import ModelConfig, config_json
 from pipeline.errors import ConfigError, first_line, is_outage
 from pipeline.snn import state_dicts
+from pipeline.snn.networks.archs import TABLE
 from pipeline.snn.networks.build import build
 from pipeline.snn.networks.network import Network
 
@@ -76,16 +77,14 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Netwo
     if not isinstance(model, dict) or unknown:
         what = f"model.{unknown[0]} is not known to this version" if unknown else "model is no JSON object"
         raise ConfigError(f"{path}: {what}; install the version that wrote it")
+    require_known(model.get("arch"), f"{path}: ")
     sizes = {name: said.get(name) for name in ("num_labels", "in_channels", "image_size")}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ConfigError(f"{path}: {name}={value!r:.80} is not allowed; use a whole number of at least 1")
     try:
-        settings = ModelConfig(**model)
-        if settings.is_own:  # a repository must not name code of this machine to run
-            raise ConfigError(f"model.arch={settings.arch!r} is a network's own code, which is not run from here")
         network = build(
-            settings,
+            ModelConfig(**model),
             num_classes=sizes["num_labels"],  # pyright: ignore[reportArgumentType]
             in_channels=sizes["in_channels"],  # pyright: ignore[reportArgumentType]
             image_size=sizes["image_size"],  # pyright: ignore[reportArgumentType]
@@ -100,6 +99,15 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Netwo
             raise
         raise ConfigError(f"{weights} cannot be loaded ({first_line(error)}); export it again") from None
     return network.eval()
+
+
+def require_known(arch: object, where: str = "") -> None:
+    """Raises ConfigError where `arch` is a user's own network: to load it, code of the repository would be run."""
+    if arch is not None and arch not in TABLE:
+        raise ConfigError(
+            f"{where}model.arch={arch!r:.80} is a network of its own, which a folder of the hub cannot hold; use "
+            f"one of {', '.join(TABLE)}, or --format onnx or torch_export"
+        )
 
 
 def _download(repo: str, revision: str | None) -> Path:

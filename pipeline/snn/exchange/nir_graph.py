@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
+from pipeline.snn.networks.ms_resnet import MSResNet
 from pipeline.snn.networks.sew_resnet import SEWResNet
 from pipeline.snn.neurons import Neuron
 
@@ -171,7 +172,7 @@ def from_network(
     Nodes are named as the network's modules. Weights have the network's dtype, fp32 or fp64.
 
     Args:
-        network: a SEW-ResNet with connect add or none and hard reset; IF, LIF or PLIF.
+        network: an MS-ResNet, or a SEW-ResNet with connect add or none; with hard reset; IF, LIF or PLIF.
         image_size: H = W of the images, in pixels.
         dt: seconds of a time step, above 0.
         about: more metadata, beside T, dt and what NIR leaves open.
@@ -185,10 +186,15 @@ def from_network(
         raise ConfigError(f"a graph of NIR needs the package nir; which is not installed; run: {INSTALL}") from None
     if not (math.isfinite(dt) and dt > 0):
         raise ConfigError(f"dt={dt!r} is not allowed; use seconds above 0, {DT} is what other libraries assume")
-    if not isinstance(network, SEWResNet):
-        raise ConfigError(f"{type(network).__name__} cannot be written as a graph of NIR; it is written for SEW-ResNet")
+    if not isinstance(network, (SEWResNet, MSResNet)):
+        raise ConfigError(
+            f"{type(network).__name__} cannot be written as a graph of NIR; SEW-ResNet and MS-ResNet can: "
+            "--format onnx and torch_export write any network"
+        )
     writer = Writer(dt, network.fc.weight.dtype)
-    _sew_resnet(writer, network, image_size)
+    x = writer.input((network.in_channels, image_size, image_size))
+    x = _sew_resnet(writer, network, x) if isinstance(network, SEWResNet) else _ms_resnet(writer, network, x)
+    writer.output(writer.mean_and_linear("avgpool", "fc", network.fc, x))
     metadata = {
         **(about or {}),
         "T": network.T,
@@ -200,8 +206,8 @@ def from_network(
     return nir.NIRGraph(writer.nodes, writer.edges, metadata=metadata)
 
 
-def _sew_resnet(writer: Writer, network: SEWResNet, image_size: int) -> None:
-    x = writer.input((network.in_channels, image_size, image_size))
+def _sew_resnet(writer: Writer, network: SEWResNet, x: Signal) -> Signal:
+    """Writes all up to the last stage's spikes."""
     x = writer.neurons("sn1", network.sn1, writer.convolution("conv1", network.conv1, network.bn1, x))
     x = writer.max_pooling("maxpool", network.maxpool, x)
     for name, block in network.blocks():
@@ -222,4 +228,21 @@ def _sew_resnet(writer: Writer, network: SEWResNet, image_size: int) -> None:
             spikes = writer.neurons(f"{name}.{neuron}", layer, current)
             branch, shortcut = (branch, spikes) if side_path else (spikes, shortcut)
         x = branch + shortcut if block.connect == "add" else branch
-    writer.output(writer.mean_and_linear("avgpool", "fc", network.fc, x))
+    return x
+
+
+def _ms_resnet(writer: Writer, network: MSResNet, x: Signal) -> Signal:
+    """Writes all up to the last neurons' spikes."""
+    x = writer.convolution("conv1", network.conv1, network.bn1, x)
+    for name, block in network.blocks():
+        shortcut = x
+        if block.downsample is not None:
+            conv, norm = block.downsample
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(norm, nn.BatchNorm2d)
+            shortcut = writer.convolution(f"{name}.downsample.0", conv, norm, x)
+        spikes = writer.neurons(f"{name}.sn1", block.sn1, x)
+        current = writer.convolution(f"{name}.conv1", block.conv1, block.bn1, spikes)
+        spikes = writer.neurons(f"{name}.sn2", block.sn2, current)
+        x = writer.convolution(f"{name}.conv2", block.conv2, block.bn2, spikes) + shortcut
+    return writer.neurons("sn_out", network.sn_out, x)

@@ -16,7 +16,7 @@ from torch import nn
 from pipeline.errors import ConfigError, first_line, is_outage
 from pipeline.snn.exchange.nir_graph import DT, INSTALL
 from pipeline.snn.kernels.reference import Rule
-from pipeline.snn.networks.sew_resnet import SpikingLayer
+from pipeline.snn.networks.network import Network, SpikingLayer
 from pipeline.snn.neurons import Neuron
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ NEAR = 1e-9
 """Relative difference up to which numbers of a graph are the same: products of dt are rounded."""
 
 
-class NirNetwork(nn.Module):
+class NirNetwork(Network):
     """Images `(N, *shape)` or event frames `(T, N, *shape)` to what the graph puts out, `(T, N, *out)`.
 
     Each node is a module of the same name, with _ for each dot; outputs that meet at a node are added. All T steps of a
@@ -77,6 +77,7 @@ class NirNetwork(nn.Module):
         shape = graph.nodes[self.input].input_type["input"]
         assert shape is not None
         self.input_shape = tuple(int(n) for n in shape)
+        self.in_channels = self.input_shape[0]
         self._named = named
 
     def spiking_layers(self) -> list[SpikingLayer]:

@@ -1,5 +1,6 @@
 """Networks with statistics of the digits, and what their layers hand on."""
 
+from typing import Any
 from unittest import mock
 
 import torch
@@ -10,6 +11,7 @@ from pipeline.config import ModelConfig
 from pipeline.data.decode.dali_pipeline import MEAN, STD
 from pipeline.snn.networks import sew_resnet
 from pipeline.snn.networks.archs import TABLE, Arch
+from pipeline.snn.networks.build import build
 
 K = 10
 SMALL = {"small_bottleneck": Arch(stem="imagenet", block="bottleneck", blocks=(1,), channels=(8,))}
@@ -25,13 +27,12 @@ def digits(number: int, size: int = 16) -> torch.Tensor:
     return (larger - mean) / std
 
 
-def network(arch: str = "sew_tiny", size: int = 16, **model) -> sew_resnet.SEWResNet:
+def network(arch: str = "sew_tiny", size: int = 16, **model) -> Any:
     """A network in fp64 and evaluation mode, whose layers all fire: its BN has been trained, and shifted."""
     torch.manual_seed(0)
+    make = sew_resnet.build if arch in SMALL else build  # which knows the names of configurations alone
     with mock.patch.dict(TABLE, SMALL):
-        net = sew_resnet.build(
-            ModelConfig(arch=arch, **{"v_th": 0.5, **model}), num_classes=K, image_size=size
-        ).double()
+        net = make(ModelConfig(arch=arch, **{"v_th": 0.5, **model}), num_classes=K, image_size=size).double()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # the statistics of one batch

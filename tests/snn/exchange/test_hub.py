@@ -47,6 +47,10 @@ def edit(folder: Path, **fields) -> None:
     [
         ({"model_type": "bert"}, r"config\.json: model_type='bert' is not chispike; name a folder"),
         ({"model": {"arch": "sew_tiny", "gain": 2}}, r"model\.gain is not known to this version; install the version"),
+        (
+            {"model": {"arch": "own.py:net"}},
+            r"model\.arch='own\.py:net' is a network of its own, which a folder of the hub",
+        ),
         ({"model": 3}, r"model is no JSON object"),
         ({"model": {"T": 0}}, r"config\.json: model\.T=0 is not allowed"),
         ({"num_labels": 0}, r"num_labels=0 is not allowed; use a whole number of at least 1"),

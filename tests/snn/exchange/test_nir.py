@@ -24,6 +24,7 @@ NETWORKS = [
     ("sew_cifar8", 16, {"neuron": "lif", "tau": 1.7}),
     ("sew_cifar8", 16, {"neuron": "plif", "tau": 2.3, "connect": "none"}),
     ("small_bottleneck", 16, {"neuron": "if", "T": 3}),
+    ("ms_cifar8", 16, {"neuron": "lif", "v_th": 1.0}),
 ]
 IDS = [f"{arch} {model['neuron']}" for arch, _, model in NETWORKS]
 
@@ -40,14 +41,16 @@ def test_a_round_trip_by_a_file_gives_the_same_spikes_in_every_layer(arch, size,
     ours, logits = handed_on(net, digits(4, size))
     theirs, their_logits = handed_on(back, digits(4, size))
     assert ours.keys() == theirs.keys()
-    assert len(ours) == len(net.spiking_layers()) + 1
+    convolutions = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(ours) == len(convolutions) + 1
     for name, x in ours.items():
-        assert torch.equal(x, theirs[name]), name
+        # Spikes and their sums are whole numbers; currents, which MS-ResNet adds, are rounded.
+        torch.testing.assert_close(theirs[name], x, rtol=0, atol=1e-12, msg=name)
         assert x.count_nonzero() > 0, f"{name} would be the same whatever happened before"
     torch.testing.assert_close(their_logits, logits, rtol=0, atol=1e-12)
-    assert [layer.name for layer in back.spiking_layers()] == [
-        name for name, _ in back.order if name in {layer.name for layer in net.spiking_layers()}
-    ]
+    # Of MS-ResNet's layers, those that get a sum are run, and not steered.
+    assert {layer.name for layer in back.spiking_layers()} <= {layer.name for layer in net.spiking_layers()}
+    assert arch.startswith("ms") or len(back.spiking_layers()) == len(net.spiking_layers())
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,7 @@ def test_what_nir_cannot_say_is_refused(model, said):
 
 
 def test_other_networks_and_steps_of_no_length_are_refused():
-    with pytest.raises(ConfigError, match=r"Linear cannot be written as a graph of NIR"):
+    with pytest.raises(ConfigError, match=r"Linear cannot be written as a graph of NIR; SEW-ResNet and MS-ResNet can"):
         graph_of(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"dt=0 is not allowed; use seconds above 0"):
         graph_of(network(), dt=0)
