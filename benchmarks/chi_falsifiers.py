@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from benchmarks import chi_falsifiers_report, study_runs
 from benchmarks.chi_regret import SETTINGS, SHORT
 from benchmarks.chi_study_arms import FIXED
-from benchmarks.chi_study_run import DATA, Elsewhere, accuracy, drawn_for, images_of, model_of, run
+from benchmarks.chi_study_run import DATA, Elsewhere, accuracy, drawn_for, images_of, model_of, run, weight_of
 from pipeline import chi
 from pipeline.chi import quality
 from pipeline.chi.widths import in_training_mode
 from pipeline.snn.kernels import reference
 from pipeline.snn.losses import cross_entropy
 from pipeline.snn.membrane_probe import probed
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
+from pipeline.snn.networks.network import Network, SpikingLayer
 from pipeline.snn.neurons import NeuronState
 
 RUNS = Path(__file__).parent / "results/chi_falsifiers.jsonl"
@@ -72,7 +73,7 @@ class Look(NamedTuple):
     """A network on its way, and images to measure it with."""
 
     setting: Elsewhere
-    network: sew_resnet.SEWResNet
+    network: Network
     neurons: NeuronState
     scratch: Path
     step: int
@@ -162,7 +163,7 @@ def stages(look: Look) -> dict:
     """Widths by stage, and widths of equal coverage in all layers. At step 0: sizes of the first gradients."""
     pairs = look.pairs(TO_CHOOSE + TO_JUDGE, SEEN, UNSEEN)
     layers = look.network.spiking_layers()
-    weights = [layer.weight for layer in layers]
+    weights = [weight_of(layer) for layer in layers]
     seen = [torch.cat(steps) for steps in distances(look, pairs[0][0][0])]
     now = look.neurons.widths.clone()
     coverage = torch.stack([share(u, w) for u, w in zip(seen, now, strict=True)])
@@ -191,7 +192,7 @@ def first_gradients(look: Look, seen: list[Tensor], batch: quality.Batch) -> dic
     with in_training_mode(look.network):
         for name, widths in tried.items():
             look.neurons.widths.copy_(widths)
-            weights = [layer.weight for layer in look.network.spiking_layers()]
+            weights = [weight_of(layer) for layer in look.network.spiking_layers()]
             gradients = torch.autograd.grad(cross_entropy(look.network(batch[0]), batch[1]), weights)
             norms[name] = [(g.norm() / w.norm()).item() for g, w in zip(gradients, weights, strict=True)]
     look.neurons.widths.copy_(now)
@@ -227,17 +228,17 @@ class TimedWidths(NamedTuple):
     has_rms: Tensor
 
 
-def timed_twin(setting: Elsewhere, network: sew_resnet.SEWResNet) -> tuple[sew_resnet.SEWResNet, list, TimedWidths]:
+def timed_twin(setting: Elsewhere, network: Network) -> tuple[Network, list, TimedWidths]:
     """A copy of `network` with `Timed` neurons of width 1, its layers' weights, and its (L T,) widths."""
     _, num_classes = DATA[setting.data]
-    twin = sew_resnet.build(model_of(setting), num_classes=num_classes, image_size=setting.image_size)
+    twin = build(model_of(setting), num_classes=num_classes, image_size=setting.image_size)
     twin.load_state_dict(network.state_dict())
     layers = twin.spiking_layers()
     names = tuple(f"{layer.name} {t}" for layer in layers for t in range(setting.T))
     state = TimedWidths(names, torch.ones(len(names)), torch.zeros(len(names), dtype=torch.bool))
     for layer, widths in zip(layers, state.widths.view(len(layers), -1), strict=True):
         twin.set_submodule(layer.name, Timed(layer.neuron.rule, widths))
-    return twin, [layer.weight for layer in layers], state
+    return twin, [weight_of(layer) for layer in layers], state
 
 
 def times(look: Look) -> dict:
@@ -302,9 +303,9 @@ def noise(look: Look) -> dict:
     small: dict[int, list] = {i: [[] for _ in GRID] for i in layers}
     large: dict[int, list] = {i: [[] for _ in GRID] for i in layers}
 
-    def fall(layer: sew_resnet.SpikingLayer, gradient: Tensor, batch: quality.Batch) -> float:
-        direction = gradient / gradient.norm() * layer.weight.detach().norm()
-        return quality.slope_along(look.network, [layer.weight], [direction], batch, cross_entropy)
+    def fall(layer: SpikingLayer, gradient: Tensor, batch: quality.Batch) -> float:
+        direction = gradient / gradient.norm() * weight_of(layer).detach().norm()
+        return quality.slope_along(look.network, [weight_of(layer)], [direction], batch, cross_entropy)
 
     with in_training_mode(look.network):
         for group in range(GROUPS):
@@ -335,7 +336,7 @@ def noise(look: Look) -> dict:
     return {"widths": list(GRID), "micro": MICRO, "layers": by_layer}
 
 
-def by_width(look: Look, layers: dict[int, sew_resnet.SpikingLayer], batch: quality.Batch) -> dict[int, list[Tensor]]:
+def by_width(look: Look, layers: dict[int, SpikingLayer], batch: quality.Batch) -> dict[int, list[Tensor]]:
     """The gradient of each layer's weights while that layer alone has each width of GRID; one forward pass."""
     loss = cross_entropy(look.network(batch[0]), batch[1])
     # Kernels read a width in their backward pass. Through `data`, autograd does not hold the change against us.
@@ -344,7 +345,7 @@ def by_width(look: Look, layers: dict[int, sew_resnet.SpikingLayer], batch: qual
         kept, found[i] = widths[i].clone(), []
         for width in GRID:
             widths[i] = width
-            found[i] += torch.autograd.grad(loss, layer.weight, retain_graph=True)
+            found[i] += torch.autograd.grad(loss, weight_of(layer), retain_graph=True)
         widths[i] = kept
     return found
 
@@ -359,7 +360,7 @@ def run_one(setting: Elsewhere, scratch: Path) -> dict:
     numbers = drawn_for(setting, DATA[setting.data][0])
     last = setting.epochs * (setting.num_images // setting.batch)
 
-    def watch(step: int, network: sew_resnet.SEWResNet, pilot: chi.Pilot) -> None:
+    def watch(step: int, network: Network, pilot: chi.Pilot) -> None:
         nonlocal trained_on
         if step in WHEN[trial]:
             looks.append({"step": step, **LOOKS[trial](Look(setting, network, pilot.neurons, scratch, step))})

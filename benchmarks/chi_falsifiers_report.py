@@ -1,6 +1,7 @@
 """Tables of the trials of `benchmarks.chi_falsifiers`. Intervals are 95 %, by Student's t.
 
-Those of D are over the pairs of batches of all seeds, since batches differ far more than seeds do.
+Those of D are over the pairs of batches of all seeds, as if pairs of one seed were independent; over three seeds alone
+they would be two to four times as wide.
 """
 
 import math

@@ -19,7 +19,7 @@ from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.loader import evaluation_batches
 from pipeline.snn.losses import cross_entropy
 from pipeline.snn.networks.build import build
-from pipeline.snn.networks.network import Network
+from pipeline.snn.networks.network import Network, SpikingLayer
 
 DATA = {"cifar10": (40_000, 10), "cifar100": (20_000, 100), "digits": (1_078, 10)}
 """By data set: the number of images for training, and of classes."""
@@ -131,6 +131,12 @@ def model_of(setting: Elsewhere) -> ModelConfig:
     return ModelConfig(**{name: getattr(setting, name) for name in names})
 
 
+def weight_of(layer: SpikingLayer) -> torch.nn.Parameter:
+    """W of the convolution that feeds a layer; in these networks every layer has one."""
+    assert layer.weight is not None
+    return layer.weight
+
+
 def drawn_for(setting: Setting, num_train: int) -> Tensor:
     """Numbers of the images that a run trains on, the same for every seed."""
     return torch.randperm(num_train, generator=torch.Generator().manual_seed(0))[: setting.num_images]
@@ -178,7 +184,7 @@ def run(setting: Setting, scratch: Path, watch: Callable[[int, Network, chi.Pilo
         losses.append(loss.detach())
         if (step + 1) % (steps // 8) == 0 and pilot.indicators is not None:
             at = {name: getattr(pilot.indicators, name).tolist() for name in ("coverage", "participation", "chi")}
-            norms = [layer.weight.norm().item() for layer in layers]
+            norms = [weight_of(layer).norm().item() for layer in layers]
             course.append({"step": step + 1, "widths": pilot.neurons.widths.tolist(), "weight_norms": norms, **at})
     if watch is not None:
         watch(steps, network, pilot)

@@ -8,10 +8,10 @@ import torch
 
 from benchmarks import chi_falsifiers as trials
 from benchmarks import chi_falsifiers_report as report
-from benchmarks.chi_study_run import model_of
+from benchmarks.chi_study_run import model_of, weight_of
 from pipeline.snn import neurons
 from pipeline.snn.losses import cross_entropy
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.build import build
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def look(tmp_path):
     """A fresh network of 9 layers, two time steps."""
     setting = dataclasses.replace(next(iter(trials.settings("noise"))), arch="sew_cifar8")
     torch.manual_seed(0)
-    network = sew_resnet.build(model_of(setting), num_classes=10, image_size=16)
+    network = build(model_of(setting), num_classes=10, image_size=16)
     return trials.Look(setting, network, neurons.bind(network), tmp_path, 0)
 
 
@@ -42,7 +42,7 @@ def test_one_forward_pass_gives_the_gradient_of_every_width(look, batch):
         assert len(found[i]) == len(trials.GRID)
         for width, got in list(zip(trials.GRID, found[i], strict=True))[::4]:
             look.neurons.widths[i] = width
-            assert torch.equal(got, gradient(look.network, layer.weight, batch))
+            assert torch.equal(got, gradient(look.network, weight_of(layer), batch))
             look.neurons.widths[i] = 1.0
 
 
@@ -54,7 +54,7 @@ def test_a_twin_with_a_width_for_each_step_is_the_network_where_they_are_one(loo
     look.neurons.widths.fill_(0.7)
     state.widths.fill_(0.7)
     assert torch.equal(twin(images), look.network(images))
-    own = [layer.weight for layer in look.network.spiking_layers()]
+    own = [weight_of(layer) for layer in look.network.spiking_layers()]
     for a, b in zip(own, weights, strict=True):
         expected = gradient(look.network, a, (images, labels))
         torch.testing.assert_close(gradient(twin, b, (images, labels)), expected, rtol=1e-9, atol=1e-12)
