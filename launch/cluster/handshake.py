@@ -80,10 +80,10 @@ def why_not(own: Hello, others: Sequence[Hello]) -> str:
             return f"node {node.node} ({node.host}) cannot train: {node.problem}"
     for other in others:
         for field, what in fields.items():
-            ours, theirs = getattr(own, field), getattr(other, field)
+            ours, theirs = (getattr(node, field) or "none" for node in (own, other))
             if ours != theirs:
                 return (
-                    f"{what} is {theirs or 'none'} on node {other.node} ({other.host}) and {ours or 'none'} on node 0 ({own.host}); start "
+                    f"{what} is {theirs} on node {other.node} ({other.host}) and {ours} on node 0 ({own.host}); start "
                     "every node with the same"
                 )
         if other.node in hosts or not 0 < other.node < own.nodes:
