@@ -26,13 +26,13 @@ class Hello:
     """Version of its code, see pipeline/run_dir/code_version.py."""
     data: str
     """Identity of its training split."""
-    network: str
-    """Hash of the code of a user's own network; empty for another."""
     problem: str
     """Why it cannot train, and so no node can; empty where it can."""
     host: str
     code: int = EXIT_USAGE
     """Exit code of every node, where this one has a problem."""
+    network: str = ""
+    """Hash of the code of a user's own network; empty for another."""
     token: str = ""
     """What it wrote into the run's folder; node 0 must find it there."""
 
@@ -80,7 +80,7 @@ def why_not(own: Hello, others: Sequence[Hello]) -> str:
             return f"node {node.node} ({node.host}) cannot train: {node.problem}"
     for other in others:
         for field, what in fields.items():
-            ours, theirs = getattr(own, field), getattr(other, field)
+            ours, theirs = (getattr(node, field) or "none" for node in (own, other))
             if ours != theirs:
                 return (
                     f"{what} is {theirs} on node {other.node} ({other.host}) and {ours} on node 0 ({own.host}); start "

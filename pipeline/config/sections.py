@@ -17,7 +17,7 @@ class ModelConfig:
     arch: str = "sew_tiny"
     """Name of the network: sew_tiny; for small images sew_cifar8, or 14, 20, 26, 32, 56; sew_resnet18, or 34, 50, 101,
     152. With ms in place of sew the shortcuts carry membrane currents: ms_tiny, ms_cifar8 to 56, ms_resnet18, 34.
-    Or your own, as package.module:function or path/to/file.py:function; see docs/own_network.md."""
+    Or your own, as package.module:function or .../file.py:function; see docs/own_network.md."""
     T: int = 4
     """Time steps, at least 1."""
     connect: str = "add"

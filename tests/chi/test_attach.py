@@ -16,6 +16,7 @@ from pipeline.snn import losses
 from pipeline.snn.membrane_probe import by_time_step
 from pipeline.snn.networks import sew_resnet
 from pipeline.snn.networks.feeding import fed_layers
+from pipeline.snn.networks.network import Network
 from pipeline.snn.neurons import bind
 
 ROOT = Path(__file__).parents[2]
@@ -219,6 +220,7 @@ def test_the_nearest_weight_before_a_neuron_feeds_it(monkeypatch):
     state = bind(model)
     expected = fed_layers(model, state)
     monkeypatch.delattr(sew_resnet.SEWResNet, "spiking_layers")
+    monkeypatch.delattr(Network, "spiking_layers")
     found = {id(layer.neuron): layer for layer in fed_layers(model, state)}
     for layer in expected:
         same = found[id(layer.neuron)]

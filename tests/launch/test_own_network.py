@@ -205,8 +205,8 @@ def test_an_error_of_the_user_s_code_is_theirs_alone(digits, trained, tmp_path):
     assert "Traceback" not in done.output
 
 
-@pytest.mark.parametrize("name", ["vgg", "spikformer"])
-def test_the_examples_learn_the_digits(name, digits, tmp_path):
+@pytest.mark.parametrize(("name", "least"), [("vgg", 0.9), ("spikformer", 0.7)])  # of 30 epochs, 99.7 and 98.9 %
+def test_the_examples_learn_the_digits(name, least, digits, tmp_path):
     short = ["--train.epochs", "6", "--train.log_every", "20", "--metrics.port", "0"]
     done = launch(
         "launch/train.py",
@@ -214,4 +214,4 @@ def test_the_examples_learn_the_digits(name, digits, tmp_path):
         *("--model.arch", f"docs/network_{name}.py:network", *short),
     )
     assert done.returncode == EXIT_DONE, done.output
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["eval_accuracy_ratio"] > 0.85
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["eval_accuracy_ratio"] > least

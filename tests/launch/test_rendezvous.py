@@ -82,6 +82,7 @@ def test_what_one_node_alone_refuses_ends_the_others_at_once(refused, digits, tm
         ([{"nodes": 4}], "--nodes is 4 on node 1 (b) and 3 on node 0 (a)"),
         ([{"source": "2"}], "code version is 2 on node 1 (b) and 1 on node 0 (a)"),
         ([{"data": "e"}], "data's identity is e on node 1 (b) and d on node 0 (a)"),
+        ([{"network": "n"}], "the code of model.arch is n on node 1 (b) and none on node 0 (a)"),
         ([{"problem": "no disk"}], "node 1 (b) cannot train: no disk"),
         ([{}, {"host": "c"}], "--node-rank 1 was given to c and to b"),
         ([{"node": 0}], "--node-rank 0 was given to b and to a"),
