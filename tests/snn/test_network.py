@@ -297,7 +297,8 @@ def test_energy_counts_every_connection_of_every_spike(arch, analog):
     assert net.training
 
 
-def test_the_small_network_learns_the_digits():
+@pytest.mark.parametrize("arch", ["sew_tiny", "ms_tiny"])
+def test_the_small_network_learns_the_digits(arch):
     pixels, target = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     images = nn.functional.interpolate(images, size=16, mode="bilinear").expand(-1, 3, -1, -1)
@@ -305,7 +306,7 @@ def test_the_small_network_learns_the_digits():
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
     torch.manual_seed(0)
-    net = sew_resnet.build(ModelConfig(), num_classes=10, image_size=16)
+    net = build_network(ModelConfig(arch=arch), num_classes=10, image_size=16)
     epochs, batch = 10, 32
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (1437 // batch))
