@@ -102,6 +102,9 @@ def look(stored: run_folder.Stored, step: int, batches: list, options) -> list[R
     saved = checkpoint_files.load_step(options.run, step)
     trained = load_network.load(options.run, stored.config, step=step, weights="last")
     network, own = trained.network, saved["widths"]["log_width"].exp().float()
+    without = [layer.name for layer in network.spiking_layers() if layer.weight is None]
+    if without:
+        raise ConfigError(f"no weight feeds {without[0]} alone, so there is no step along its gradient to measure")
     state = neurons.bind(network)
     state.amplitudes.copy_(saved["widths"]["amplitudes"])
     groups = groups_of(len(own), min(options.groups, len(own)))
@@ -113,7 +116,7 @@ def look(stored: run_folder.Stored, step: int, batches: list, options) -> list[R
     found = quality.measure(
         network,
         state,
-        [layer.weight for layer in network.spiking_layers()],
+        [layer.weight for layer in network.spiking_layers() if layer.weight is not None],
         table,
         [((a.to(dtype), b), (c.to(dtype), d)) for (a, b), (c, d) in batches],
         lambda logits, labels: losses.loss(stored.config.train, logits, labels),

@@ -84,8 +84,8 @@ def decode_only(path: str, threads: int) -> Generator[object, None, None]:
     feed = from_memory(path)
 
     def source() -> list:
-        encoded, windows, _ = feed()
-        return [encoded, windows.anchors, windows.shapes]
+        encoded, views = feed()
+        return [encoded, views.windows.anchors, views.windows.shapes]
 
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=3)  # pyright: ignore
     def graph():

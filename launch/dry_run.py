@@ -93,7 +93,7 @@ def memory(
     side = config.data.image_size
     itemsize = {"fp32": 4, "fp64": 8}.get(precision, 2)
     images = (config.data.micro_batch, network.in_channels, side, side)
-    layers = memory_estimate.of(network, (network.T, *images) if frames else images, itemsize)
+    layers = memory_estimate.of(network, (config.model.T, *images) if frames else images, itemsize)
     parts = {
         "parameters": number * num_parameters / (ranks if stage == 3 else 1),
         "gradients": number * num_parameters / (ranks if stage >= 2 else 1) + (4 * share if stage else 0),

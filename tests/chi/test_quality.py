@@ -102,7 +102,7 @@ def test_what_cannot_be_measured_is_refused(setup):
     with pytest.raises(ValueError, match="use 2 or more"):
         quality.measure(network, state, weights, torch.ones(1, 6), pairs[:1], cross_entropy)
     rms = sew_resnet.build(ModelConfig(arch="sew_tiny", T=2, scale="rms"), num_classes=4, image_size=16)
-    layers = [layer.weight for layer in rms.spiking_layers()]
+    layers = [layer.weight for layer in rms.spiking_layers() if layer.weight is not None]
     with pytest.raises(ValueError, match="amplitudes"):
         quality.measure(rms, neurons.bind(rms), layers, torch.ones(1, 6), pairs, cross_entropy)
 

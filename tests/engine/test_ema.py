@@ -13,6 +13,7 @@ from pipeline.engine.ema import decay_at
 from pipeline.errors import ConfigError
 from pipeline.run_dir import checkpoint_files
 from pipeline.run_dir.run_folder import read
+from pipeline.snn.networks.sew_resnet import SEWResNet
 from tests.conftest import launch
 from tests.engine.ema_ranks import CASES
 from tests.support.rank_lines import told
@@ -58,6 +59,7 @@ def test_a_run_evaluates_and_exports_the_average_and_the_last_weights_on_demand(
     assert saved is not None
     for weights, of in ((None, "ema"), ("ema", "ema"), ("last", "model")):
         network = load_network.load(straight.run_dir, config, weights=weights).network
+        assert isinstance(network, SEWResNet)
         assert torch.equal(network.fc.weight, saved[of]["parameters"]["fc.weight"])
         assert network.bn1.running_mean is not None
         assert torch.equal(network.bn1.running_mean, saved[of]["buffers"]["bn1.running_mean"])
