@@ -1,4 +1,4 @@
-"""MS-ResNet through the launcher: every layer is measured on two ranks; it resumes bit for bit, is evaluated and exported."""
+"""MS-ResNet through the launcher, on two ranks: measured, resumed bit for bit, evaluated, exported."""
 
 import json
 import shutil
