@@ -1,4 +1,4 @@
-"""MS-ResNet through the launcher: its layers measured on two ranks; resumed bit for bit, evaluated, exported."""
+"""MS-ResNet through the launcher, on two ranks: measured, resumed bit for bit, evaluated, exported."""
 
 import json
 import shutil
