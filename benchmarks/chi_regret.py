@@ -49,6 +49,15 @@ UNTUNED = {
     ANY: {"policy": chi(0.5, 0.3), "width": None},
 }
 """What people use without a sweep, beside triangle 1: SEW-ResNet's default, snnTorch's sigmoid, a rival, and ours."""
+SHOWN = {
+    "sigmoid, slope 25": "sigmoid, slope 25 (snnTorch)",
+    "MPD-AGL": "MPD-AGL",
+    "atan, alpha 2": "atan, α = 2 (SEW-ResNet)",
+    "triangle 1": "triangle, width 1",
+    ANY: "χ control, random start",
+    CALIBRATED: "χ control, calibrated start",
+}
+"""Names in the plot."""
 
 
 def settings() -> Iterator[Elsewhere]:
@@ -154,7 +163,7 @@ def plot(records: list[dict], path: str) -> None:
         axes.plot(values, place + jitter, "o", color=colour, alpha=0.6, markersize=5)
         axes.plot([values.mean()] * 2, [place - 0.32, place + 0.32], color=colour, linewidth=3)
     axes.axvline(0, color="0.7", linewidth=1)
-    axes.set_yticks(range(len(arms)), arms)
+    axes.set_yticks(range(len(arms)), [SHOWN[arm] for arm in arms])
     axes.set_xscale("symlog", linthresh=2, linscale=1)
     ticks = [-2, -1, 0, 1, 2, 5, 10, 20, 40]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
