@@ -144,6 +144,13 @@ def test_the_card_says_frames_and_its_lines_load_the_network(whole, tmp_path):
         assert torch.equal(torch.load(tmp_path / "logits.pt"), network(frames).mean(0))
 
 
+def test_formats_that_are_for_images_are_refused(whole, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"--format torch_export is not allowed for a run of event data.* safetensors"
+    ):
+        export.main([str(whole), str(tmp_path / "net.pt2"), "--format", "torch_export"])
+
+
 def test_a_dry_run_counts_the_memory_of_frames(recordings, tmp_path):
     config = parse(words(recordings, tmp_path / "run"))
     report = dry_run.report(config, 2)

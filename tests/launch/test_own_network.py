@@ -132,6 +132,9 @@ def test_a_checkpoint_is_evaluated_and_exported_from_the_run_folder_alone(digits
     done = command("launch.export", run_dir, out, "--force", "--names", "original")
     assert done.returncode == EXIT_USAGE
     assert "they are of the original SEW-ResNet code; use --names ours" in done.stderr
+    done = command("launch.export", run_dir, out.with_suffix(""), "--format", "hf")
+    assert done.returncode == EXIT_USAGE
+    assert "--format hf is not allowed for a network of your own" in done.stderr
 
 
 def test_a_node_without_the_file_is_told_in_a_line(digits, without_the_file):
