@@ -292,7 +292,7 @@ def test_verify_names_the_fault(whole, tmp_path, fault):
 
 
 def test_verify_says_that_a_whole_set_is_whole(whole):
-    for depth, words in (((), "checksums, index, tables and headers"), (("--decode",), "every image decoded")):
+    for depth, words in (((), "checksums, index, tables and headers"), (("--decode",), "every sample decoded")):
         run = prepare("verify", whole, *depth)
         assert (run.returncode, run.stderr) == (0, "")
         assert run.stdout.startswith(f"{whole} is whole: 240 samples in")

@@ -114,7 +114,7 @@ def test_a_hostile_zip_harms_nothing(tmp_path):
     assert reasons["bee/lzma.jpg"].startswith("compressed by method 14")
     assert reasons["bee/\\xff\\xfe\\xff\\xfe.jpg"] == "its name is not UTF-8"
     assert reasons["bee/001.jpg"] == "duplicate name: the first one is kept"
-    assert reasons["cat/bomb.png"] == "104857600 bytes, more than the 67108864 that an image may have"
+    assert reasons["cat/bomb.png"] == "104857600 bytes, more than the 67108864 that a sample may have"
     assert reasons["cat/liar.png"] == "damaged: more than the 1000 bytes that the zip's directory says"
     assert reasons["cat/promise.jpg"].startswith("said to hold 4294967280 bytes, more than its")
     assert len(lines) == 13

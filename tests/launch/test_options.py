@@ -53,7 +53,10 @@ def vars_of(config: Config) -> list:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to train; give one of --recipe NAME, --config FILE and --resume RUN (recipes: cifar10, digits, "),
+        (
+            [],
+            "nothing to train; give one of --recipe NAME, --config FILE and --resume RUN (recipes: cifar10, cifar10_strong, digits, ",
+        ),
         (
             ["--recipe", "digits", "--resume", "runs/a"],
             "--recipe and --resume exclude each other; give one of --recipe",
