@@ -55,7 +55,7 @@ def vars_of(config: Config) -> list:
     [
         (
             [],
-            "nothing to train; give one of --recipe NAME, --config FILE and --resume RUN (recipes: cifar10, cifar10_strong, digits, ",
+            "nothing to train; give one of --recipe NAME, --config FILE and --resume RUN (recipes: cifar10, ",
         ),
         (
             ["--recipe", "digits", "--resume", "runs/a"],
