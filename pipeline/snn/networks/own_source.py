@@ -1,4 +1,4 @@
-"""Where the code of a user's own network lies: `model.arch` as package.module:function or .../file.py:function.
+"""Where the code of a user's own network lies: `model.arch` as package.module:function or path/to/file.py:function.
 
 It does not import torch: a mistake is found before anything is started.
 """
@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, first_line
 from pipeline.run_dir import run_folder
 from pipeline.snn.networks.archs import ARCHS
 
-FORMS = "package.module:function or .../file.py:function"
+FORMS = "package.module:function or path/to/file.py:function"
 
 
 class Source(NamedTuple):
@@ -94,7 +94,7 @@ def _module(arch: str, place: str, function: str) -> Source:
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise ConfigError(
             f"model.arch={arch!r}: there is no module {place} on this machine; install it on every node, start in the "
-            "folder that holds it, or name a file, as .../file.py:function"
+            "folder that holds it, or name a file, as path/to/file.py:function"
         )
     return Source(arch, place, Path(spec.origin), function)
 
