@@ -1,4 +1,4 @@
-"""Where the code of a user's own network lies: `model.arch` as package.module:function or path/to/file.py:function.
+"""Where the code of a user's own network lies: `model.arch` as package.module:function or .../file.py:function.
 
 It does not import torch: a mistake is found before anything is started.
 """
