@@ -44,8 +44,8 @@ def digits_dvs() -> Config:
 
     The sensor's 24 x 24 pixels are summed into 12 x 12 cells, and 0.2 s are cut into frames of 25 ms. Neurons leak:
     what a pixel showed before the digit moved on must fade.
-    About 90.5 % of the 359 recordings of the validation split, at the one seed tried; `make train RECIPE=digits_dvs` takes
-    60 s on two cores of an AMD EPYC, packing and report included.
+    About 90.5 % of the 359 recordings of the validation split, at the one seed tried. `make train RECIPE=digits_dvs`
+    takes 60 s on two cores of an AMD EPYC, packing and report included.
     """
     return Config(
         recipe="digits_dvs",
