@@ -9,7 +9,7 @@ from launch import epoch_time
 from launch.devices import num_ranks
 from pipeline.config import Config
 from pipeline.config.config_json import flatten
-from pipeline.data.manifest import EVENTS, IMAGE_CHANNELS, TRAIN, load_manifest
+from pipeline.data.manifest import EVENTS, IMAGE_CHANNELS, TRAIN, check_kind, load_manifest
 from pipeline.engine.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
 from pipeline.snn import memory_estimate
@@ -38,6 +38,8 @@ def report(config: Config, ranks: int) -> list[str]:
         manifest, missing = load_manifest(data, TRAIN), ""
     except (ConfigError, DataError) as error:
         manifest, missing = None, str(error)
+    if manifest:
+        check_kind(data, manifest)
     steps = config.num_steps(manifest.num_samples) if manifest else None
     num_classes = len(manifest.classes) if manifest else CLASSES
     with torch.device("meta"):
@@ -47,6 +49,7 @@ def report(config: Config, ranks: int) -> list[str]:
             in_channels=manifest.channels if manifest else IMAGE_CHANNELS,
             image_size=data.image_size,
             image_size_start=data.image_size_start,
+            image_size_step=data.image_size_step,
         )
     num_parameters = sum(p.numel() for p in network.parameters())
     lines = ["configuration"]

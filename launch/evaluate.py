@@ -77,7 +77,7 @@ def override(config: Config, options) -> Config:
     if options.image_size is not None:
         # The shorter side before the central crop scales with the image size.
         resize = round(data.eval_resize * options.image_size / data.image_size)
-        changed = {"image_size": options.image_size, "eval_resize": resize}
+        changed = {"image_size": options.image_size, "eval_resize": resize, "event_shift": 0}
         data = dataclasses.replace(data, **changed, image_size_start=0, image_size_ramp=())
     if options.data is not None:
         data = dataclasses.replace(data, path=options.data)

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, is_outage
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir import atomic, run_folder
 from pipeline.run_dir.run_folder import Stored
+from pipeline.snn.networks.archs import TABLE
 
 if TYPE_CHECKING:
     from pipeline.engine.load_network import Trained
@@ -73,7 +74,8 @@ def main(arguments: list[str]) -> None:
     out, card = places(options.out, options.format)
     check_free((out, card, *([] if FORMATS[options.format].suffix else [out.with_name("config.json")])), options.force)
     stored = run_folder.read(options.run)
-    if options.names == "original" and not stored.config.model.arch.startswith("sew_"):
+    arch = TABLE.get(stored.config.model.arch)
+    if options.names == "original" and (arch is None or arch.family != "sew"):
         raise ConfigError(
             f"--names original is not allowed with model.arch={stored.config.model.arch!r}: they are of the original "
             "SEW-ResNet code; use --names ours"

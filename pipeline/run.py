@@ -146,6 +146,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         in_channels=loader.manifest.channels,
         image_size=config.data.image_size,
         image_size_start=config.data.image_size_start,
+        image_size_step=config.data.image_size_step,
     ).to(place.device)
     if config.train.precision == "fp64":
         model.double()  # before weights are loaded into it

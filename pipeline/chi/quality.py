@@ -117,11 +117,18 @@ def standard_error(values: Tensor) -> Tensor:
     return values.std(-1) / values.shape[-1] ** 0.5
 
 
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
+    """One pass, with the same random numbers (dropout) in all that are compared."""
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        torch.manual_seed(0)
+        return network(images)
+
+
 def _direction(network: nn.Module, weights: Sequence[nn.Parameter], batch: Batch, loss) -> list[Tensor]:
     """d of every layer; zeros where a layer gets no gradient."""
     images, labels = batch
     # Not `backward`: gradients and counts of a training step in progress stay as they are.
-    gradients = torch.autograd.grad(loss(network(images), labels), weights, allow_unused=True)
+    gradients = torch.autograd.grad(loss(_logits(network, images), labels), weights, allow_unused=True)
     directions = []
     for gradient, weight in zip(gradients, weights, strict=True):
         length = torch.zeros(()) if gradient is None else gradient.norm()
@@ -152,7 +159,7 @@ def slope_along(
         for sign in (1, -1):
             for weight, start, d in zip(weights, kept, direction, strict=True):
                 weight.copy_(start + sign * epsilon * d)
-            losses.append(loss(network(images), labels).double().item())
+            losses.append(loss(_logits(network, images), labels).double().item())
     finally:
         for weight, start in zip(weights, kept, strict=True):
             weight.copy_(start)

@@ -15,6 +15,21 @@ from pipeline.errors import ConfigError, is_outage
 SECTIONS: dict[str, type] = {
     field.name: field.type for field in fields(Config) if is_dataclass(field.type) and isinstance(field.type, type)
 }
+ADDED = {
+    "data": (
+        "aa",
+        "color_jitter",
+        "reprob",
+        "mixup",
+        "cutmix",
+        "mixup_prob",
+        "mixup_switch_prob",
+        "event_frames",
+        "event_shift",
+        "event_drop",
+    )
+}
+"""Fields by section that older documents lack, and whose defaults are what the program did before it had them."""
 NAMED = 12
 """Most keys of each kind that a message names."""
 
@@ -43,7 +58,17 @@ def read(path: Path, mend: str) -> dict | None:
     for name in SECTIONS:
         if not isinstance(document.get(name, {}), dict):
             raise ConfigError(f"{path}: {name}={document[name]!r:.80} is not allowed; use a JSON object; {mend}")
-    return document
+    return _with_added(document)
+
+
+def _with_added(document: dict) -> dict:
+    """The document with the defaults of the fields in ADDED that it lacks, in the sections that it has."""
+    defaults = {
+        section: {field.name: field.default for field in fields(SECTIONS[section]) if field.name in added}
+        for section, added in ADDED.items()
+        if section in document
+    }
+    return {**document, **{section: {**values, **document[section]} for section, values in defaults.items()}}
 
 
 def read_object(path: Path, mend: str, wanted: str = "a JSON object") -> dict | None:

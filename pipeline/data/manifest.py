@@ -295,8 +295,8 @@ def check_kind(data: DataConfig, manifest: Manifest) -> None:
         if field.name in foreign and got != field.default:
             what, holds = ("images", "event recordings") if of_events else ("event recordings", "images")
             raise ConfigError(
-                f"data.{field.name}={got!r} is for {what}, and {join(data.path, manifest.split)} holds {holds}; leave "
-                f"it out, which is {field.default!r}"
+                f"data.{field.name}={got!r} is for {what}, and {join(data.path, manifest.split)} holds {holds}; use "
+                f"{field.default!r}, as without it"
             )
 
 

@@ -10,6 +10,7 @@ from pipeline.data.manifest import EVENT_CHANNELS, EVENTS, IMAGE_CHANNELS
 from pipeline.errors import ConfigError
 from pipeline.run_dir import checkpoint_files, run_folder
 from pipeline.snn import state_dicts
+from pipeline.snn.networks import own_source
 from pipeline.snn.networks.build import build
 from pipeline.snn.networks.network import Network
 
@@ -65,6 +66,11 @@ def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str
     chosen = found["model"] if average is None or weights == "last" else average
     tensors = {**chosen["parameters"], **chosen["buffers"]}
     about = run_folder.read(run_dir).about
+    source = own_source.find(config.model.arch, run_dir)
+    if source is not None and source.digest != about.get("network_sha256", source.digest):
+        raise ConfigError(
+            f"{source.path} is not the code that {run_dir} was trained with: its SHA-256 is another; bring that back"
+        )
     num_classes = len(about.get("classes") or tensors["fc.weight"])  # older runs have no record of their classes
     network = build(
         config.model,

@@ -15,6 +15,7 @@ are from Horowitz, "Computing's energy problem (and what we can do about it)", I
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -64,16 +65,16 @@ def _connections(module: nn.Conv2d | nn.Linear, x: torch.Tensor) -> torch.Tensor
     """For each input element, the number of outputs it feeds; shaped to be multiplied with x."""
     if isinstance(module, nn.Linear):
         return torch.tensor(float(module.out_features), device=x.device)
-    ones = torch.ones(1, 1, *x.shape[-2:], device=x.device)
+    left, right, top, bottom = module._reversed_padding_repeated_twice  # also of padding="same"
+    height, width = x.shape[-2] + top + bottom, x.shape[-1] + left + right
+    ones = torch.ones(1, 1, height, width, device=x.device)
     kernel = torch.ones(1, 1, *module.kernel_size, device=x.device)
-    stride, padding, dilation = module.stride, module.padding, module.dilation
-    reached = torch.ones_like(functional.conv2d(ones, kernel, None, stride, padding, dilation))
+    stride, dilation = module.stride, module.dilation
+    reached = torch.ones_like(functional.conv2d(ones, kernel, None, stride, 0, dilation))
     # The transposed convolution of ones counts, for each input position, the windows that cover it.
-    rest = [
-        x.shape[-2 + d] - ((reached.shape[-2 + d] - 1) * stride[d] - 2 * int(padding[d]) + module.kernel_size[d])
-        for d in (0, 1)
-    ]
-    covering = functional.conv_transpose2d(reached, kernel, None, stride, padding, tuple(rest))  # pyright: ignore
+    covering = functional.conv_transpose2d(reached, kernel, None, stride, 0, 0, 1, dilation)  # pyright: ignore
+    missing = (0, width - covering.shape[-1], 0, height - covering.shape[-2])  # what no window reaches
+    covering = functional.pad(covering, missing)[..., top : top + x.shape[-2], left : left + x.shape[-1]]
     return covering * (module.out_channels // module.groups)
 
 
@@ -134,7 +135,8 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
             x = before.double()
             with torch.autocast(x.device.type, enabled=False):  # bf16 would round counts above 256
                 connections = _connections(module, x.float()).double()
-            is_spikes = bool(rates) and bool((x >= 0).all()) and torch.equal(x, x.round())
+            analog = name in found and found[name].input_rate is None  # also counts of events, at every time step
+            is_spikes = not analog and bool(rates) and bool((x >= 0).all()) and torch.equal(x, x.round())
             operations = (x * connections if is_spikes else torch.ones_like(x) * connections).sum().item() / N
             rate = x.mean().item() if is_spikes else None
             macs, acs = (0.0, operations) if is_spikes else (operations, 0.0)
@@ -144,12 +146,13 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
 
         return hook
 
-    def on_surrogate(name: str):
-        def hook(_, __, spikes):
-            seen.setdefault(name, []).append(spikes.float().mean().item())
-            rates[name] = sum(seen[name]) / len(seen[name])
+    def fired(name: str, rate: float) -> None:
+        """Neurons may be called once a time step, or once for all."""
+        seen.setdefault(name, []).append(rate)
+        rates[name] = sum(seen[name]) / len(seen[name])
 
-        return hook
+    def on_surrogate(name: str):
+        return lambda _, __, spikes: fired(name, spikes.float().mean().item())
 
     def on_mean(_, inputs, out):
         averaged[out.untyped_storage().data_ptr()] = inputs[0], out
@@ -161,7 +164,7 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
         elif isinstance(module, nn.AdaptiveAvgPool2d):
             handles.append(module.register_forward_hook(on_mean))
         elif isinstance(module, Neuron):
-            module.watch = lambda rate, name=name: rates.__setitem__(name, rate)
+            module.watch = partial(fired, name)
             watched.append(module)
         elif isinstance(module, Surrogate):
             handles.append(module.register_forward_hook(on_surrogate(name)))

@@ -56,6 +56,17 @@ def test_it_is_the_slope_of_the_loss_along_the_layers_gradients(setup):
     assert not torch.equal(found.descent[0], found.descent[1])
 
 
+def test_dropout_is_the_same_in_all_passes_that_are_compared(setup):
+    network, state, weights, pairs = setup
+    network.avgpool = torch.nn.Sequential(network.avgpool, torch.nn.Dropout(0.5))
+    torch.manual_seed(5)
+    found = quality.measure(network, state, weights, torch.ones(2, len(weights)), pairs, cross_entropy)
+    assert torch.equal(found.descent[0], found.descent[1])
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3)), "the measurement took no random numbers"
+
+
 def test_a_gradient_that_points_downhill_is_above_zero(setup):
     network, state, weights, pairs = setup
     same = [(seen, seen) for seen, _ in pairs]  # along the gradient of the very batch

@@ -9,7 +9,7 @@ import pytest
 
 from launch.options import command, parse
 from launch.supervise import main as supervise
-from pipeline.config import Config
+from pipeline.config import Config, config_json
 from pipeline.errors import ConfigError
 from pipeline.run_dir import run_folder
 from tests.conftest import ROOT
@@ -100,6 +100,20 @@ def test_a_configuration_of_another_version_is_refused_by_the_names_of_its_keys(
     rewritten(tmp_path, lambda document: document["optim"].update(clip=0.0))
     assert parse(["--resume", str(tmp_path), "--metrics.port", "0"]).metrics.port == 0, "it changes nothing computed"
     assert run_folder.read(tmp_path).config.metrics.port == 9464
+
+
+def test_a_run_of_before_augmentation_and_event_data_goes_on(tmp_path):
+    config = stored(tmp_path)
+
+    def age(document: dict) -> None:
+        for name in config_json.ADDED["data"]:
+            del document["data"][name]
+
+    rewritten(tmp_path, age)
+    assert parse(["--resume", str(tmp_path)]) == config
+    assert parse(["--config", str(tmp_path), "--run_dir", str(tmp_path)]) == config
+    assert run_folder.admit(config, 2) is None
+    assert "mixup" in message("--resume", tmp_path, "--data.mixup", "0.2")
 
 
 @pytest.mark.parametrize(

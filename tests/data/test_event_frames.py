@@ -243,7 +243,7 @@ def test_options_of_the_other_kind_are_refused_with_the_cure(moving, tmp_path):
     check_splits(moving)
     fields = {"crop_area_min": 0.5, "crop_aspect": 1.0, "eval_resize": 20, "hw_decoder_load": 0.5}
     for field, value in fields.items():
-        cure = rf"data\.{field}={value} is for images, and .*train holds event recordings; leave it out, which is "
+        cure = rf"data\.{field}={value} is for images, and .*train holds event recordings; use "
         with pytest.raises(ConfigError, match=cure):
             check_splits(change(moving, **{field: value}))
     growing = change(moving, image_size_start=8, image_size_ramp=(0.0, 2.0))

@@ -135,6 +135,11 @@ def test_a_checkpoint_is_evaluated_and_exported_from_the_run_folder_alone(digits
     done = command("launch.export", run_dir, out.with_suffix(""), "--format", "hf")
     assert done.returncode == EXIT_USAGE
     assert "--format hf is not allowed for a network of your own" in done.stderr
+    with (run_dir / run_folder.NETWORK).open("a") as code:
+        code.write("# changed\n")
+    done = command("launch.evaluate", run_dir, "--data", digits)
+    assert done.returncode == EXIT_USAGE
+    assert "is not the code that" in done.stderr
 
 
 def test_a_node_without_the_file_is_told_in_a_line(digits, without_the_file):

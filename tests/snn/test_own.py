@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.config import Config, ModelConfig, TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.snn import energy, losses, memory_estimate, state_dicts
+from pipeline.snn import energy, losses, memory_estimate, neurons, state_dicts
 from pipeline.snn.networks import own_source
 from pipeline.snn.networks.build import build
 from pipeline.snn.networks.network import Network
@@ -312,6 +312,57 @@ def test_options_of_our_networks_are_refused(settings):
 def test_settings_that_do_not_reach_a_user_s_layers_are_refused(name):
     with pytest.raises(ConfigError, match=rf"train\.{name}=True is not allowed; use false with your own model\.arch"):
         Config(recipe="digits", model=ModelConfig(arch="a:b"), train=dataclasses.replace(TrainConfig(), **{name: True}))
+
+
+def test_every_size_that_images_grow_through_is_tried(tmp_path):
+    code = """
+from torch import nn
+from pipeline.snn import neurons
+
+class Net(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.T, self.conv, self.neurons = model.T, nn.Conv2d(3, 4, 16, 16), neurons.from_config(model)
+        self.fc = nn.Linear(4, 10)
+    def forward(self, x):
+        assert x.shape[-1] % 16 == 0, f"side {x.shape[-1]}"
+        return self.fc(self.neurons(self.conv(x)[None], self.T).mean((3, 4)))
+
+def network(model):
+    return Net(model)
+"""
+    model = ModelConfig(arch=written(tmp_path, code), T=2)
+    build(model, num_classes=10, image_size=48, image_size_start=32, image_size_step=16)
+    with pytest.raises(ConfigError, match="side 40"):
+        build(model, num_classes=10, image_size=48, image_size_start=32, image_size_step=8)
+
+
+def test_the_energy_of_a_loop_over_time_is_that_of_all_steps_at_once():
+    T, N, model = 3, 2, ModelConfig(T=3)
+
+    class Looped(nn.Module):
+        def __init__(self, looped: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.looped, self.neurons = looped, neurons.from_config(model)
+            self.conv = nn.Conv2d(2, 4, 3, padding="same", dilation=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.looped:
+                return self.neurons(self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]), T)
+            state, spikes = None, []
+            for frame in x:
+                s, state = self.neurons.step(self.conv(frame)[None], state, num_steps=1)
+                spikes.append(s)
+            return torch.cat(spikes)
+
+    counts = torch.randint(0, 3, (T, N, 2, 7, 6), generator=torch.Generator().manual_seed(1)).float()
+    at_once, looped = (energy.measure(Looped(kind), counts) for kind in (False, True))
+    assert looped.layers[0].acs == 0
+    # Taps of a dilated 3x3 kernel with zero padding: each axis reaches 3 side - 4 inputs.
+    assert looped.layers[0].macs == at_once.layers[0].macs == T * 2 * 4 * (3 * 7 - 4) * (3 * 6 - 4)
+    assert looped.firing_rates["neurons"] == pytest.approx(at_once.firing_rates["neurons"])
+    assert 0 < looped.firing_rates["neurons"] < 1
 
 
 def test_a_gradient_step_counts_every_layer(tmp_path):

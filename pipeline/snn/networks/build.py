@@ -15,6 +15,7 @@ def build(
     in_channels: int = 3,
     image_size: int,
     image_size_start: int = 0,
+    image_size_step: int = 0,
     run: Path | None = None,
 ) -> Network:
     """The network of `model.arch`, with fresh weights from torch's default generator.
@@ -25,6 +26,7 @@ def build(
         in_channels: C of the images: 3 for colour, 1 for grey, 2 for event frames.
         image_size: H = W of the images, in pixels; at least the network's total stride.
         image_size_start: side of the first images where they grow to image_size; 0 where they do not.
+        image_size_step: their sides between the two are multiples of this; 0 where they do not grow.
         run: folder of a run: a user's own network is built from the copy of its file there, if there is one.
 
     Raises:
@@ -38,4 +40,7 @@ def build(
         family = {"sew": sew_resnet, "ms": ms_resnet}[TABLE[model.arch].family]
         return family.build(model, num_classes=num_classes, in_channels=in_channels, image_size=smallest)
     sizes = (image_size, image_size_start) if image_size_start else (image_size,)
+    if image_size_start and image_size_step:
+        first = -(-image_size_start // image_size_step) * image_size_step
+        sizes = tuple(dict.fromkeys((*sizes, *range(first, image_size, image_size_step))))
     return own.build(source, model, num_classes=num_classes, in_channels=in_channels, image_sizes=sizes)
