@@ -79,7 +79,8 @@ def _load_weights(network: Network, tensors: dict[str, torch.Tensor], path: str)
     tensors = {name: tensor for name, tensor in tensors.items() if name in ours or name not in buffers}
     weights = state_dicts.as_in(ours, tensors)
     others = [name for name in ours if name in weights and weights[name].shape != ours[name].shape]
-    anew = _of_other_classes([weights[name].shape for name in others], [ours[name].shape for name in others])
+    ends = bool(others) and others[-1] == list(ours)[-1]  # a classifier comes last; a table of positions does not
+    anew = ends and _of_other_classes([weights[name].shape for name in others], [ours[name].shape for name in others])
     before, now = (weights[others[0]].shape[0], ours[others[0]].shape[0]) if anew else (0, 0)
     if anew:
         weights |= {name: ours[name] for name in others}

@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.run_dir import checkpoint_files
 from pipeline.snn import state_dicts
 from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks.network import Network
 
 
 def network(num_classes: int = 10, seed: int = 0, **model) -> sew_resnet.SEWResNet:
@@ -118,6 +119,21 @@ def test_another_number_of_classes_starts_the_classifier_anew_and_says_so(tmp_pa
     total = len(ours.state_dict())
     assert f"{total - 2} of {total} tensors" in said
     assert "; the classifier starts anew, from 10 classes to 3; widths start from " in said
+
+
+def test_a_table_of_another_size_is_no_classifier(tmp_path):
+    class Tokens(Network):
+        def __init__(self, tokens: int) -> None:
+            super().__init__()
+            self.positions = torch.nn.Parameter(torch.zeros(tokens, 8))
+            self.fc = torch.nn.Linear(8, 10)
+
+        def spiking_layers(self) -> list:
+            return []
+
+    path = written("safetensors", Tokens(16), tmp_path)
+    with pytest.raises(ConfigError, match=r"positions is \(16, 8\) and not \(64, 8\)"):
+        init_from.load(Tokens(64), config(path))
 
 
 @pytest.mark.parametrize(
