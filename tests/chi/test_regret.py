@@ -1,11 +1,13 @@
 """Regret over settings: its arithmetic on made-up runs, and that the committed runs are those of the protocol."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import pytest
 
 from benchmarks import chi_long, chi_regret, study_runs
+from tests.conftest import ROOT
 
 
 def made_up(where: str, arms: Mapping[str, Sequence[float]]) -> list[dict]:
@@ -74,6 +76,27 @@ def test_the_committed_runs_are_those_of_the_protocol(study):
     keys = [record["key"] for record in study_runs.finished(study.RUNS)]
     assert len(keys) == len(set(keys))
     assert set(keys) <= planned
+
+
+def test_the_claims_of_the_first_page_are_those_of_the_runs():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    values = {row["name"]: row["value"] for row in chi_regret.rows(study_runs.finished(chi_regret.RUNS))}
+    for arm, begins in (
+        (chi_regret.CALIBRATED, "| χ control, coverage 0.5 → 0.3 from a calibrated start"),
+        ("triangle 1", "| triangle of width 1, fixed"),
+        ("atan, alpha 2", "| atan, α = 2, fixed"),
+        ("MPD-AGL", "| MPD-AGL"),
+        ("sigmoid, slope 25", "| sigmoid of slope 25, fixed"),
+    ):
+        (said,) = [line for line in lines if line.startswith(begins)]
+        mean, worst = (re.match(r"[−\d.]+", cell.strip())[0] for cell in said.split("|")[2:4])  # pyright: ignore
+        (found,) = [value for name, value in values.items() if name.startswith(f"{arm}: worst regret")]
+        assert worst == f"{found:.2f}"
+        assert mean == f"{values[f'{arm}: mean regret over 14 settings']:.2f}".replace("-", "−")
+        gained = re.search(r"beats it by ([\d.]+),", said)
+        assert (gained is None) == (arm == chi_regret.CALIBRATED)
+        if gained:
+            assert gained[1] == f"{values[f'{chi_regret.CALIBRATED} against {arm}: mean over 42 pairs']:.2f}"
 
 
 def test_missing_runs_are_those_that_are_not_committed():
