@@ -7,12 +7,10 @@ DIR and several processes: as `benchmarks.chi_regret`, whose settings and arms t
 Every finished run is a line of benchmarks/results/chi_long_runs.jsonl.
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import stats
 
 from benchmarks import study_runs, table
@@ -86,28 +84,15 @@ def compared(name: str, gains: list[float], goal: float | None = None) -> list[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--scratch", type=Path, default=Path("build/chi_study"))
-    parser.add_argument("--limit", type=int, help="do at most this many runs")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    arguments = parser.parse_args()
+    arguments = study_runs.parser(__doc__).parse_args()
     if arguments.what == "run":
-        torch.set_num_threads(1)
-        raise SystemExit(0 if study_runs.do(list(settings()), RUNS, arguments.scratch, arguments.limit) else 3)
+        study_runs.do_and_exit(settings(), RUNS, arguments)
     lines = rows(study_runs.finished(RUNS))
     if not lines:
         raise SystemExit(f"{RUNS} has no runs; do some first")
     table.show(lines)
     if arguments.json:
-        table.write(
-            arguments.json,
-            lines,
-            hardware=f"{table.processor()}, one core a run; no GPU was at hand",
-            versions={"torch": torch.__version__},
-            command="python -m benchmarks.chi_long report",
-            setting="docs/chi_study.md; every run is a line of chi_long_runs.jsonl",
-        )
+        study_runs.write(arguments.json, lines, "chi_long")
 
 
 if __name__ == "__main__":

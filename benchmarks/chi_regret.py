@@ -7,7 +7,6 @@ DIR holds cifar10, cifar100 and digits as shards (`python -m data_prep …`). Se
 Every finished run is a line of benchmarks/results/chi_regret_runs.jsonl.
 """
 
-import argparse
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -174,18 +173,11 @@ def plot(records: list[dict], path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--scratch", type=Path, default=Path("build/chi_study"))
-    parser.add_argument("--limit", type=int, help="do at most this many runs")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser = study_runs.parser(__doc__)
     parser.add_argument("--plot", metavar="FILE", help="draw the regrets here")
     arguments = parser.parse_args()
-    import torch
-
     if arguments.what == "run":
-        torch.set_num_threads(1)
-        raise SystemExit(0 if study_runs.do(list(settings()), RUNS, arguments.scratch, arguments.limit) else 3)
+        study_runs.do_and_exit(settings(), RUNS, arguments)
     records = study_runs.finished(RUNS)
     lines = rows(records)
     if not lines:
@@ -194,14 +186,7 @@ def main() -> None:
         print(f"{left} runs are missing, so no goal is judged")
     table.show(lines)
     if arguments.json:
-        table.write(
-            arguments.json,
-            lines,
-            hardware=f"{table.processor()}, one core a run; no GPU was at hand",
-            versions={"torch": torch.__version__},
-            command="python -m benchmarks.chi_regret report",
-            setting="docs/chi_study.md; every run is a line of chi_regret_runs.jsonl",
-        )
+        study_runs.write(arguments.json, lines, "chi_regret")
     if arguments.plot:
         plot(records, arguments.plot)
 

@@ -1,14 +1,18 @@
 """The runs of a study: a line of JSON each, in one file, which several processes may extend at the same time."""
 
+import argparse
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
+from benchmarks import table
 from benchmarks.chi_study_run import Setting, run
 
 AnySetting = TypeVar("AnySetting", bound=Setting)
@@ -58,3 +62,31 @@ def do(settings: Sequence[Setting], file: Path, scratch: Path, limit: int | None
         if done == limit:
             break
     return done
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The command line of a study whose module has the docstring `doc`: run or report."""
+    made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    made.add_argument("what", choices=("run", "report"))
+    made.add_argument("--scratch", type=Path, default=Path("build/chi_study"), help="folder of the shards")
+    made.add_argument("--limit", type=int, help="do at most this many runs")
+    made.add_argument("--json", metavar="FILE", help="write the figures here")
+    return made
+
+
+def do_and_exit(settings: Iterable[Setting], file: Path, arguments: argparse.Namespace) -> None:
+    """The command `run`: one core; the exit code is 3 where there was nothing left to do."""
+    torch.set_num_threads(1)
+    raise SystemExit(0 if do(list(settings), file, arguments.scratch, arguments.limit) else 3)
+
+
+def write(path: str, rows: list[dict], name: str) -> None:
+    """Writes the figures of the study that `python -m benchmarks.NAME report` prints."""
+    table.write(
+        path,
+        rows,
+        hardware=f"{table.processor()}, one core a run; no GPU was at hand",
+        versions={"torch": torch.__version__},
+        command=f"python -m benchmarks.{name} report",
+        setting=f"docs/chi_study.md; every run is a line of {name}_runs.jsonl",
+    )
