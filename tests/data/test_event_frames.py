@@ -23,7 +23,7 @@ from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.data.manifest import check_splits
 from pipeline.errors import ConfigError
 from tests.support import peers
-from tests.support.data_sets import drawn_jpeg, drawn_recording, write_set
+from tests.support.data_sets import drawn_jpeg, drawn_recording, same, write_set
 
 CPU = torch.device("cpu")
 T = 3
@@ -153,13 +153,6 @@ def collect(data: DataConfig, start: int, stop: int, *, ranks: int = 1, seed: in
             batches |= {batch.position: batch for batch in micro_batches}
         one.close()
     return batches
-
-
-def same(one: dict[int, Batch], other: dict[int, Batch]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(batch.images, other[at].images) and torch.equal(batch.labels, other[at].labels)
-        for at, batch in one.items()
-    )
 
 
 def test_a_batch_holds_the_frames_of_its_samples(moving):

@@ -18,7 +18,7 @@ from pipeline.config import DataConfig
 from pipeline.data.decode.dali_pipeline import Graph
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.errors import ConfigError, DataError
-from tests.support.data_sets import ROOT, drawn_jpeg, real_jpegs, write_set
+from tests.support.data_sets import ROOT, drawn_jpeg, real_jpegs, same, write_set
 
 CPU = torch.device("cpu")
 
@@ -50,13 +50,6 @@ def collect(data: DataConfig, start: int, stop: int, *, ranks: int = 1, seed: in
             batches |= {batch.position: batch for batch in micro_batches}
         one.close()
     return batches
-
-
-def same(one: dict[int, Batch], other: dict[int, Batch]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(batch.images, other[at].images) and torch.equal(batch.labels, other[at].labels)
-        for at, batch in one.items()
-    )
 
 
 def test_a_batch_is_what_the_loop_expects(drawn):

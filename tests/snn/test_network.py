@@ -81,15 +81,21 @@ def test_a_plain_network_is_its_layers_in_a_row():
         ModelConfig(connect="none", zero_init_residual=True).check()
 
 
-@pytest.mark.parametrize("connect", ["add", "and", "iand"])
-def test_zero_initialised_blocks_are_their_shortcuts(connect):
-    net = build("sew_cifar20", connect=connect, zero_init_residual=True, v_th=0.5).eval()
+def through_blocks(net) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Input and output of each block whose shortcut is its input, for two random images."""
     seen = []
     for _, block in net.blocks():
         if block.downsample is None:
             block.register_forward_hook(lambda _m, inputs, out: seen.append((inputs[0], out)))
     with torch.no_grad():
         net(torch.randn(2, 3, 16, 16))
+    return seen
+
+
+@pytest.mark.parametrize("connect", ["add", "and", "iand"])
+def test_zero_initialised_blocks_are_their_shortcuts(connect):
+    net = build("sew_cifar20", connect=connect, zero_init_residual=True, v_th=0.5).eval()
+    seen = through_blocks(net)
     assert len(seen) == 7
     assert all(torch.equal(before, after) for before, after in seen)
     assert seen[0][0].sum() > 0
@@ -100,12 +106,7 @@ def test_membrane_blocks_start_as_their_shortcuts_and_at_the_size_of_the_thresho
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     silent = [block.bn2 for _, block in net.blocks()]
     assert all((bn.weight == (0 if bn in silent else 0.75)).all() for bn in norms)
-    seen = []
-    for _, block in net.blocks():
-        if block.downsample is None:
-            block.register_forward_hook(lambda _m, inputs, out: seen.append((inputs[0], out)))
-    with torch.no_grad():
-        net(torch.randn(2, 3, 16, 16))
+    seen = through_blocks(net)
     assert len(seen) == 7
     assert seen[0][1].shape == (8, 16, 16, 16), "the currents of the stem, the same at every step"
     assert all(torch.equal(before.repeat(len(after) // len(before), 1, 1, 1), after) for before, after in seen)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 from webdataset.writer import TarWriter
 
 from pipeline.data.decode.events import EXTENSION, MAGIC, Events, encode
 from pipeline.data.manifest import EVENTS, IMAGES, MANIFEST_NAME, SAMPLE_DTYPE, Manifest, Shard
+from pipeline.data.prefetcher import Batch
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,3 +108,11 @@ def _size(image: bytes) -> tuple[int, int]:
     width, height = opened.size
     on_its_side = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (width, height) if on_its_side else (height, width)
+
+
+def same(one: dict[int, Batch], other: dict[int, Batch]) -> bool:
+    """Whether two collections of batches, by position, hold the same images and labels to the bit."""
+    return one.keys() == other.keys() and all(
+        torch.equal(batch.images, other[at].images) and torch.equal(batch.labels, other[at].labels)
+        for at, batch in one.items()
+    )
