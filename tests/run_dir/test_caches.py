@@ -92,6 +92,14 @@ def python_for_nobody() -> str:
     pytest.skip("needs a Python that any user may start")
 
 
+def need_open(python: str, *folders: str) -> None:
+    """Skips the test where another user may not enter one of the folders, as below one of `mktemp -d`."""
+    for folder in folders:
+        look = [python, "-c", "import os, sys; os.listdir(sys.argv[1])", folder]
+        if subprocess.run(look, cwd="/", capture_output=True, check=False, **NOBODY).returncode:
+            pytest.skip(f"needs a checkout and packages that any user may read; {folder} is closed to others")
+
+
 @pytest.fixture
 def open_folder():
     """A folder that other users can read: pytest closes its own to them whenever another pytest starts."""
@@ -102,7 +110,8 @@ def open_folder():
 
 def test_a_user_id_that_nobody_knows_trains_reports_and_evaluates(digits, open_folder):
     """The checkout and the working folder are read-only for it, and it may not read the folders of PATH."""
-    python = python_for_nobody()
+    python, packages = python_for_nobody(), sysconfig.get_path("purelib")
+    need_open(python, str(ROOT), packages)
     shards = Path(shutil.copytree(digits, open_folder / "digits"))
     run_dir, temporary = open_folder / "run", open_folder / "temporary"
     for folder in (run_dir, temporary):
@@ -111,7 +120,7 @@ def test_a_user_id_that_nobody_knows_trains_reports_and_evaluates(digits, open_f
         path.chmod(0o777)
     closed = open_folder / "closed"
     closed.mkdir(mode=0o700)
-    environ = {"PATH": f"{closed}/bin:/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{sysconfig.get_path('purelib')}"}
+    environ = {"PATH": f"{closed}/bin:/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{packages}"}
     environ |= {"TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
     train = ["launch.local", "--recipe", "digits", "--data.path", str(shards), "--run_dir", str(run_dir)]
     for words in (
