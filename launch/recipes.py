@@ -7,6 +7,9 @@ from dataclasses import replace
 from pipeline.config import ChiConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.ranks.cores import quick_precision
 
+CONTROL = ChiConfig(target=0.5, target_end=0.3, calibrate=True)
+"""What docs/chi_study.md compares with fixed surrogates."""
+
 
 def digits() -> Config:
     """SEW-ResNet, 6 spiking layers, T=4, on the 1,797 handwritten digits of scikit-learn.
@@ -30,7 +33,7 @@ def digits() -> Config:
             flip=False,
         ),
         model=ModelConfig(arch="sew_tiny", T=4),
-        chi=ChiConfig(target=0.5, target_end=0.3),
+        chi=CONTROL,
         optim=OptimConfig(lr=0.4),
         train=TrainConfig(precision=quick_precision(), epochs=30, checkpoint_every=50, eval_every_epochs=6),
     )
@@ -52,7 +55,7 @@ def digits_dvs() -> Config:
         run_dir="runs/digits_dvs",
         data=DataConfig(path="data/digits_dvs", image_size=12, global_batch=32, micro_batch=16, flip=False),
         model=ModelConfig(arch="sew_cifar8", T=8, neuron="lif"),
-        chi=ChiConfig(target=0.5, target_end=0.3),
+        chi=CONTROL,
         optim=OptimConfig(name="adamw", lr=0.004, weight_decay=0.01),
         train=TrainConfig(precision=quick_precision(), epochs=30, checkpoint_every=200, eval_every_epochs=6),
     )
@@ -71,7 +74,7 @@ def cifar10() -> Config:
         run_dir="runs/cifar10",
         data=DataConfig(path="data/cifar10", image_size=32, global_batch=128, micro_batch=32, crop_area_min=0.5),
         model=ModelConfig(arch="sew_cifar20", T=4),
-        chi=ChiConfig(target=0.5, target_end=0.3),
+        chi=CONTROL,
         optim=OptimConfig(lr=0.1, weight_decay=5e-4, warmup_epochs=1),
         train=TrainConfig(
             precision=quick_precision(), epochs=100, checkpoint_every=391, eval_every_epochs=1, log_every=20
@@ -139,7 +142,7 @@ def imagenet_sew34_chi() -> Config:
         recipe="imagenet_sew34_chi",
         run_dir="runs/imagenet_sew34_chi",
         model=replace(baseline.model, surrogate="triangle", width=1.0),
-        chi=ChiConfig(target=0.5, target_end=0.3),
+        chi=CONTROL,
     )
 
 
@@ -220,7 +223,7 @@ def imagenet100() -> Config:
         run_dir="runs/imagenet100",
         data=DataConfig(path="data/imagenet100", image_size=224, global_batch=256, micro_batch=32, eval_resize=256),
         model=ModelConfig(arch="sew_resnet18", T=4),
-        chi=ChiConfig(target=0.5, target_end=0.3),
+        chi=CONTROL,
         optim=OptimConfig(lr=0.1, weight_decay=1e-4, warmup_epochs=5),
         train=TrainConfig(epochs=100, checkpoint_every=500, eval_every_epochs=1, log_every=20),
     )
@@ -241,7 +244,7 @@ def tiny_imagenet() -> Config:
         run_dir="runs/tiny_imagenet",
         data=DataConfig(path="data/tiny_imagenet", image_size=64, global_batch=256, micro_batch=64, crop_area_min=0.25),
         model=ModelConfig(arch="sew_resnet18", T=4),
-        chi=ChiConfig(target=0.5, target_end=0.3),
+        chi=CONTROL,
         optim=OptimConfig(lr=0.1, weight_decay=5e-4, warmup_epochs=5),
         train=TrainConfig(epochs=100, checkpoint_every=391, eval_every_epochs=1, log_every=20),
     )

@@ -184,8 +184,13 @@ def prepare(config: Config, watch: Watch) -> Run:
     else:
         if widths is not None:
             run.widths.start_from(widths.to(place.device))
-        elif config.chi.calibrate:
+        elif config.chi.calibrates:
             calibrate(run)
+            low, high = neurons.widths.min(), neurons.widths.max()
+            run.log.say(f"widths start at {low:.3g} to {high:.3g}, where the first images' coverage is at its target")
+        elif config.chi.calibrate:
+            start = f"model.width={config.model.width:g}"
+            run.log.say(f"widths start from {start}: chi.calibrate is for policy chi with indicator coverage")
         run.log.began(run.widths.controller.log_width)
     watch.on_request(run.flags.ask_to_stop)  # the next all-reduce tells all ranks
     return run

@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -79,6 +80,12 @@ def test_the_console_shows_progress_and_the_layers(digits, straight):
     for part in ("epoch", "loss", "acc", "χ", "cov", "width", "8²", "img/s", "ETA"):
         assert part in line
     assert re.search("^step 13/.*  16²  ", straight.output, re.MULTILINE)
+    start = np.exp(decisions(straight.run_dir)[0]["decision_log_width"])
+    said = (
+        f"widths start at {start.min():.3g} to {start.max():.3g}, where the first images' coverage is at its target\n"
+    )
+    assert said in straight.output
+    assert start.min() < start.max()
     training = [r for r in read_journal(straight.run_dir / "metrics.jsonl") if "train_loss" in r]
     assert [r["train_image_size_pixels"] for r in training] == [8] * 12 + [16] * 2
     num_samples = Manifest.load(digits / "val").num_samples
@@ -240,7 +247,6 @@ def test_potentials_are_looked_at_before_each_decision_and_after_a_resume(digits
     run_dir = tmp_path / "run"
     settings = {
         "--chi.policy": "ds_atgo",
-        "--chi.calibrate": "false",
         "--model.scale": "rms",
         "--train.epochs": 5.5 * 128 / Manifest.load(digits / "train").num_samples,
         "--train.checkpoint_every": 3,
@@ -248,6 +254,7 @@ def test_potentials_are_looked_at_before_each_decision_and_after_a_resume(digits
     words = [*arguments(digits, run_dir), *(str(word) for pair in settings.items() for word in pair)]
     done = launch("launch/train.py", *words, ranks=1)
     assert done.returncode == EXIT_DONE, done.output
+    assert "widths start from model.width=1: chi.calibrate is for policy chi with indicator coverage\n" in done.output
     made = decisions(run_dir)[1:]
     assert [record["step"] for record in made] == [2, 4, 6]
     spreads = [record["decision_spread"] for record in made]

@@ -122,7 +122,7 @@ def in_training_mode(network: nn.Module) -> Iterator[None]:
 def _quantiles(network: nn.Module, images: Tensor, neurons: NeuronState, targets: Tensor) -> Tensor:
     """w `(L,)` fp32, the `targets[ℓ]`-quantile of |h - v_th| in layer ℓ over one forward pass of `images`."""
     seen: list[list[Tensor]] = [[] for _ in targets]
-    with in_training_mode(network), probed(neurons.neurons, lambda layer, u: seen[layer].append(u.abs().flatten())):
+    with in_training_mode(network), probed(neurons.neurons, lambda layer, u: seen[layer].append(thinned(u).abs())):
         network(images)
     neurons.zero_counts()
     widths = []
@@ -130,10 +130,14 @@ def _quantiles(network: nn.Module, images: Tensor, neurons: NeuronState, targets
         if not steps:  # this batch does not reach the layer
             widths.append(width)
             continue
-        distances = torch.cat(steps)
-        thinned = distances[:: -(-len(distances) // CALIBRATION_SAMPLES)]
-        rank = max(1, round(target * len(thinned)))
+        distances = thinned(torch.cat(steps))
+        rank = max(1, round(target * len(distances)))
         # On a GPU kthvalue has no deterministic form. On a CPU it is several times faster than a sort.
-        chosen = thinned.sort().values[rank - 1] if thinned.is_cuda else thinned.kthvalue(rank).values
+        chosen = distances.sort().values[rank - 1] if distances.is_cuda else distances.kthvalue(rank).values
         widths.append(chosen)
     return torch.stack(widths).float()
+
+
+def thinned(values: Tensor) -> Tensor:
+    """At most CALIBRATION_SAMPLES of the values, evenly: all layers' potentials do not fit beside a large network."""
+    return values.flatten()[:: -(-values.numel() // CALIBRATION_SAMPLES)]

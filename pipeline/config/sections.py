@@ -105,8 +105,8 @@ class ChiConfig:
     width_max: float = 8.0
     """Widest width."""
     calibrate: bool = False
-    """Start chi from widths that put the first batch's coverage at the target, instead of from model.width. Widths
-    from init_from are used first."""
+    """Start from widths that put the first images' coverage at the target, instead of from model.width: under policy
+    chi with indicator coverage, and where init_from brings no widths."""
     self_check: bool = True
     """Compare the first χ with DeepSpeed's own full gradient and refuse to run where they differ."""
 
@@ -135,8 +135,11 @@ class ChiConfig:
             f"a number above chi.width_min={self.width_min}, and finite",
         )
         positive("chi.width_end", self.width_end)
-        holds_coverage = self.policy == "chi" and self.indicator == "coverage"
-        require(not self.calibrate or holds_coverage, "chi.calibrate", True, "it with policy chi, indicator coverage")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `calibrate` has a target to start from."""
+        return self.calibrate and self.policy == "chi" and self.indicator == "coverage"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

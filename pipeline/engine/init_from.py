@@ -44,10 +44,10 @@ def load(network: Network, config: Config) -> Start:
     said = _load_weights(network, _unwrapped(saved, path), path)
     widths, why_not = _widths(saved, config.model, len(network.spiking_layers()))
     if widths is None:
-        instead = "chi.calibrate" if config.chi.calibrate else f"model.width={config.model.width:g}"
+        instead = "chi.calibrate" if config.chi.calibrates else f"model.width={config.model.width:g}"
         return Start(f"{said}; widths start from {instead}, since {why_not}", None)
     said += f"; widths {widths.min():.3g} to {widths.max():.3g}, with which that run ended"
-    return Start(f"{said}, and chi.calibrate is left out" if config.chi.calibrate else said, widths)
+    return Start(f"{said}, and chi.calibrate is left out" if config.chi.calibrates else said, widths)
 
 
 def _widths(saved: object, model: ModelConfig, num_layers: int) -> tuple[torch.Tensor | None, str]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline import chi
+from pipeline.chi import widths
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import losses
@@ -113,6 +114,15 @@ def test_calibration_puts_the_first_coverage_at_the_target_and_leaves_the_networ
     optimizer.step()
     assert pilot.indicators is not None
     assert pilot.indicators.coverage.tolist() == pytest.approx([0.3] * 6, abs=0.01)
+
+
+def test_a_calibration_keeps_few_potentials_of_a_large_layer(monkeypatch):
+    monkeypatch.setattr(widths, "CALIBRATION_SAMPLES", 10)
+    for count in (1, 10, 11, 95, 1001):
+        kept = widths.thinned(torch.arange(count).view(1, count)).tolist()
+        assert 5 <= len(kept) <= 10 or kept == list(range(count))
+        assert kept[0] == 0
+        assert count - 1 - kept[-1] < -(-count // 10), "to the end"
 
 
 def test_a_schedule_begins_at_the_model_s_own_width():

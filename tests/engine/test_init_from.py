@@ -32,7 +32,7 @@ def network(num_classes: int = 10, seed: int = 0, **model) -> sew_resnet.SEWResN
 
 def config(path: object, **model) -> Config:
     """Of a run that starts from `path`."""
-    digits = parse(["--recipe", "digits", "--init-from", str(path)])
+    digits = parse(["--recipe", "digits", "--init-from", str(path), "--chi.calibrate", "false"])
     return dataclasses.replace(digits, model=dataclasses.replace(digits.model, **model))
 
 

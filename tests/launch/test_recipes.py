@@ -51,6 +51,15 @@ def test_a_recipe_resolves_and_its_network_builds(name):
     assert millions == pytest.approx(MILLIONS.get(name, 21.8), rel=0.05)
 
 
+def test_whatever_is_steered_starts_from_calibrated_widths():
+    for name, recipe in RECIPES.items():
+        chi = recipe().chi
+        assert chi.calibrates == (chi.policy == "chi"), name
+    fixed = parse(["--recipe", "digits", "--chi.policy", "fixed"])
+    assert not fixed.chi.calibrates
+    assert not parse(["--recipe", "digits", "--chi.indicator", "participation"]).chi.calibrates
+
+
 def test_the_digits_are_validated_a_few_times_on_the_way():
     config = parse(["--recipe", "digits"])
     due = [step for step in range(1, config.num_steps(1438)) if Schedule(config, 1438).evaluates(step)]
