@@ -162,6 +162,23 @@ def test_a_layer_that_runs_less_often_than_others_has_no_rows():
     assert len(second["rows"][0]) == 4
 
 
+def test_a_layer_that_runs_more_often_than_most_has_no_rows_and_takes_none_from_the_others():
+    """As attention does whose neurons get (T, heads, N, …)."""
+    torch.manual_seed(0)
+    network = Own()
+    network.sn3 = heads = Surrogate()
+
+    def with_heads(images: torch.Tensor) -> torch.Tensor:
+        for _head in range(4):
+            heads(torch.ones(network.T, len(images), 5))
+        return Own.forward(network, images)
+
+    network.forward = with_heads
+    *ours, odd = looked(network, batch())["layers"]
+    assert [len(layer["rows"][0]) for layer in ours] == [3, 3]
+    assert odd["rows"] == odd["spikes"] == []
+
+
 def test_a_raster_of_many_steps_and_neurons_is_cut():
     torch.manual_seed(0)
     network = sew_resnet.build(ModelConfig(), num_classes=3, image_size=8)

@@ -5,6 +5,7 @@ of the run: it repeats a part of the evaluation before it. `Spikes.document` is 
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 import torch
@@ -71,7 +72,8 @@ class Spikes:
             split: of the samples.
             classes: names to show, by label.
         """
-        T = max((len(layer.fired) for layer in self._layers), default=0)
+        ran = Counter(len(layer.fired) for layer in self._layers if layer.fired)
+        T = max(ran, key=lambda steps: (ran[steps], steps), default=0)  # as most layers: one may run more often
         samples, state = self.samples, self._neurons
         return {
             "step": step,
