@@ -39,10 +39,11 @@ class Softened(Elsewhere):
 
 
 def settings() -> Iterator[Softened]:
-    """Every run, seed by seed."""
-    for seed in SEEDS:
-        for budget in BUDGETS:
-            yield Softened(arm=TRIAL, lr=0.2, seed=seed, policy=FIXED, budget=budget, **PLACE)
+    """Every run, seed by seed: first the hard ones with those of the largest budget, then the others."""
+    for budgets in ((BUDGETS[0], BUDGETS[-1]), BUDGETS[1:-1]):
+        for seed in SEEDS:
+            for budget in budgets:
+                yield Softened(arm=TRIAL, lr=0.2, seed=seed, policy=FIXED, budget=budget, **PLACE)
 
 
 def integral(u: Tensor, width: Tensor) -> Tensor:

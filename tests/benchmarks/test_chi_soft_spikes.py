@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks import chi_falsifiers_report as report
 from benchmarks import chi_soft_spikes as soft
 from benchmarks.chi_study_run import model_of, run
 from pipeline.snn import neurons, surrogate
@@ -173,3 +174,26 @@ def test_a_run_has_both_accuracies_and_a_budget_of_zero_is_the_plain_run(scratch
     assert records[0.2]["train_loss"] != plain["train_loss"]
     for record in records.values():
         assert {"train_accuracy", "hard_accuracy", "hard_train_accuracy"} <= set(record)
+
+
+def test_gains_are_paired_by_seed_and_only_whole_seeds_count(capsys):
+    def record(budget, seed, accuracy, train, hard):
+        fields = {"accuracy": accuracy, "train_accuracy": train, "hard_accuracy": hard, "hard_train_accuracy": train}
+        return {"arm": "soft", "budget": budget, "seed": seed, **fields}
+
+    records = [record(0.0, seed, 0.40 + 0.1 * seed, 0.50 + 0.1 * seed, 0.4) for seed in range(2)]
+    records += [record(0.05, seed, 0.41 + 0.1 * seed, 0.50 + 0.1 * seed, 0.4) for seed in range(2)]
+    records += [record(0.2, seed, 0.37 + 0.1 * seed + 0.02 * seed, 0.50 + 0.1 * seed, 0.4) for seed in range(2)]
+    gains = report.soft_gains([*records, record(0.05, 2, 0.9, 0.9, 0.9)], "as training left them")
+    assert list(gains) == ["budget 0.05", "budget 0.2", "mean of both"]
+    held_out = {name: gain.tolist() for name, (gain, _) in gains.items()}
+    assert held_out["budget 0.05"] == pytest.approx([1, 1])
+    assert held_out["budget 0.2"] == pytest.approx([-3, -1])
+    assert held_out["mean of both"] == pytest.approx([-1, 0])
+    assert gains["budget 0.2"][1] == pytest.approx([3, 1])  # the gap: training stays, held out falls
+    assert report.one_sided(gains["budget 0.2"][0]) == pytest.approx(-2 - 6.3138, abs=1e-3)
+    hard = report.soft_gains(records, "of hard passes")
+    assert [gain.tolist() for gain, _ in hard.values()] == [[0, 0]] * 3
+    report.show(records)
+    shown = capsys.readouterr().out
+    assert "budget 0.2    against 0, 2 pairs: held out -2.00 ± 12.71, one-sided 95 % bound -8.31; gap +2.00" in shown
