@@ -70,19 +70,23 @@ STATISTICS = {"as training left them": "", "of hard passes": "hard_"}
 def soft_gains(records: Sequence[dict], statistics: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By budget, and for their mean: held-out accuracy, and gap, against budget 0, in points, a seed each.
 
-    Only seeds that have all budgets count.
+    A seed counts where it has both of what is compared, and for the mean where it has all budgets.
     """
     start = STATISTICS[statistics]
     found: dict[float, dict[int, np.ndarray]] = defaultdict(dict)
     for record in records:
         held_out, train = 100 * record[f"{start}accuracy"], 100 * record[f"{start}train_accuracy"]
         found[record["budget"]][record["seed"]] = np.array([held_out, train - held_out])
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in found.values())))
-    values = {budget: np.array([found[budget][seed] for seed in seeds]) for budget in sorted(found)}
-    against = values.pop(0.0)
-    gains = {f"budget {budget:g}": rows - against for budget, rows in values.items()}
-    gains["mean of both"] = np.mean(list(gains.values()), 0)
-    return {name: (rows[:, 0], rows[:, 1]) for name, rows in gains.items()}
+    hard = found.pop(0.0)
+    against = {
+        f"budget {budget:g}": {seed: found[budget][seed] - hard[seed] for seed in sorted(found[budget]) if seed in hard}
+        for budget in sorted(found)
+    }
+    whole = sorted(set.intersection(*(set(gains) for gains in against.values())))
+    gains = {name: np.array(list(by_seed.values())) for name, by_seed in against.items()}
+    if len(gains) > 1:
+        gains["mean of both"] = np.array([np.mean([by_seed[s] for by_seed in against.values()], 0) for s in whole])
+    return {name: (rows[:, 0], rows[:, 1]) for name, rows in gains.items() if len(rows)}
 
 
 def one_sided(values: np.ndarray) -> float:
