@@ -7,6 +7,7 @@
              noise     where is a layer's variance four times its squared bias, and is its gradient best there?
              times     do widths that differ by time step give a better gradient?
              gap       how far does training accuracy run ahead of held-out accuracy?
+             soft      do soft spikes at a share of the neurons, while training, narrow this gap?
 
 DIR holds cifar10, cifar100 and digits as shards, as for `benchmarks.chi_regret`. Every finished run is a line of
 benchmarks/results/chi_falsifiers.jsonl: the setting, its accuracies, and what was measured on its way (`looks`).
@@ -24,7 +25,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from benchmarks import chi_falsifiers_report, study_runs
+from benchmarks import chi_falsifiers_report, chi_soft_spikes, study_runs
 from benchmarks.chi_regret import SETTINGS, SHORT
 from benchmarks.chi_study_arms import FIXED
 from benchmarks.chi_study_run import DATA, Elsewhere, accuracy, drawn_for, images_of, model_of, run, weight_of
@@ -59,11 +60,15 @@ PLACES = {
         "CIFAR-100, 10,000 images, 8 epochs": {"data": "cifar100", "num_images": 10_000, "epochs": 8, "T": 2},
     },
 }
+TRIALS = (*PLACES, chi_soft_spikes.TRIAL)
 WHEN = {"stages": (0, EARLY, MIDDLE, LATE), "noise": (MIDDLE,), "times": (MIDDLE,), "gap": ()}
 
 
 def settings(trial: str) -> Iterator[Elsewhere]:
     """Every run of a trial, seed by seed. All train at width 1, the best of the sweeps."""
+    if trial == chi_soft_spikes.TRIAL:
+        yield from chi_soft_spikes.settings()
+        return
     for seed in SEEDS:
         for where, place in PLACES[trial].items():
             yield Elsewhere(arm=trial, where=where, lr=0.2, seed=seed, policy=FIXED, **{**SHORT, **place})
@@ -355,6 +360,8 @@ LOOKS: dict[str, Callable[[Look], dict]] = {"stages": stages, "noise": noise, "t
 
 def run_one(setting: Elsewhere, scratch: Path) -> dict:
     """Trains one network and looks at it on its way."""
+    if isinstance(setting, chi_soft_spikes.Softened):
+        return chi_soft_spikes.run_one(setting, scratch)
     trial, looks, trained_on = setting.arm, [], 0.0
     images, labels = images_of(scratch / setting.data, "train", setting.image_size)
     numbers = drawn_for(setting, DATA[setting.data][0])
@@ -389,13 +396,13 @@ def do(trial: str, scratch: Path, limit: int | None) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("trials", nargs="*", metavar="TRIAL", help=f"of {', '.join(PLACES)} [all]")
+    parser.add_argument("trials", nargs="*", metavar="TRIAL", help=f"of {', '.join(TRIALS)} [all]")
     parser.add_argument("--scratch", type=Path, default=Path("build/chi_study"))
     parser.add_argument("--limit", type=int, help="do at most this many runs of each trial")
     arguments = parser.parse_args()
-    arguments.trials = arguments.trials or list(PLACES)
-    if unknown := set(arguments.trials) - set(PLACES):
-        parser.error(f"TRIAL {min(unknown)} is not allowed; use {', '.join(PLACES)}")
+    arguments.trials = arguments.trials or list(TRIALS)
+    if unknown := set(arguments.trials) - set(TRIALS):
+        parser.error(f"TRIAL {min(unknown)} is not allowed; use {', '.join(TRIALS)}")
     if arguments.what == "run":
         torch.set_num_threads(1)
         done = sum(do(trial, arguments.scratch, arguments.limit) for trial in arguments.trials)

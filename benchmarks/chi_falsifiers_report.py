@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 from benchmarks.chi_study_report import interval
 
@@ -19,8 +20,11 @@ SEEN_AS = 0.05
 
 def show(records: Sequence[dict]) -> None:
     """Prints what there is of every trial."""
-    gaps(records)
-    for (trial, where, when), looks in by_place(records).items():
+    softened = [record for record in records if "budget" in record]
+    others = [record for record in records if "budget" not in record]
+    gaps(others)
+    soft_spikes(softened)
+    for (trial, where, when), looks in by_place(others).items():
         print(f"\n{trial}: {where}, {when}, {len({look['seed'] for look in looks})} seeds")
         if trial == "noise":
             noise(looks)
@@ -57,6 +61,55 @@ def gaps(records: Sequence[dict]) -> None:
     for where, pairs in found.items():
         train, held_out = np.array(pairs).T
         print(f"{where}: training {train.mean():.1f} %, held out {held_out.mean():.1f} %, gap {said(train - held_out)}")
+
+
+STATISTICS = {"as training left them": "", "of hard passes": "hard_"}
+"""Of batch normalisation, with the start of the names of the accuracies that go with them."""
+
+
+def soft_gains(records: Sequence[dict], statistics: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By budget, and for their mean: held-out accuracy, and gap, against budget 0, in points, a seed each.
+
+    A seed counts where it has both of what is compared, and for the mean where it has all budgets.
+    """
+    start = STATISTICS[statistics]
+    found: dict[float, dict[int, np.ndarray]] = defaultdict(dict)
+    for record in records:
+        held_out, train = 100 * record[f"{start}accuracy"], 100 * record[f"{start}train_accuracy"]
+        found[record["budget"]][record["seed"]] = np.array([held_out, train - held_out])
+    hard = found.pop(0.0)
+    against = {
+        f"budget {budget:g}": {seed: found[budget][seed] - hard[seed] for seed in sorted(found[budget]) if seed in hard}
+        for budget in sorted(found)
+    }
+    whole = sorted(set.intersection(*(set(gains) for gains in against.values())))
+    gains = {name: np.array(list(by_seed.values())) for name, by_seed in against.items()}
+    if len(gains) > 1:
+        gains["mean of both"] = np.array([np.mean([by_seed[s] for by_seed in against.values()], 0) for s in whole])
+    return {name: (rows[:, 0], rows[:, 1]) for name, rows in gains.items() if len(rows)}
+
+
+def one_sided(values: np.ndarray) -> float:
+    """Lower end of the one-sided 95 % interval of a mean."""
+    return float(values.mean() - stats.t.ppf(0.95, len(values) - 1) * stats.sem(values))
+
+
+def soft_spikes(records: Sequence[dict]) -> None:
+    """Accuracies by budget, and what soft spikes gain over hard ones on the same seeds."""
+    if len({record["budget"] for record in records}) < 2:
+        return
+    for statistics, start in STATISTICS.items():
+        print(f"\nsoft spikes, statistics {statistics}:")
+        for budget in sorted({record["budget"] for record in records}):
+            runs = [record for record in records if record["budget"] == budget]
+            train, held_out = (
+                100 * np.mean([run[f"{start}{name}"] for run in runs]) for name in ("train_accuracy", "accuracy")
+            )
+            print(f"  budget {budget:<5g} {len(runs)} runs: training {train:.2f} %, held out {held_out:.2f} %")
+        for name, (gain, gap) in soft_gains(records, statistics).items():
+            if len(gain) > 1:
+                print(f"  {name:13} against 0, {len(gain)} pairs: held out {said(gain, digits=2)}, "
+                      f"one-sided 95 % bound {one_sided(gain):+.2f}; gap {said(gap, digits=2)}")  # fmt: skip
 
 
 def profiles(looks: Sequence[dict]) -> None:

@@ -142,19 +142,27 @@ def drawn_for(setting: Setting, num_train: int) -> Tensor:
     return torch.randperm(num_train, generator=torch.Generator().manual_seed(0))[: setting.num_images]
 
 
-def run(setting: Setting, scratch: Path, watch: Callable[[int, Network, chi.Pilot], None] | None = None) -> dict:
+def run(
+    setting: Setting,
+    scratch: Path,
+    watch: Callable[[int, Network, chi.Pilot], None] | None = None,
+    prepare: Callable[[Network], None] | None = None,
+) -> dict:
     """Trains one network on the shards in `scratch`; returns the setting with the results.
 
     `watch` is called with the number of steps done, before each and after the last one, and must change nothing.
+    `prepare` may change the fresh network.
     """
     began = time.monotonic()
-    varied = Elsewhere(**{"where": "", **asdict(setting)})
+    varied = setting if isinstance(setting, Elsewhere) else Elsewhere(**{"where": "", **asdict(setting)})
     num_train, num_classes = DATA[varied.data]
     images, labels = images_of(scratch / varied.data, "train", setting.image_size)
     generator = torch.Generator().manual_seed(setting.seed)
     drawn = drawn_for(setting, num_train)
     torch.manual_seed(setting.seed)
     network = build(model_of(varied), num_classes=num_classes, image_size=setting.image_size)
+    if prepare is not None:
+        prepare(network)
     layers = network.spiking_layers()
     for layer, width in zip(layers, start_widths(setting.seed, len(layers)), strict=True):
         layer.neuron.width = width if setting.width is None else setting.width
