@@ -186,8 +186,6 @@ def prepare(config: Config, watch: Watch) -> Run:
             run.widths.start_from(widths.to(place.device))
         elif config.chi.calibrates:
             calibrate(run)
-            low, high = neurons.widths.min(), neurons.widths.max()
-            run.log.say(f"widths start at {low:.3g} to {high:.3g}, where the first images' coverage is at its target")
         elif config.chi.calibrate:
             start = f"model.width={config.model.width:g}"
             run.log.say(f"widths start from {start}: chi.calibrate is for policy chi with indicator coverage")
@@ -292,7 +290,12 @@ def calibrate(run: Run) -> None:
     batches = evaluation_batches(config.data, rank=0, world_size=1, device=device, split=TRAIN, T=config.model.T)
     images = next(batches).images.to(IMAGES[config.train.precision])
     batches.close()
-    run.widths.calibrate(run.engine, images, lambda widths: dist.broadcast(widths, 0))
+    coverage = run.widths.calibrate(run.engine, images, lambda widths: dist.broadcast(widths, 0)).nan_to_num(0.0)
+    low, high = run.widths.neurons.widths.aminmax()
+    run.log.say(
+        f"widths start at {low:.3g} to {high:.3g}, with a coverage of {coverage.min():.2f} to {coverage.max():.2f} on "
+        f"{config.data.micro_batch} training samples"
+    )
 
 
 def agree(config: Config, step: int, data_identity: str, network: str, device: torch.device) -> None:

@@ -25,6 +25,10 @@ from pipeline.snn.neurons import NeuronState
 
 CALIBRATION_SAMPLES = 1 << 20
 """Most neuron-steps of a layer over which a calibration takes its quantile."""
+TIED = 0.01
+"""Share of equal distances from which on it matters on which side of them a width lies."""
+JUST_ABOVE = 1.001
+"""Times a width: over it, also after the controller's logarithm and exponential."""
 
 
 class Decision(NamedTuple):
@@ -58,19 +62,31 @@ class Widths:
         self.controller = controller.start(widths)
         self._apply()
 
-    def calibrate(self, network: nn.Module, images: Tensor, agree: Callable[[Tensor], object] | None = None) -> None:
+    def calibrate(self, network: nn.Module, images: Tensor, agree: Callable[[Tensor], object] | None = None) -> Tensor:
         """Before the first step: sets each layer's width so that the coverage of a batch is at its target.
 
         Args:
-            network: its batch statistics and mode stay as they were; its counters are zero afterwards.
+            network: its batch statistics and modes stay as they were; its counters are zero afterwards.
             images: one batch.
             agree: makes the widths `(L,)` the same on every rank, in place.
+
+        Returns:
+            Coverage `(L,)` float64 of this rank's batch at the width chosen from it; NaN for a layer that the batch
+            does not reach, or without a finite potential there, which keeps its width. Potentials that are all the same
+            are covered or not together, and a width has its limits: so it may be off the target.
         """
         targets = controller.targets_at(self.config, 0.0, self.controller.log_width)
-        widths = _quantiles(network, images, self.neurons, targets)
+        distances = _distances(network, images, self.neurons)
+        limits = self.config.width_min, self.config.width_max
+        widths, coverage = self.neurons.widths.clone(), torch.full_like(targets, torch.nan)
+        for layer, (values, target) in enumerate(zip(distances, targets.tolist(), strict=True)):
+            if len(values):
+                widths[layer] = width_at(values, target, self.config.floor_coverage).clamp(*limits)
+                coverage[layer] = (values < widths[layer]).double().mean()
         if agree is not None:
             agree(widths)
-        self.start_from(widths.clamp(self.config.width_min, self.config.width_max))
+        self.start_from(widths)
+        return coverage
 
     def step(self, indicators: Indicators | None, progress: float) -> Decision | None:
         """After every step: takes in what the step measured and sets the next step's widths.
@@ -105,39 +121,54 @@ class Widths:
 
 @contextmanager
 def in_training_mode(network: nn.Module) -> Iterator[None]:
-    """For passes that measure: training mode, and afterwards the mode and the buffers of before."""
-    kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    training = network.training
+    """For passes that measure: training mode, and afterwards the modes and the buffers of before.
+
+    Parts of a network in training mode that are in evaluation mode, as frozen ones, stay in it.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module, _ in modes
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     try:
-        network.train()  # a DeepSpeed engine's returns None
+        if not network.training:
+            network.train()  # a DeepSpeed engine's returns None
         yield
     finally:
-        network.train(training)
+        for module, training in modes:
+            module.training = training
         with torch.no_grad():
-            for name, buffer in network.named_buffers():
-                buffer.copy_(kept[name])
+            for module, name, buffer, values in buffers:  # the pass may have put another tensor in a buffer's place
+                module._buffers[name] = buffer.copy_(values)
 
 
 @torch.no_grad()
-def _quantiles(network: nn.Module, images: Tensor, neurons: NeuronState, targets: Tensor) -> Tensor:
-    """w `(L,)` fp32, the `targets[ℓ]`-quantile of |h - v_th| in layer ℓ over one forward pass of `images`."""
-    seen: list[list[Tensor]] = [[] for _ in targets]
+def _distances(network: nn.Module, images: Tensor, neurons: NeuronState) -> list[Tensor]:
+    """|h - v_th| of each layer over one forward pass of `images`, flat, thinned; where finite."""
+    seen: list[list[Tensor]] = [[torch.empty(0, device=neurons.widths.device)] for _ in neurons.neurons]
     with in_training_mode(network), probed(neurons.neurons, lambda layer, u: seen[layer].append(thinned(u).abs())):
         network(images)
     neurons.zero_counts()
-    widths = []
-    for steps, target, width in zip(seen, targets.tolist(), neurons.widths, strict=True):
-        if not steps:  # this batch does not reach the layer
-            widths.append(width)
-            continue
-        distances = thinned(torch.cat(steps))
-        rank = max(1, round(target * len(distances)))
-        # On a GPU kthvalue has no deterministic form. On a CPU it is several times faster than a sort.
-        chosen = distances.sort().values[rank - 1] if distances.is_cuda else distances.kthvalue(rank).values
-        widths.append(chosen)
-    return torch.stack(widths).float()
+    return [values[values.isfinite()] for values in (thinned(torch.cat(steps)) for steps in seen)]
 
 
 def thinned(values: Tensor) -> Tensor:
     """At most CALIBRATION_SAMPLES of the values, evenly: all layers' potentials do not fit beside a large network."""
-    return values.flatten()[:: -(-values.numel() // CALIBRATION_SAMPLES)]
+    return values.flatten()[:: max(1, -(-values.numel() // CALIBRATION_SAMPLES))]
+
+
+def width_at(distances: Tensor, target: float, floor: float) -> Tensor:
+    """The width w, 0-d fp32, at which the share of `distances` below w is nearest to `target`, and at least `floor`.
+
+    Args:
+        distances: `(n,)`, n at least 1, finite. Many may be equal, such as those of silent neurons: v_th.
+        target: in (0, 1).
+        floor: in [0, 1): from fewer neurons no gradient comes that is worth a step, so more are taken, however many.
+    """
+    rank = max(1, round(target * len(distances)))
+    # On a GPU kthvalue has no deterministic form. On a CPU it is several times faster than a sort.
+    w = distances.sort().values[rank - 1] if distances.is_cuda else distances.kthvalue(rank).values
+    below, up_to = (distances < w).double().mean().item(), (distances <= w).double().mean().item()
+    nearer = up_to - target < target - below or below < floor
+    return (w * JUST_ABOVE if nearer and up_to - below > TIED else w).float()

@@ -14,11 +14,13 @@ from pipeline.chi import widths
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import losses
+from pipeline.snn.external_neurons import Surrogate
 from pipeline.snn.membrane_probe import by_time_step
 from pipeline.snn.networks import sew_resnet
 from pipeline.snn.networks.feeding import fed_layers
 from pipeline.snn.networks.network import Network
 from pipeline.snn.neurons import bind
+from tests.chi import attach_nets
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,6 +103,18 @@ def test_it_steers_and_resumes_bit_for_bit(policy):
     assert pilot.neurons.widths.unique().numel() > 1
 
 
+@pytest.mark.parametrize("kind", attach_nets.KINDS)
+def test_calibration_of_every_kind_of_neurons_leaves_their_buffers_as_they_were(kind):
+    """snnTorch's keep their potential in a buffer, which has another shape after the first pass."""
+    torch.manual_seed(0)
+    model = attach_nets.Net(kind)
+    pilot = chi.attach(model, sgd(model), target=0.3, target_end=0.3)
+    before = [(name, buffer.shape) for name, buffer in model.named_buffers()]
+    pilot.calibrate(torch.randn(16, 32))
+    assert [(name, buffer.shape) for name, buffer in model.named_buffers()] == before
+    assert pilot.neurons.widths.unique().numel() == 2
+
+
 def test_calibration_puts_the_first_coverage_at_the_target_and_leaves_the_network_as_it_was():
     model = network()
     optimizer = sgd(model)
@@ -123,6 +137,77 @@ def test_a_calibration_keeps_few_potentials_of_a_large_layer(monkeypatch):
         assert 5 <= len(kept) <= 10 or kept == list(range(count))
         assert kept[0] == 0
         assert count - 1 - kept[-1] < -(-count // 10), "to the end"
+
+
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.7, 0.95])
+@pytest.mark.parametrize(
+    "distances",
+    [
+        torch.linspace(0, 3, 1001),
+        torch.cat([torch.full((600,), 1.0), torch.linspace(0, 3, 401)]),  # silent inputs: |h - v_th| = v_th
+        torch.full((50,), 1.0),
+        torch.ones(1),
+    ],
+)
+def test_a_calibrated_width_is_where_the_coverage_is_nearest_to_its_target(distances, target):
+    """Of all widths; those of the tests' own choice lie beside each distance."""
+    places = torch.cat([distances * factor for factor in (0.9999, 1.0, 1.0011)])
+    best = min(abs(float((distances < w).double().mean()) - target) for w in places)
+    chosen = widths.width_at(distances, target, 0.0).double().log().exp().float()  # as the controller keeps it
+    assert abs(float((distances < chosen).double().mean()) - target) <= best + widths.TIED
+    kept = widths.width_at(distances, target, 0.01).double().log().exp().float()
+    assert float((distances < kept).double().mean()) > 0.01, "some gradient, though it be of all neurons alike"
+
+
+class Reached(nn.Module):
+    """Two layers of neurons, frozen batch statistics, a buffer that each pass replaces, as snnTorch's membrane is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.first, self.second = Surrogate(width=0.7), Surrogate(width=0.6)
+        self.register_buffer("mem", torch.zeros(0))
+        self.skips = self.breaks = False
+        self.seen: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(self.norm.training)
+        spikes = self.first(self.norm(self.one(x)) - 0.5)
+        self.mem = spikes.detach()
+        logits = self.two(spikes)
+        if self.breaks:
+            logits = logits * torch.nan
+        return logits if self.skips else logits + self.second(logits - 0.2)
+
+
+def test_a_calibration_puts_back_modes_and_buffers_whatever_a_pass_made_of_them():
+    torch.manual_seed(0)
+    model = Reached()
+    model.norm.eval()
+    pilot = chi.attach(model, sgd(model), target=0.3, target_end=0.3)
+    mem, statistics = model.mem, {name: value.clone() for name, value in model.norm.state_dict().items()}
+    pilot.calibrate(torch.randn(64, 6))
+    assert model.seen == [False], "what is frozen stays frozen"
+    assert [module.training for module in model.modules()] == [module is not model.norm for module in model.modules()]
+    assert model.mem is mem
+    assert mem.shape == (0,)
+    assert all(torch.equal(value, statistics[name]) for name, value in model.norm.state_dict().items())
+    model.eval()
+    with widths.in_training_mode(model):
+        assert model.norm.training
+    assert not model.one.training
+
+
+@pytest.mark.parametrize("why", ["skips", "breaks"])
+def test_a_layer_that_the_batch_does_not_reach_or_not_with_numbers_keeps_its_width(why):
+    torch.manual_seed(0)
+    model = Reached()
+    setattr(model, why, True)
+    pilot = chi.attach(model, sgd(model), target=0.3, target_end=0.3)
+    coverage = pilot.widths.calibrate(model, torch.randn(64, 6))
+    assert coverage.isnan().tolist() == [False, True]
+    assert coverage[0] == pytest.approx(0.3, abs=0.01)
+    assert pilot.neurons.widths[1].item() == pytest.approx(0.6)
 
 
 def test_a_schedule_begins_at_the_model_s_own_width():
