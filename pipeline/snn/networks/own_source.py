@@ -7,15 +7,22 @@ import hashlib
 import importlib.util
 import os
 import sys
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config.checks import require
 from pipeline.errors import ConfigError, first_line
-from pipeline.run_dir import run_folder
+from pipeline.run_dir import code_version, run_folder
 from pipeline.snn.networks.archs import ARCHS
 
 FORMS = "package.module:function or path/to/file.py:function"
+ROOT = Path(__file__).resolve().parents[3]
+NOT_THEIRS = (
+    *(ROOT / room for room in (*code_version.ROOMS, "data_prep")),
+    *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")),
+)
+"""Folders of our program and of Python's library, which may lie below that of the user's file."""
 
 
 class Source(NamedTuple):
@@ -34,6 +41,26 @@ class Source(NamedTuple):
     def digest(self) -> str:
         """SHA-256 of the file."""
         return hashlib.sha256(self.code).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the file, or of the package: the code below it is the user's."""
+        if not self.module:
+            return Path(self.arch.rpartition(":")[0]).absolute().parent
+        depth = self.module.count(".") + (self.path.name == "__init__.py")
+        return self.path.absolute().parents[max(depth - 1, 0)]
+
+    def name_of(self, file: str) -> str:
+        """The path of a file of the user's code, below `folder`; empty for another file, such as a library's."""
+        for path, folder in (
+            (Path(file).absolute(), self.folder),
+            (Path(file).resolve(), self.folder.resolve()),
+        ):
+            if folder in path.parents:
+                below = path.relative_to(folder)
+                library = {"site-packages", "dist-packages"} & set(below.parts)
+                return "" if library or set(NOT_THEIRS) & set(path.resolve().parents) else below.as_posix()
+        return ""
 
 
 def check(arch: str) -> None:
@@ -71,6 +98,15 @@ def find(arch: str, run: Path | None = None) -> Source | None:
     except OSError as error:
         raise ConfigError(f"model.arch={arch!r}: {source.path} cannot be read ({error.strerror})") from None
     return source._replace(code=code)
+
+
+def imported(source: Source) -> dict[str, str]:
+    """SHA-256 of every other file of the user's code that this process has imported, by its path below
+    `source.folder`. Call it once the network is built."""
+    files = [(getattr(module, "__dict__", None) or {}).get("__file__") for module in list(sys.modules.values())]
+    names = {source.name_of(file): Path(file) for file in files if isinstance(file, str)}
+    others = {name: file for name, file in names.items() if name and file.resolve() != source.path.resolve()}
+    return {name: hashlib.sha256(others[name].read_bytes()).hexdigest() for name in sorted(others)}
 
 
 def _file(arch: str, place: str, function: str) -> Source:
