@@ -42,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.snn.external_neurons import Steered
-from pipeline.snn.networks import foreign
+from pipeline.snn.networks import foreign, own_source
 from pipeline.snn.networks.feeding import FedLayer, fed_layers
 from pipeline.snn.networks.network import Network, SpikingLayer
 from pipeline.snn.networks.own_source import Source
@@ -144,7 +144,8 @@ def _theirs(source: Source, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         found = traceback.extract_tb(error.__traceback__)
-        frames = [one for one in found if one.filename == str(source.path) or source.name_of(one.filename)]
+        theirs = {str(source.path), *own_source.theirs(source, (one.filename for one in found))}
+        frames = [one for one in found if one.filename in theirs]
         said = "".join(traceback.format_list(frames)).rstrip()
         raise ConfigError(
             f"model.arch={source.arch!r}: {what} failed with {type(error).__name__}: {first_line(error)}"

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,21 +47,9 @@ class Source(NamedTuple):
     def folder(self) -> Path:
         """The folder of the file, or of the package: the code below it is the user's."""
         if not self.module:
-            return Path(self.arch.rpartition(":")[0]).absolute().parent
+            return Path(os.path.abspath(self.arch.rpartition(":")[0])).parent
         depth = self.module.count(".") + (self.path.name == "__init__.py")
         return self.path.absolute().parents[max(depth - 1, 0)]
-
-    def name_of(self, file: str) -> str:
-        """The path of a file of the user's code, below `folder`; empty for another file, such as a library's."""
-        for path, folder in (
-            (Path(file).absolute(), self.folder),
-            (Path(file).resolve(), self.folder.resolve()),
-        ):
-            if folder in path.parents:
-                below = path.relative_to(folder)
-                library = {"site-packages", "dist-packages"} & set(below.parts)
-                return "" if library or set(NOT_THEIRS) & set(path.resolve().parents) else below.as_posix()
-        return ""
 
 
 def check(arch: str) -> None:
@@ -100,13 +89,29 @@ def find(arch: str, run: Path | None = None) -> Source | None:
     return source._replace(code=code)
 
 
+def theirs(source: Source, files: Iterable[str]) -> dict[str, str]:
+    """Which of these files are of the user's code, and no library's: by file, its path below `source.folder`."""
+    found, folders = {}, (source.folder, source.folder.resolve())
+    for file in files:
+        path = Path(os.path.abspath(file))
+        folder = next((one for one in folders if str(path).startswith(f"{one}{os.sep}")), None)
+        if folder is not None:
+            below = path.relative_to(folder)
+            installed = {"site-packages", "dist-packages"} & set(below.parts)
+            if not installed and not set(NOT_THEIRS) & set(path.resolve().parents):
+                found[file] = below.as_posix()
+    return found
+
+
 def imported(source: Source) -> dict[str, str]:
     """SHA-256 of every other file of the user's code that this process has imported, by its path below
     `source.folder`. Call it once the network is built."""
     files = [(getattr(module, "__dict__", None) or {}).get("__file__") for module in list(sys.modules.values())]
-    names = {source.name_of(file): Path(file) for file in files if isinstance(file, str)}
-    others = {name: file for name, file in names.items() if name and file.resolve() != source.path.resolve()}
-    return {name: hashlib.sha256(others[name].read_bytes()).hexdigest() for name in sorted(others)}
+    digests = {}
+    for file, name in theirs(source, (file for file in files if isinstance(file, str))).items():
+        if os.path.isfile(file) and not os.path.samefile(file, source.path):
+            digests[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return dict(sorted(digests.items()))
 
 
 def _file(arch: str, place: str, function: str) -> Source:
