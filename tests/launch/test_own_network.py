@@ -313,7 +313,7 @@ STAGES = range(4)
 
 @pytest.fixture(scope="module")
 def half(digits, tmp_path_factory) -> Path:
-    """A folder with a run in fp16 for each ZeRO stage, of two files: `mine.py`, and `my_parts.py` beside it."""
+    """A folder with a run in fp16 for each ZeRO stage, and the network's two files."""
     folder = tmp_path_factory.mktemp("half")
     (folder / "mine.py").write_text(MINE)
     (folder / "my_parts.py").write_text(PARTS)

@@ -242,6 +242,16 @@ def test_neurons_of_spikingjelly_get_our_surrogate_and_are_reset(tmp_path):
     assert measured.layers[1].acs > 0
 
 
+def test_parallel_neurons_of_spikingjelly_are_taken_but_for_a_threshold_without_dimension(tmp_path):
+    peers.spikingjelly()
+    for made in ("PSN(model.T)", "MaskedPSN(2, model.T, step_mode='m')"):
+        network = built(written(tmp_path, JELLY.replace("LIFNode(step_mode='m')", made)))
+        (layer,) = network.spiking_layers()
+        assert layer.weight is network.get_parameter("net.0.weight"), made
+    with pytest.raises(ConfigError, match=r"net\.2\.bias has no dimension, which DeepSpeed cannot send"):
+        built(written(tmp_path, JELLY.replace("LIFNode(step_mode='m')", "SlidingPSN(2, step_mode='m')")))
+
+
 TORCH = """
 import snntorch
 import torch

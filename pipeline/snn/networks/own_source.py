@@ -21,7 +21,7 @@ FORMS = "package.module:function or path/to/file.py:function"
 ROOT = Path(__file__).resolve().parents[3]
 NOT_THEIRS = (
     *(ROOT / room for room in (*code_version.ROOMS, "data_prep")),
-    *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")),
+    Path(sysconfig.get_path("stdlib")).resolve(),
 )
 """Folders of our program and of Python's library, which may lie below that of the user's file."""
 
