@@ -107,8 +107,10 @@ def _loading(stored: Stored, about: dict, weights: Path) -> str:
     if model.is_own:  # it may use any of the model's options
         names = [name for name, default in _FIELDS.items() if name == "T" or getattr(model, name) != default]
         digest = stored.about["network_sha256"]
+        imports = "".join(f", {name} {sha}" for name, sha in stored.about.get("network_imports", {}).items())
+        also = f"; it imports{imports[1:]}" if imports else ""
         own = f"""
-The network is code of its own: {model.arch.rpartition(":")[0]}, with the SHA-256 {digest}.
+The network is code of its own: {model.arch.rpartition(":")[0]}, with the SHA-256 {digest}{also}.
 """
     settings = ", ".join(f"{name}={getattr(model, name)!r}" for name in names)
     return f"""```python

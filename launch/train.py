@@ -118,7 +118,7 @@ def preflight(config: Config, world_size: int) -> dict | None:
     finished = run_folder.admit(config, world_size)
     run_folder.refuse_other_data(config, train.identity)
     if source is not None:
-        run_folder.refuse_other_network(config, source.digest)
+        run_folder.refuse_other_network(config, source.digest, source.folder)
     if (
         config.init_from
         and not (Path(config.run_dir) / "checkpoints").exists()

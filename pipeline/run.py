@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -148,6 +149,10 @@ def prepare(config: Config, watch: Watch) -> Run:
         image_size_start=config.data.image_size_start,
         image_size_step=config.data.image_size_step,
     ).to(place.device)
+    imports = {} if source is None else own_source.imported(source)
+    if source is not None:
+        what = f"model.arch={config.model.arch!r} imports different code; put the same files on all nodes"
+        require_same({what: imports}, place.device)
     if config.train.precision == "fp64":
         model.double()  # before weights are loaded into it
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 partitions them
@@ -176,6 +181,7 @@ def prepare(config: Config, watch: Watch) -> Run:
             world_size=place.world_size,
             kind=loader.manifest.kind,
             network_code=b"" if source is None else source.code,
+            network_imports=imports,
         )
     run = assembled(config, place, loader, engine, neurons, layers, schedule, step)
     if saved is not None:
@@ -313,9 +319,18 @@ def agree(config: Config, step: int, data_identity: str, network: str, device: t
         f"model.arch={config.model.arch!r} is of different code; put the same file on all nodes": network,
         f"run_dir={config.run_dir!r} holds checkpoints of different steps; {shared}": step,
     }
-    digests = [int(hashlib.sha256(str(value).encode()).hexdigest()[:15], 16) for value in same.values()]
+    require_same(same, device)
+
+
+def require_same(facts: Mapping[str, object], device: torch.device) -> None:
+    """Checks that every value is the same on all ranks.
+
+    Raises:
+        ConfigError: on every rank, with the name of the first value that differs.
+    """
+    digests = [int(hashlib.sha256(str(value).encode()).hexdigest()[:15], 16) for value in facts.values()]
     extremes = torch.tensor([digests, [-digest for digest in digests]], device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    for reason, largest, smallest in zip(same, *extremes.tolist(), strict=True):
+    for reason, largest, smallest in zip(facts, *extremes.tolist(), strict=True):
         if largest != -smallest:
             raise ConfigError(f"the ranks do not agree: {reason}")

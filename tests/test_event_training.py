@@ -144,6 +144,23 @@ def test_the_card_says_frames_and_its_lines_load_the_network(whole, tmp_path):
         assert torch.equal(torch.load(tmp_path / "logits.pt"), network(frames).mean(0))
 
 
+def test_a_network_of_one_s_own_trains_on_event_frames_and_is_evaluated(recordings, tmp_path):
+    run_dir, own = tmp_path / "run", ["--model.arch", "docs/network_psn.py:sliding", "--train.epochs", "0.8"]
+    done = launch("launch/train.py", *words(recordings, run_dir), *own)
+    assert done.returncode == EXIT_DONE, done.output
+    assert len(losses(run_dir)) == 4
+    last = [r for r in read_journal(run_dir / "metrics.jsonl") if "train_loss" in r][-1]
+    assert all(0 < p < 1 for p in last["layer_coverage_ratio"])
+    evaluate.main([str(run_dir), "--json", str(tmp_path / "result.json")])
+    found = json.loads((tmp_path / "result.json").read_text())
+    (record,) = [r for r in read_journal(run_dir / "metrics.jsonl") if "eval_loss" in r]
+    assert found["eval_accuracy_ratio"] == record["eval_accuracy_ratio"]
+    stem = found["energy"]["layers"][0]
+    assert (stem["macs"], stem["acs"]) == (T * 2 * 16 * (3 * SIDE - 2) ** 2, 0)
+    (line,) = [line for line in dry_run.report(parse([*words(recordings, run_dir), *own]), 2) if "parameters  " in line]
+    assert line.endswith(f"({CLASSES} classes)")
+
+
 def test_formats_that_are_for_images_are_refused(whole, tmp_path):
     with pytest.raises(
         ConfigError, match=r"--format torch_export is not allowed for a run of event data.* safetensors"

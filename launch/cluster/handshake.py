@@ -54,7 +54,7 @@ def introduce(place: Placement, config: Config) -> Hello:
         run_folder.admit(config, place.nodes * place.slots)
         run_folder.refuse_other_data(config, identity)
         if source is not None:
-            run_folder.refuse_other_network(config, source.digest)
+            run_folder.refuse_other_network(config, source.digest, source.folder)
     except (ConfigError, DataError) as error:
         problem = error
     hello = Hello(

@@ -67,10 +67,13 @@ def load(run_dir: Path, config: Config, *, step: int | None = None, weights: str
     tensors = {**chosen["parameters"], **chosen["buffers"]}
     about = run_folder.read(run_dir).about
     source = own_source.find(config.model.arch, run_dir)
-    if source is not None and source.digest != about.get("network_sha256", source.digest):
-        raise ConfigError(
-            f"{source.path} is not the code that {run_dir} was trained with: its SHA-256 is another; bring that back"
-        )
+    if source is not None:
+        same = source.digest == about.get("network_sha256", source.digest)
+        other = run_folder.changed_import(about, source.folder) if same else source.path
+        if other is not None:
+            raise ConfigError(
+                f"{other} is not the code that {run_dir} was trained with: its SHA-256 is another; bring that back"
+            )
     num_classes = len(about.get("classes") or tensors["fc.weight"])  # older runs have no record of their classes
     network = build(
         config.model,

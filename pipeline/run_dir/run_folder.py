@@ -22,7 +22,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -160,23 +160,44 @@ def refuse_other_data(config: Config, data_identity: str) -> None:
         )
 
 
-def refuse_other_network(config: Config, digest: str) -> None:
+def refuse_other_network(config: Config, digest: str, folder: Path) -> None:
     """Raises ConfigError if the user's own network has other code than when the run in the folder began.
 
     Args:
         config: its `model.arch` names the code.
         digest: SHA-256 of the file that holds the network now.
+        folder: below it lies what that file imports.
     """
     about = Path(config.run_dir) / "run.json"
-    stored = outages.outlast(lambda: _read(about), f"run_dir={config.run_dir!r}")
-    if (stored or {}).get("network_sha256", digest) != digest:
-        kept = Path(config.run_dir) / NETWORK
-        where = f" ({kept} holds it)" if kept.exists() else ""
+    stored = outages.outlast(lambda: _read(about), f"run_dir={config.run_dir!r}") or {}
+    kept, what = Path(config.run_dir) / NETWORK, ""
+    if stored.get("network_sha256", digest) != digest:
+        what, where = "its code", f" ({kept} holds it)" if kept.exists() else ""
+    elif changed := changed_import(stored, folder):
+        what, where = f"{changed}, which it imports,", ""
+    if what:
         raise ConfigError(
-            f"model.arch={config.model.arch!r}: its code has changed since the run in {config.run_dir} was started; "
+            f"model.arch={config.model.arch!r}: {what} has changed since the run in {config.run_dir} was started; "
             f"put the old code back{where}, or start a new run with another --run_dir, from this one's weights with "
             f"--init-from {config.run_dir}"
         )
+
+
+def changed_import(about: dict, folder: Path) -> Path | None:
+    """The first file that a user's own network imports, and that has changed or is gone; None where there is none.
+
+    Args:
+        about: the run's run.json; of older runs, it names no such files.
+        folder: below it lie these files.
+    """
+    for name, digest in about.get("network_imports", {}).items():
+        try:
+            code = (folder / name).read_bytes()
+        except OSError:
+            return folder / name
+        if hashlib.sha256(code).hexdigest() != digest:
+            return folder / name
+    return None
 
 
 class Stored(NamedTuple):
@@ -219,10 +240,12 @@ def describe(
     world_size: int,
     kind: str = "images",
     network_code: bytes = b"",
+    network_imports: Mapping[str, str] | None = None,
 ) -> None:
     """Writes config.json and run.json; of a user's own network its hash, and a copy where it is a single file.
 
-    `kind` is that of the samples, as the manifest says.
+    `kind` is that of the samples, as the manifest says; `network_imports` has the hashes of the files of the user's
+    that their network imports.
     """
     folder = Path(config.run_dir)
     description = {
@@ -240,6 +263,7 @@ def describe(
     }
     if network_code:
         description["network_sha256"] = hashlib.sha256(network_code).hexdigest()
+        description["network_imports"] = dict(network_imports or {})
         if config.model.arch.rpartition(":")[0].endswith(".py"):
             code, kept = network_code.decode(), folder / NETWORK
             outages.outlast(partial(atomic.write, kept, code), str(kept), was_writable=True)

@@ -1,9 +1,12 @@
 """A network of one's own through the real launcher: trained, resumed, evaluated, exported; and what is refused."""
 
+import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from launch.cluster.handshake import introduce
 from launch.cluster.placement import Placement
 from launch.dry_run import report
 from launch.options import parse
+from pipeline.data.manifest import Manifest
 from pipeline.engine import init_from, load_network
 from pipeline.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from pipeline.metrics.journal import read_journal
@@ -21,7 +25,7 @@ from pipeline.run import require_weights
 from pipeline.run_dir import run_folder
 from pipeline.run_dir.checkpoint_files import load_newest
 from pipeline.snn.networks.build import build
-from tests.conftest import ROOT, launch
+from tests.conftest import ROOT, free_port, launch
 from tests.support.training_runs import STEPS, arguments
 
 # The spikformer of the docs with dropout, whose random numbers a resumed run must draw again.
@@ -213,13 +217,190 @@ def test_an_error_of_the_user_s_code_is_theirs_alone(digits, trained, tmp_path):
     assert "Traceback" not in done.output
 
 
-@pytest.mark.parametrize(("name", "least"), [("vgg", 0.9), ("spikformer", 0.7)])  # of 30 epochs, 99.7 and 98.9 %
-def test_the_examples_learn_the_digits(name, least, digits, tmp_path):
-    short = ["--train.epochs", "6", "--train.log_every", "20", "--metrics.port", "0"]
-    done = launch(
-        "launch/train.py",
-        *("--recipe", "digits", "--data.path", str(digits), "--run_dir", str(tmp_path / "run")),
-        *("--model.arch", f"docs/network_{name}.py:network", *short),
-    )
+def learning(digits: Path, run_dir: Path, example: str) -> list[str]:
+    """Six epochs of an example of the docs."""
+    short = ["--train.epochs", "6", "--train.log_every", "1", "--train.checkpoint_every", "60", "--metrics.port", "0"]
+    data = ["--recipe", "digits", "--data.path", str(digits), "--run_dir", str(run_dir)]
+    return [*data, "--model.arch", f"docs/network_{example}", *short]
+
+
+def accuracy(run_dir: Path) -> float:
+    return json.loads((run_dir / "summary.json").read_text())["eval_accuracy_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("example", "least"),  # of 30 epochs, 99.7, 98.9 and 98.9 %
+    [("vgg.py:network", 0.9), ("spikformer.py:network", 0.7), ("psn.py:sliding", 0.9)],
+)
+def test_the_examples_learn_the_digits(example, least, digits, tmp_path):
+    done = launch("launch/train.py", *learning(digits, tmp_path / "run", example))
     assert done.returncode == EXIT_DONE, done.output
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["eval_accuracy_ratio"] > least
+    assert accuracy(tmp_path / "run") > least
+
+
+@pytest.fixture(scope="module")
+def psn(digits, tmp_path_factory) -> Path:
+    """A finished run of parallel spiking neurons."""
+    run_dir = tmp_path_factory.mktemp("psn") / "run"
+    done = launch("launch/train.py", *learning(digits, run_dir, "psn.py:network"))
+    assert done.returncode == EXIT_DONE, done.output
+    return run_dir
+
+
+def test_parallel_spiking_neurons_learn_the_digits_with_steered_widths(psn):
+    assert accuracy(psn) > 0.9
+    layers = json.loads((psn / "run.json").read_text())["layers"]
+    assert layers == [*(f"features.{n}.neurons.surrogate" for n in range(3)), "hidden.neurons.surrogate"]
+    last = [record for record in read_journal(psn / "metrics.jsonl") if "train_loss" in record][-1]
+    assert all(0.9 < chi <= 1 for chi in last["layer_chi"])
+    for coverage in last["layer_coverage_ratio"]:
+        assert coverage == pytest.approx(0.3, abs=0.05), "the widths hold the target"
+    assert len(set(last["layer_surrogate_width"])) == len(layers)
+
+
+def test_a_run_of_parallel_spiking_neurons_is_resumed_bit_for_bit(digits, psn, tmp_path):
+    run_dir = shutil.copytree(psn, tmp_path / "run")
+    (run_dir / "summary.json").unlink()
+    *earlier, last = sorted((run_dir / "checkpoints").glob("step-*"))
+    shutil.rmtree(last)
+    again = launch("launch/train.py", *learning(digits, run_dir, "psn.py:network"))
+    assert again.returncode == EXIT_DONE, again.output
+    assert f"resumed from the checkpoint after step {int(earlier[-1].name.removeprefix('step-'))}" in again.output
+    assert losses(run_dir) == losses(psn)
+    ours, theirs = load_newest(run_dir), load_newest(psn)
+    assert ours is not None
+    assert theirs is not None
+    assert theirs["model"]["parameters"]["features.0.neurons.weight"].shape == (4, 4)
+    for name, value in theirs["model"]["parameters"].items():
+        assert torch.equal(ours["model"]["parameters"][name], value), name
+
+
+PARTS = """
+from torch import nn
+from pipeline.snn import neurons
+
+class Hidden(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.linear, self.bn, self.sn = nn.Linear(8, 8), nn.BatchNorm1d(8), neurons.from_config(model)
+
+    def forward(self, x):
+        return self.sn(self.bn(self.linear(x).flatten(0, 1)).unflatten(0, x.shape[:2]))
+"""
+# A buffer stays fp32 while DeepSpeed casts the weights to fp16.
+MINE = """
+import torch
+from torch import nn
+from my_parts import Hidden
+from pipeline.snn import neurons
+
+class Net(nn.Module):
+    def __init__(self, model, num_classes):
+        super().__init__()
+        self.T, self.conv, self.bn, self.sn = model.T, nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), neurons.from_config(model)
+        self.register_buffer("gain", torch.full((8,), 1.5))
+        self.hidden, self.fc = Hidden(model), nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        spikes = self.sn(self.bn(self.conv(images))[None], num_steps=self.T)
+        return self.fc(self.hidden(spikes.mean((3, 4)) * self.gain))
+
+def network(model, num_classes):
+    return Net(model, num_classes)
+"""
+STAGES = range(4)
+
+
+@pytest.fixture(scope="module")
+def half(digits, tmp_path_factory) -> Path:
+    """A folder with a run in fp16 for each ZeRO stage, and the network's two files."""
+    folder = tmp_path_factory.mktemp("half")
+    (folder / "mine.py").write_text(MINE)
+    (folder / "my_parts.py").write_text(PARTS)
+    epochs = 3.5 * 16 / Manifest.load(digits / "train").num_samples
+    common = (
+        f"--recipe digits --data.path {digits} --data.image_size 8 --data.global_batch 16 --data.micro_batch 4 "
+        f"--model.T 2 --model.arch {folder}/mine.py:network --train.precision fp16 --train.epochs {epochs} "
+        "--train.log_every 1 --train.checkpoint_every 2 --chi.interval 2 --metrics.port 0"
+    ).split()
+    runs = [
+        (free_port(), [*common, "--run_dir", str(folder / str(stage)), "--train.zero_stage", str(stage)])
+        for stage in STAGES
+    ]
+    done = launch("tests/support/half_job.py", RUNS=json.dumps(runs), OVERFLOW="", LOOK="0")
+    assert done.returncode == EXIT_DONE, done.output
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_network_of_one_s_own_trains_in_fp16(half, stage):
+    run_dir = half / str(stage)
+    assert sorted(losses(run_dir)) == [1, 2, 3, 4]
+    assert all(math.isfinite(loss) for loss in losses(run_dir).values())
+    last = [record for record in read_journal(run_dir / "metrics.jsonl") if "train_loss" in record][-1]
+    assert all(0 < chi <= 1 for chi in last["layer_chi"])
+    saved = load_newest(run_dir)
+    assert saved is not None
+    for name in ("bn.running_var", "hidden.bn.running_var"):
+        statistics = saved["model"]["buffers"][name]
+        assert statistics.dtype == torch.float32
+        assert statistics.isfinite().all()
+        assert (statistics != 1).all()
+    assert (run_dir / "spikes.json").exists()
+
+
+def test_its_checkpoint_is_evaluated_in_fp16_as_in_the_run(half):
+    done = command("launch.evaluate", half / "1", "--precision", "fp16", "--json", half / "result.json")
+    assert done.returncode == EXIT_DONE, done.stderr
+    result = json.loads((half / "result.json").read_text())
+    summary = json.loads((half / "1" / "summary.json").read_text())
+    assert {name: result[name] for name in summary} == summary
+
+
+def test_a_changed_file_that_the_network_imports_is_treated_as_the_file_itself(half):
+    run_dir, parts = half / "1", half / "my_parts.py"
+    config = parse(["--resume", str(run_dir)])
+    place = Placement(nodes=2, rank=1, master="127.0.0.1", port=1, slots=1)
+    assert introduce(place, config).problem == ""
+    about = json.loads((run_dir / "run.json").read_text())
+    assert about["network_imports"] == {"my_parts.py": hashlib.sha256(PARTS.encode()).hexdigest()}
+    parts.write_text(PARTS + "\n# another\n")
+    try:
+        for said in (command("launch.local", "--resume", run_dir), command("launch.evaluate", run_dir)):
+            assert said.returncode == EXIT_USAGE
+            assert said.stderr.count("\n") == 1
+            assert f"{parts}" in said.stderr
+        problem = introduce(place, config).problem
+        assert f"{parts}, which it imports, has changed since the run in {run_dir} was started; put the" in problem
+        with pytest.raises(ConfigError, match=rf"{parts} is not the code that .* was trained with"):
+            load_network.load(run_dir, config)
+        parts.unlink()
+        with pytest.raises(ConfigError, match=rf"{parts} is not the code"):
+            load_network.load(run_dir, config)
+        parts.write_text(PARTS + "\n# another\n")
+        # A run of before these files were watched goes on.
+        del about["network_imports"]
+        shutil.copytree(run_dir, half / "older")
+        (half / "older" / "run.json").write_text(json.dumps(about))
+        older = replace(config, run_dir=str(half / "older"))
+        assert introduce(place, older).problem == ""
+        assert load_network.load(half / "older", older).num_classes == 10
+    finally:
+        parts.write_text(PARTS)
+
+
+def test_the_card_of_an_exported_network_names_what_it_imports(half, tmp_path):
+    done = command("launch.export", half / "1", tmp_path / "out.safetensors")
+    assert done.returncode == EXIT_DONE, done.stderr
+    digest = hashlib.sha256(PARTS.encode()).hexdigest()
+    assert f"; it imports my_parts.py {digest}." in (tmp_path / "out.md").read_text()
+
+
+def test_ranks_that_import_different_files_do_not_train(digits, half, tmp_path):
+    (tmp_path / "mine.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n    import my_other\n{MINE}")
+    (tmp_path / "my_parts.py").write_text(PARTS)
+    (tmp_path / "my_other.py").write_text("")
+    done = launch("launch/train.py", *words(digits, tmp_path / "run", f"{tmp_path}/mine.py:network"))
+    assert done.returncode == EXIT_USAGE
+    assert "the ranks do not agree: model.arch=" in done.output
+    assert "imports different code; put the same files on all nodes" in done.output

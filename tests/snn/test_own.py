@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import hashlib
+import json
 import textwrap
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, ModelConfig, TrainConfig
+from pipeline.engine import load_network
 from pipeline.errors import ConfigError
 from pipeline.snn import energy, losses, memory_estimate, neurons, state_dicts
 from pipeline.snn.networks import own_source
@@ -51,9 +54,9 @@ def built(arch: str, size: int = 8, **model) -> Network:
     return build(ModelConfig(arch=arch, **model), num_classes=5, image_size=size)
 
 
-@pytest.mark.parametrize("name", ["vgg", "spikformer"])
+@pytest.mark.parametrize("name", ["vgg.py:network", "spikformer.py:network", "psn.py:network", "psn.py:sliding"])
 def test_the_examples_of_the_docs_take_images_and_event_frames(name):
-    arch = str(ROOT / f"docs/network_{name}.py") + ":network"
+    arch = str(ROOT / f"docs/network_{name}")
     network = built(arch, 16, T=3)
     images = torch.randn(2, 3, 16, 16)
     assert network(images).shape == (3, 2, 5)
@@ -135,6 +138,74 @@ def test_a_module_of_a_package_is_found_beside_the_command(tmp_path, monkeypatch
         built("no_such_package.none:network")
 
 
+def digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_a_file_imports_from_beside_it_is_known_by_hash(tmp_path):
+    (tmp_path / "beside_of_test").mkdir()
+    (tmp_path / "beside_of_test" / "__init__.py").write_text("CHANNELS = 4\n")
+    (tmp_path / "late_of_test.py").write_text("")
+    (tmp_path / "unused_of_test.py").write_text("")
+    text = SMALL.replace("import torch\n", "import torch\nimport beside_of_test, zlib\n", 1)
+    text = text.replace("        s = self", "        import late_of_test\n        s = self")
+    (tmp_path / "other").mkdir()
+    arch = written(tmp_path, text).replace(str(tmp_path), f"{tmp_path}/other/..")
+    built(arch)
+    source = own_source.find(arch)
+    assert source is not None
+    names = ["beside_of_test/__init__.py", "late_of_test.py"]
+    assert own_source.imported(source) == {name: digest_of(tmp_path / name) for name in names}
+    (tmp_path / "link").symlink_to(tmp_path)
+    linked = own_source.find(f"{tmp_path}/link/mine.py:network")
+    assert linked is not None
+    assert list(own_source.imported(linked)) == names
+    (tmp_path / "late_of_test.py").unlink()
+    assert list(own_source.imported(source)) == names[:1]
+
+
+def test_what_a_module_imports_from_its_package_is_known_by_hash(tmp_path, monkeypatch):
+    package = tmp_path / "nets_of_test"
+    (package / "deep").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "deep" / "__init__.py").write_text("")
+    (package / "parts.py").write_text("")
+    (tmp_path / "outside_of_test.py").write_text("")
+    text = SMALL.replace("import torch\n", "import torch\nimport outside_of_test\nfrom .. import parts\n", 1)
+    written(package / "deep", text, "small.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    built("nets_of_test.deep.small:network")
+    source = own_source.find("nets_of_test.deep.small:network")
+    assert source is not None
+    names = ["__init__.py", "deep/__init__.py", "parts.py"]
+    assert own_source.imported(source) == {name: digest_of(package / name) for name in names}
+    itself = own_source.find("nets_of_test.deep:network")
+    assert itself is not None
+    assert itself.folder == package
+    alone = own_source.find("outside_of_test:network")
+    assert alone is not None
+    assert alone.folder == tmp_path
+
+
+def test_files_of_libraries_and_of_this_program_are_not_the_user_s(tmp_path):
+    def theirs(arch: str, file: Path, module: str = "") -> list[str]:
+        source = own_source.Source(arch, module, tmp_path / "site-packages/nets/small.py", "network")
+        return list(own_source.theirs(source, [str(file)]).values())
+
+    mine = f"{ROOT}/mine.py:network"
+    assert theirs(mine, ROOT / "docs/network_vgg.py") == ["docs/network_vgg.py"]
+    for file in (
+        "pipeline/run.py",
+        "launch/train.py",
+        "data_prep/plan.py",
+        ".venv/lib/site-packages/torch/__init__.py",
+    ):
+        assert theirs(mine, ROOT / file) == [], file
+    library = Path(json.__file__).parents[1]
+    assert theirs(f"{library.parent}/mine.py:network", Path(json.__file__)) == []
+    assert theirs("nets.small:network", tmp_path / "site-packages/nets/parts.py", "nets.small") == ["parts.py"]
+
+
 JELLY = """
 from torch import nn
 from spikingjelly.activation_based import neuron, layer, functional
@@ -169,6 +240,16 @@ def test_neurons_of_spikingjelly_get_our_surrogate_and_are_reset(tmp_path):
     assert 0 < measured.firing_rates["net.2.surrogate_function"] < 1
     assert [layer.name for layer in measured.layers] == ["net.0", "net.4"]
     assert measured.layers[1].acs > 0
+
+
+def test_parallel_neurons_of_spikingjelly_are_taken_but_for_a_threshold_without_dimension(tmp_path):
+    peers.spikingjelly()
+    for made in ("PSN(model.T)", "MaskedPSN(2, model.T, step_mode='m')"):
+        network = built(written(tmp_path, JELLY.replace("LIFNode(step_mode='m')", made)))
+        (layer,) = network.spiking_layers()
+        assert layer.weight is network.get_parameter("net.0.weight"), made
+    with pytest.raises(ConfigError, match=r"net\.2\.bias has no dimension, which DeepSpeed cannot send"):
+        built(written(tmp_path, JELLY.replace("LIFNode(step_mode='m')", "SlidingPSN(2, step_mode='m')")))
 
 
 TORCH = """
@@ -210,6 +291,24 @@ def test_neurons_of_snntorch_count_every_time_step_and_leave_no_state_behind(hid
     assert layer.weight is network.get_parameter("fc1.weight")
     measured = energy.measure(network, torch.randn(2, 3, 8, 8))
     assert measured.layers[0].macs == 3 * 3 * 64 * 8, "analog input, in each of three steps"
+
+
+@pytest.mark.parametrize("norm", ["nn.BatchNorm2d(4)", "nn.BatchNorm2d(4, affine=False)"])
+def test_a_network_in_fp16_normalises_in_fp32_and_takes_what_is_not_cast(norm, tmp_path):
+    text = SMALL.replace("nn.BatchNorm2d(4)", norm)
+    text = text.replace("self.fc = nn", "self.register_buffer('gain', torch.full((4,), 1.5)); self.fc = nn")
+    network = built(written(tmp_path, text.replace("s.mean((3, 4))", "s.mean((3, 4)) * self.gain")))
+    half, images = copy.deepcopy(network), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    load_network.cast(half, "fp16")
+    expected, logits = network(images), half(images.half())
+    assert logits.dtype == torch.float16
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.02)
+    logits.sum().backward()
+    assert {parameter.grad.dtype for parameter in half.parameters() if parameter.grad is not None} == {torch.float16}
+    statistics, others = half.get_buffer("bn.running_var"), network.get_buffer("bn.running_var")
+    torch.testing.assert_close(statistics, others, rtol=1e-2, atol=0)
+    half.eval()
+    assert half(images.half()).shape == (4, 2, 5)
 
 
 def test_what_a_user_s_network_keeps_for_its_backward_pass_is_measured(tmp_path):

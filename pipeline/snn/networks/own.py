@@ -22,8 +22,8 @@ The module
     tells: the nearest convolution or linear layer behind a neuron's input, without passing through other neurons.
 
 What breaks this is refused at the start. χ, widths, energy (of Conv2d and Linear), checkpoints, evaluation, export and
-resume then work as for the networks of this package. The run's folder keeps the file's hash and, of a single file, a
-copy, from which a checkpoint is evaluated; files that it imports are not kept.
+resume then work as for the networks of this package. The run's folder keeps the hashes of the file and of what it
+imports from its own folder or package, and, of a single file, a copy, from which a checkpoint is evaluated.
 """
 
 import importlib
@@ -31,23 +31,23 @@ import inspect
 import sys
 import traceback
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.snn.external_neurons import Steered
-from pipeline.snn.networks import foreign
+from pipeline.snn.networks import foreign, own_source
 from pipeline.snn.networks.feeding import FedLayer, fed_layers
 from pipeline.snn.networks.network import Network, SpikingLayer
 from pipeline.snn.networks.own_source import Source
 from pipeline.snn.neurons import NeuronState, bind
 
-PACKAGE = Path(__file__).resolve().parents[2]
 TRIED = 2
 """Images in a trial pass: batch normalisation needs more than one."""
 
@@ -76,7 +76,12 @@ class OwnNetwork(Network):
         return self._layers
 
     def forward(self, images: Tensor) -> Tensor:
-        with self._rest:
+        with ExitStack() as stack:
+            stack.enter_context(self._rest)
+            if next(self.parameters()).dtype == torch.float16:
+                # As in bf16: tensors of another dtype, such as buffers, may meet the weights.
+                stack.enter_context(torch.autocast(images.device.type, torch.float16))
+                stack.enter_context(_FullNorms())
             logits = self._own(images)
         return logits if logits.dim() == 3 else logits[None]
 
@@ -84,6 +89,20 @@ class OwnNetwork(Network):
         self._own.train(mode)
         self.training = mode
         return self
+
+
+class _FullNorms(TorchFunctionMode):
+    """Within it, batch normalisation has weights in fp32, the dtype of its statistics: DeepSpeed casts the weights
+    alone to fp16, and torch takes no mixture."""
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        function = _batch_norm if func is functional.batch_norm else func
+        return function(*args, **(kwargs or {}))
+
+
+def _batch_norm(x: Tensor, mean: Tensor | None, var: Tensor | None, weight=None, bias=None, *rest, **named) -> Tensor:
+    weight, bias = (one if one is None else one.float() for one in (weight, bias))
+    return functional.batch_norm(x, mean, var, weight, bias, *rest, **named)
 
 
 def build(
@@ -124,19 +143,14 @@ def _theirs(source: Source, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        frames = [one for one in traceback.extract_tb(error.__traceback__) if _is_theirs(one.filename, source)]
+        found = traceback.extract_tb(error.__traceback__)
+        theirs = {str(source.path), *own_source.theirs(source, (one.filename for one in found))}
+        frames = [one for one in found if one.filename in theirs]
         said = "".join(traceback.format_list(frames)).rstrip()
         raise ConfigError(
             f"model.arch={source.arch!r}: {what} failed with {type(error).__name__}: {first_line(error)}"
             + (f"\n{said}" if said else "")
         ) from error
-
-
-def _is_theirs(file: str, source: Source) -> bool:
-    """Whether a file belongs to the user's code: it lies in the folder of their file, and is no library's."""
-    path, own = Path(file).resolve(), source.path.resolve()
-    libraries = PACKAGE in path.parents or "site-packages" in path.parts
-    return path == own or (own.parent in path.parents and not libraries)
 
 
 def _refused(source: Source, why: str) -> ConfigError:
@@ -169,9 +183,8 @@ def _called(source: Source, given: dict[str, object]) -> nn.Module:
 def _imported(source: Source) -> types.ModuleType:
     if source.module:
         return importlib.import_module(source.module)
-    folder = str(Path(source.arch.rpartition(":")[0]).absolute().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # for what the file imports from beside it
+    if str(source.folder) not in sys.path:
+        sys.path.append(str(source.folder))  # for what the file imports from beside it
     module = types.ModuleType(f"own_network_{source.path.stem}")
     module.__file__ = str(source.path)
     sys.modules[module.__name__] = module  # dataclasses and pickle look there

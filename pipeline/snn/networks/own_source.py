@@ -7,15 +7,23 @@ import hashlib
 import importlib.util
 import os
 import sys
+import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.config.checks import require
 from pipeline.errors import ConfigError, first_line
-from pipeline.run_dir import run_folder
+from pipeline.run_dir import code_version, run_folder
 from pipeline.snn.networks.archs import ARCHS
 
 FORMS = "package.module:function or path/to/file.py:function"
+ROOT = Path(__file__).resolve().parents[3]
+NOT_THEIRS = (
+    *(ROOT / room for room in (*code_version.ROOMS, "data_prep")),
+    Path(sysconfig.get_path("stdlib")).resolve(),
+)
+"""Folders of our program and of Python's library, which may lie below that of the user's file."""
 
 
 class Source(NamedTuple):
@@ -34,6 +42,14 @@ class Source(NamedTuple):
     def digest(self) -> str:
         """SHA-256 of the file."""
         return hashlib.sha256(self.code).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the file, or of the package: the code below it is the user's."""
+        if not self.module:
+            return Path(os.path.abspath(self.arch.rpartition(":")[0])).parent
+        depth = self.module.count(".") + (self.path.name == "__init__.py")
+        return self.path.absolute().parents[max(depth - 1, 0)]
 
 
 def check(arch: str) -> None:
@@ -71,6 +87,31 @@ def find(arch: str, run: Path | None = None) -> Source | None:
     except OSError as error:
         raise ConfigError(f"model.arch={arch!r}: {source.path} cannot be read ({error.strerror})") from None
     return source._replace(code=code)
+
+
+def theirs(source: Source, files: Iterable[str]) -> dict[str, str]:
+    """Which of these files are of the user's code, and no library's: by file, its path below `source.folder`."""
+    found, folders = {}, (source.folder, source.folder.resolve())
+    for file in files:
+        path = Path(os.path.abspath(file))
+        folder = next((one for one in folders if str(path).startswith(f"{one}{os.sep}")), None)
+        if folder is not None:
+            below = path.relative_to(folder)
+            installed = {"site-packages", "dist-packages"} & set(below.parts)
+            if not installed and not set(NOT_THEIRS) & set(path.resolve().parents):
+                found[file] = below.as_posix()
+    return found
+
+
+def imported(source: Source) -> dict[str, str]:
+    """SHA-256 of every other file of the user's code that this process has imported, by its path below
+    `source.folder`. Call it once the network is built."""
+    files = [(getattr(module, "__dict__", None) or {}).get("__file__") for module in list(sys.modules.values())]
+    digests = {}
+    for file, name in theirs(source, (file for file in files if isinstance(file, str))).items():
+        if os.path.isfile(file) and not os.path.samefile(file, source.path):
+            digests[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return dict(sorted(digests.items()))
 
 
 def _file(arch: str, place: str, function: str) -> Source:
