@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from launch import command
+from pipeline.data.manifest import EVENTS, IMAGES
 from pipeline.errors import ConfigError, is_outage
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir import atomic, run_folder
@@ -79,11 +80,6 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(
             f"--names original is not allowed with model.arch={stored.config.model.arch!r}: they are of the original "
             "SEW-ResNet code; use --names ours"
-        )
-    if options.format != "safetensors" and stored.about.get("kind") == "events":
-        raise ConfigError(
-            f"--format {options.format} is not allowed for a run of event data: it is for networks that get images; "
-            "use --format safetensors"
         )
     if options.format == "hf" and stored.config.model.is_own:
         raise ConfigError(
@@ -177,14 +173,14 @@ def _safetensors(job: Job, new: Path) -> None:
 def _nir(job: Job, new: Path) -> None:
     import nir
 
-    from launch import model_card
     from pipeline.snn.exchange import nir_graph
 
     graph = nir_graph.from_network(
         job.checkpoint.network,
         image_size=job.stored.config.data.image_size,
         dt=nir_graph.DT if job.options.dt is None else job.options.dt,
-        about={**job.metadata, "images": model_card.images_of(job.stored)},
+        event_frames=job.about["kind"] == EVENTS,
+        about=job.metadata,
     )
     nir.write(new, graph)
 
@@ -192,28 +188,40 @@ def _nir(job: Job, new: Path) -> None:
 def _onnx(job: Job, new: Path) -> None:
     from pipeline.snn.exchange import programs
 
-    network, size = job.checkpoint.network, job.stored.config.data.image_size
-    programs.save_onnx(new, network, in_channels=network.in_channels, image_size=size, about=job.metadata)
+    programs.save_onnx(new, job.checkpoint.network, **_input(job), about=job.metadata)
 
 
 def _torch_export(job: Job, new: Path) -> None:
     from pipeline.snn.exchange import programs
 
-    network, size = job.checkpoint.network, job.stored.config.data.image_size
-    exported = programs.program(network, in_channels=network.in_channels, image_size=size)
-    programs.save_program(new, exported, job.metadata)
+    programs.save_program(new, programs.program(job.checkpoint.network, **_input(job)), job.metadata)
+
+
+def _input(job: Job) -> dict:
+    """What the network gets, as arguments of `programs.program`."""
+    config = job.stored.config
+    return {
+        "in_channels": job.checkpoint.network.in_channels,
+        "image_size": config.data.image_size,
+        "num_frames": config.model.T if job.about["kind"] == EVENTS else None,
+    }
 
 
 def _hf(job: Job, new: Path) -> None:
-    from launch import model_card
     from pipeline.snn import state_dicts
     from pipeline.snn.exchange import hub
 
     network, run = job.checkpoint.network, job.stored.config
     hub.require_known(run.model.arch)
     classes = job.about["classes"] or [str(label) for label in range(job.checkpoint.num_classes)]
-    images = model_card.images_of(job.stored)
-    said = hub.config(network, run.model, image_size=run.data.image_size, classes=classes, images=images)
+    said = hub.config(
+        network,
+        run.model,
+        image_size=run.data.image_size,
+        classes=classes,
+        kind=job.about["kind"],
+        described=job.about["input"],
+    )
     state_dicts.save_safetensors(network, new, metadata=job.metadata)
     atomic.write(new.with_name("config.json"), json.dumps(said, indent=2, ensure_ascii=False) + "\n")
 
@@ -229,6 +237,8 @@ FORMATS = {
 
 def facts(stored: Stored, step: int, num_classes: int, weights: str) -> dict:
     """The metadata of the file's header, before `main` turns all but text into JSON."""
+    from launch import model_card  # torch is imported here
+
     config, about = stored.config, stored.about
     return {
         "recipe": config.recipe,
@@ -237,6 +247,8 @@ def facts(stored: Stored, step: int, num_classes: int, weights: str) -> dict:
         "arch": config.model.arch,
         "T": config.model.T,
         "image_size": config.data.image_size,
+        "kind": about.get("kind", IMAGES),  # runs of before there was event data do not say
+        "input": model_card.input_of(stored),
         "num_classes": num_classes,
         "classes": about.get("classes"),
         "data_identity": about["data_identity"],

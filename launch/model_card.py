@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 from launch.evaluation_table import percent, shown
-from pipeline.config import ModelConfig
+from pipeline.config import DataConfig, ModelConfig
 from pipeline.data.decode.dali_pipeline import MEAN, STD
-from pipeline.data.manifest import EVENT_CHANNELS, EVENTS
+from pipeline.data.manifest import EVENT_CHANNELS, EVENTS, IMAGE_CHANNELS
 from pipeline.metrics.journal import read_journal
 from pipeline.run_dir.run_folder import Stored
 
@@ -35,30 +35,34 @@ def text(stored: Stored, about: dict, evaluation: dict | None, weights: Path, fo
         f"{stored.about['num_parameters']:,} parameters, {about['num_classes']} classes. "
         f"{'Moving average of the weights' if about['weights'] == 'ema' else 'Weights'} after optimizer step "
         f"{about['step']}.",
-        "## Result\n" + _result(about["metrics"], evaluation),
+        "## Result\n" + _result(stored, about["metrics"], evaluation),
         "## To load it\n" + _LOADING[format](stored, about, weights),
-        "## Frames\n" + frames_of(stored) if _holds_events(stored) else "## Images\n" + images_of(stored),
+        f"## {'Frames' if _holds_events(stored) else 'Images'}\n" + input_of(stored),
         "## Classes\n" + classes_of(about, evaluation),
         "## Layers\n" + _layers(stored, about["step"], evaluation),
         "## Training\n" + _training(stored, about),
         "## Configuration\n```json\n" + json.dumps(about["config"], indent=2, ensure_ascii=False) + "\n```",
     ]
-    metadata = [_metadata(about)] if format == "hf" else []
+    metadata = [_metadata(stored, about)] if format == "hf" else []
     return "\n\n".join(metadata + sections) + "\n"
 
 
-def _metadata(about: dict) -> str:
-    """What the Hugging Face hub reads at the head of a card: YAML, whose values are written as JSON."""
+def _metadata(stored: Stored, about: dict) -> str:
+    """What the Hugging Face hub reads at the head of a card: YAML, whose values are written as JSON.
+
+    None of its tasks is for event data.
+    """
+    task, of = ("other", "event-camera") if _holds_events(stored) else ("image-classification", "image-classification")
     said: dict = {
         "library_name": "chispike",
-        "pipeline_tag": "image-classification",
-        "tags": ["spiking-neural-network", "image-classification", about["arch"]],
+        "pipeline_tag": task,
+        "tags": ["spiking-neural-network", of, about["arch"]],
     }
     metrics = about["metrics"]
     if "eval_loss" in metrics:
         found = [{"type": "accuracy", "name": "top-1", "value": metrics["eval_accuracy_ratio"]}]
         data = {"name": about["recipe"], "type": about["recipe"], "split": "validation"}
-        result = {"task": {"type": "image-classification"}, "dataset": data, "metrics": found}
+        result = {"task": {"type": task}, "dataset": data, "metrics": found}
         said["model-index"] = [{"name": f"{about['recipe']}-{about['arch']}", "results": [result]}]
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in said.items()]
     return "\n".join(["---", *lines, "---"])
@@ -74,7 +78,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _result(metrics: dict, evaluation: dict | None) -> str:
+def _result(stored: Stored, metrics: dict, evaluation: dict | None) -> str:
     rows = [["", ""]]
     if "eval_loss" in metrics:
         rows.append(["validation accuracy, top-1", percent(metrics["eval_accuracy_ratio"])])
@@ -86,7 +90,8 @@ def _result(metrics: dict, evaluation: dict | None) -> str:
     if evaluation is not None:
         rows.append(["validation samples, each once", evaluation["num_samples"]])
         rows.append(["computed in", f"{evaluation['precision']} on {evaluation['device']}"])
-        rows.append(["energy an image, estimated for 45 nm", f"{metrics['energy_microjoule']:.3f} µJ"])
+        sample = "a recording" if _holds_events(stored) else "an image"
+        rows.append([f"energy {sample}, estimated for 45 nm", f"{metrics['energy_microjoule']:.3f} µJ"])
     if "train_loss" in metrics:
         rows.append(["training loss of the last logged batch, nats", _number(metrics["train_loss"], 4)])
     return _rows(*rows)
@@ -96,11 +101,18 @@ def _holds_events(stored: Stored) -> bool:
     return stored.about.get("kind") == EVENTS  # runs of before there was event data do not say
 
 
-def _loading(stored: Stored, about: dict, weights: Path) -> str:
-    model, size = stored.config.model, stored.config.data.image_size
-    images, network = f"images (N, 3, {size}, {size})", f"num_classes={about['num_classes']}, image_size={size}"
+def _given(stored: Stored) -> tuple[str, str]:
+    """The name and the shape of the network's input, in the lines that load it."""
+    size = stored.config.data.image_size
     if _holds_events(stored):
-        images = f"images: frames ({model.T}, N, {EVENT_CHANNELS}, {size}, {size})"
+        return "frames", f"({stored.config.model.T}, N, {EVENT_CHANNELS}, {size}, {size})"
+    return "images", f"(N, {IMAGE_CHANNELS}, {size}, {size})"
+
+
+def _loading(stored: Stored, about: dict, weights: Path) -> str:
+    model, (name, shape) = stored.config.model, _given(stored)
+    network = f"num_classes={about['num_classes']}, image_size={stored.config.data.image_size}"
+    if _holds_events(stored):
         network += f", in_channels={EVENT_CHANNELS}"
     names = ["arch", "T", "connect", "neuron", "v_th", "reset", *(["tau"] if model.neuron != "if" else [])]
     own = ""
@@ -119,49 +131,56 @@ from pipeline.snn import state_dicts
 from pipeline.snn.networks.build import build
 network = build(ModelConfig({settings}), {network}).eval()
 state_dicts.load_safetensors(network, {weights.name!r})
-logits = network(images).mean(0)  # {images} → (N, {about["num_classes"]})
+logits = network({name}).mean(0)  # {name} {shape} → (N, {about["num_classes"]})
 ```{own}"""
 
 
 def _loading_nir(stored: Stored, about: dict, weights: Path) -> str:
-    size = stored.config.data.image_size
+    name, shape = _given(stored)
+    fed = "Each frame is the input of one of" if _holds_events(stored) else "An image is the input of all"
     return f"""```python
 from pipeline.snn.exchange import nir_network
 network = nir_network.load({weights.name!r})
-logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
+logits = network({name}).mean(0)  # {name} {shape} → (N, {about["num_classes"]})
 ```
-Other simulators: SpikingJelly's `nir_exchange.import_from_nir`, snnTorch's `import_from_nir` for leaky neurons. An
-image is the input of all {about["T"]} time steps, and the logits are the mean over them; batch normalisation is folded
-into the convolutions."""
+Other simulators: SpikingJelly's `nir_exchange.import_from_nir`, snnTorch's `import_from_nir` for leaky neurons. {fed}
+{about["T"]} time steps, and the logits are the mean over them; batch normalisation is folded into the convolutions."""
 
 
 def _loading_onnx(stored: Stored, about: dict, weights: Path) -> str:
-    size = stored.config.data.image_size
+    name, shape = _given(stored)
     return f"""```python
 import onnxruntime
 session = onnxruntime.InferenceSession({weights.name!r})
-# images (N, 3, {size}, {size}) fp32 → (N, {about["num_classes"]}), the mean over {about["T"]} time steps
-logits = session.run(["logits"], {{"images": images.numpy()}})[0].mean(0)
-```"""
+# {name} {shape} fp32 → (N, {about["num_classes"]}), the mean over {about["T"]} time steps
+logits = session.run(["logits"], {{"{name}": {name}.numpy()}})[0].mean(0)
+```{_fixed(stored)}"""
 
 
 def _loading_torch_export(stored: Stored, about: dict, weights: Path) -> str:
-    size = stored.config.data.image_size
+    name, shape = _given(stored)
     return f"""```python
 import torch
 network = torch.export.load({weights.name!r}).module()
-# images (N, 3, {size}, {size}) → (N, {about["num_classes"]}), the mean over {about["T"]} time steps
-logits = network(images).mean(0)
+# {name} {shape} → (N, {about["num_classes"]}), the mean over {about["T"]} time steps
+logits = network({name}).mean(0)
 ```
-Nothing of chispike is needed."""
+Nothing of chispike is needed.{_fixed(stored)}"""
+
+
+def _fixed(stored: Stored) -> str:
+    """What a program says of T, where that is a size of its input."""
+    if not _holds_events(stored):
+        return ""
+    return f"\nN may be any number. T may not: the steps are unrolled, and {stored.config.model.T} frames are taken."
 
 
 def _loading_hf(stored: Stored, about: dict, weights: Path) -> str:
-    size = stored.config.data.image_size
+    name, shape = _given(stored)
     return f"""```python
 from pipeline.snn.exchange.hub import load_pretrained
 network = load_pretrained(".")  # this folder, or OWNER/NAME of a repository of the hub
-logits = network(images).mean(0)  # images (N, 3, {size}, {size}) → (N, {about["num_classes"]})
+logits = network({name}).mean(0)  # {name} {shape} → (N, {about["num_classes"]})
 ```"""
 
 
@@ -174,9 +193,11 @@ _LOADING = {
 }
 
 
-def images_of(stored: Stored) -> str:
-    """How an image becomes the network's input."""
+def input_of(stored: Stored) -> str:
+    """How an image, or a recording of events, becomes the network's input."""
     data = stored.config.data
+    if _holds_events(stored):
+        return _frames(data, stored.config.model.T)
     return (
         f"RGB; the shorter side resized to {data.eval_resize or data.image_size} pixels, the central square of "
         f"{data.image_size} cut out. Of 8-bit levels, the mean {MEAN} of each channel is taken away and the "
@@ -184,14 +205,14 @@ def images_of(stored: Stored) -> str:
     )
 
 
-def frames_of(stored: Stored) -> str:
-    """How a recording of events becomes the network's input."""
-    data, T = stored.config.data, stored.config.model.T
-    cut = "the same duration" if data.event_frames == "time" else "the same number of events"
+def _frames(data: DataConfig, T: int) -> str:
+    cut, theirs = ("duration", "time") if data.event_frames == "time" else ("number of events", "number")
     return (
-        f"Event recordings, cut into {T} frames of {cut}. A frame has {data.image_size} x {data.image_size} cells; the "
+        f"Event recordings, cut into {T} frames of the same {cut}, as by SpikingJelly's split_by={theirs!r}; what the "
+        f"division leaves over belongs to the last. A frame has {data.image_size} x {data.image_size} cells; the "
         "longer side of the sensor fills it, the shorter one is centred, and a cell counts the events of its pixels: "
-        "channel 0 those that became darker, channel 1 those that became brighter. Counts are not normalised."
+        "channel 0 those that became darker, channel 1 those that became brighter. Counts are not normalised. Each "
+        "frame is shown at one time step."
     )
 
 

@@ -2,8 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,9 @@ from pipeline.run_dir.checkpoint_files import load_newest
 from pipeline.run_dir.run_folder import read
 from pipeline.snn import memory_estimate
 from pipeline.snn.networks import sew_resnet
-from tests.conftest import ROOT, launch
+from tests.conftest import launch
 from tests.support.data_sets import drawn_jpeg, drawn_recording, write_set
+from tests.support.model_cards import run_the_lines
 
 STEPS = 10
 T, SIDE, CLASSES = 3, 10, 4
@@ -124,24 +124,14 @@ def test_data_of_the_other_kind_are_refused(whole, tmp_path):
         evaluate.main([str(whole), "--data", str(tmp_path)])
 
 
-def test_the_card_says_frames_and_its_lines_load_the_network(whole, tmp_path):
-    out = tmp_path / "net.safetensors"
-    export.main([str(whole), str(out)])
-    card = out.with_suffix(".md").read_text(encoding="utf-8")
-    assert "A spiking network for event data" in card
-    assert f"cut into {T} frames of the same duration" in card
-    assert "RGB" not in card
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
-    assert code
-    frames = torch.randint(0, 5, (T, 4, 2, SIDE, SIDE), generator=torch.Generator().manual_seed(0)).float()
-    torch.save(frames, tmp_path / "frames.pt")
-    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch; images = torch.load('frames.pt')\n"
-    subprocess.run(
-        [sys.executable, "-c", lines + code[1] + "torch.save(logits.detach(), 'logits.pt')"], check=True, cwd=tmp_path
-    )
-    network = load_network.load(whole, read(whole).config).network
+def given() -> torch.Tensor:
+    return torch.randint(0, 5, (T, 4, 2, SIDE, SIDE), generator=torch.Generator().manual_seed(0)).float()
+
+
+def logits(run: Path) -> torch.Tensor:
+    network = load_network.load(run, read(run).config).network
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), network(frames).mean(0))
+        return network(given()).mean(0)
 
 
 def test_a_network_of_one_s_own_trains_on_event_frames_and_is_evaluated(recordings, tmp_path):
@@ -161,11 +151,62 @@ def test_a_network_of_one_s_own_trains_on_event_frames_and_is_evaluated(recordin
     assert line.endswith(f"({CLASSES} classes)")
 
 
-def test_formats_that_are_for_images_are_refused(whole, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"--format torch_export is not allowed for a run of event data.* safetensors"
-    ):
-        export.main([str(whole), str(tmp_path / "net.pt2"), "--format", "torch_export"])
+FORMATS = {
+    "safetensors": ("net.safetensors", 0, ()),
+    "hf": ("net", 0, ()),
+    "torch_export": ("net.pt2", 0, ()),
+    "onnx": ("net.onnx", 1e-5, ("onnx", "onnxscript", "onnxruntime")),
+    "nir": ("net.nir", 1e-5, ("nir",)),
+}
+"""Of each format: a file's name; how far its logits may be from the run's, as BN is folded; the packages it needs."""
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_card_says_frames_and_its_lines_give_the_logits_of_the_run(form, whole, tmp_path):
+    name, tolerance, needs = FORMATS[form]
+    for package in needs:
+        pytest.importorskip(package, reason=f"{package} is not installed: it is in the extra dev")
+    out = tmp_path / name
+    export.main([str(whole), str(out), "--format", form])
+    path = out / "README.md" if form == "hf" else out.with_suffix(".md")
+    card = path.read_text(encoding="utf-8")
+    assert "A spiking network for event data" in card
+    assert f"cut into {T} frames of the same duration, as by SpikingJelly's split_by='time'" in card
+    assert f"frames ({T}, N, 2, {SIDE}, {SIDE})" in card
+    assert "image" not in re.sub(r"image_size|## Configuration.*", "", card, flags=re.DOTALL)
+    assert "RGB" not in card
+    torch.testing.assert_close(run_the_lines(path, frames=given()), logits(whole), rtol=0, atol=tolerance)
+
+
+def test_a_file_s_metadata_say_what_its_frames_are(whole, tmp_path):
+    export.main([str(whole), str(tmp_path / "net.pt2"), "--format", "torch_export"])
+    said = {"about.json": ""}
+    torch.export.load(tmp_path / "net.pt2", extra_files=said)
+    about = json.loads(said["about.json"])
+    assert (about["kind"], about["T"], about["image_size"]) == ("events", str(T), str(SIDE))
+    assert f"cut into {T} frames of the same duration" in about["input"]
+    export.main([str(whole), str(tmp_path / "net"), "--format", "hf"])
+    document = json.loads((tmp_path / "net" / "config.json").read_text())
+    assert (document["kind"], document["input"], document["in_channels"]) == ("events", about["input"], 2)
+
+
+def test_frames_of_the_same_number_of_events_are_told_as_such(whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["event_frames"] = "count"
+    (run / "config.json").write_text(json.dumps(config))
+    export.main([str(run), str(tmp_path / "net.safetensors")])
+    card = (tmp_path / "net.md").read_text(encoding="utf-8")
+    assert f"{T} frames of the same number of events, as by SpikingJelly's split_by='number'" in card
+
+
+def test_the_hub_s_metadata_have_no_task_of_images(whole, tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: it is in the extra export")
+    export.main([str(whole), str(tmp_path / "net"), "--format", "hf"])
+    data = hub.ModelCard.load(tmp_path / "net" / "README.md").data
+    (result,) = data.eval_results
+    assert (data.pipeline_tag, result.task_type) == ("other", "other")
+    assert data.tags == ["spiking-neural-network", "event-camera", "sew_tiny"]
 
 
 def test_a_dry_run_counts_the_memory_of_frames(recordings, tmp_path):

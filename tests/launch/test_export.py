@@ -1,10 +1,7 @@
 """Exported weights: the file says what it holds, its card's code loads it, nothing is overwritten without --force."""
 
 import json
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from launch import export
 from pipeline.engine import load_network
 from pipeline.errors import ConfigError
 from pipeline.run_dir.run_folder import evaluation_path, read, write_json
-from tests.conftest import ROOT
+from tests.support.model_cards import run_the_lines
 from tests.support.training_runs import STEPS
 
 
@@ -25,25 +22,15 @@ def run(straight, tmp_path) -> Path:
     return Path(shutil.copytree(straight.run_dir, tmp_path / "run"))
 
 
+def images() -> torch.Tensor:
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
 def logits(run: Path, step: int) -> torch.Tensor:
     """Logits of the run's own checkpoint, for images that are the same in every test."""
     network = load_network.load(run, read(run).config, step=step).network
     with torch.no_grad():
-        return network(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))).mean(0)
-
-
-def run_the_lines(card: Path, first: str = "pass") -> torch.Tensor:
-    """Runs the card's code block as a reader would, beside the weights, in a process of its own, `first` before it."""
-    found = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
-    assert found
-    lines = found[1].strip().splitlines()
-    assert len(lines) <= 6
-    before = "import torch; images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))"
-    after = "torch.save(torch.as_tensor(logits).detach(), 'logits.pt')"
-    code = "\n".join([first, before, *lines, after])
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
-    subprocess.run(command, check=True, cwd=card.parent, timeout=120)
-    return torch.load(card.parent / "logits.pt")
+        return network(images()).mean(0)
 
 
 def test_the_cards_lines_load_the_weights_and_the_header_says_what_they_are(run, tmp_path, capsys):
@@ -52,7 +39,7 @@ def test_the_cards_lines_load_the_weights_and_the_header_says_what_they_are(run,
     said = capsys.readouterr()
     assert said.out.split() == [str(out), str(tmp_path / "net.md")]
     assert "python -m launch.evaluate" in said.err, "nobody has evaluated it"
-    assert torch.equal(run_the_lines(tmp_path / "net.md"), logits(run, STEPS))
+    assert torch.equal(run_the_lines(tmp_path / "net.md", images=images()), logits(run, STEPS))
     about, summary = read(run), json.loads((run / "summary.json").read_text())
     with safe_open(out, "pt") as file:
         header = file.metadata()
@@ -74,7 +61,7 @@ def test_an_older_checkpoint_under_the_original_names_loads_the_same_way(run, tm
     with safe_open(out, "pt") as file:
         assert "layer1.0.conv1.module.0.weight" in file.keys()  # noqa: SIM118
         assert "eval_loss" not in json.loads(file.metadata()["metrics"])
-    assert torch.equal(run_the_lines(tmp_path / "net.md"), logits(run, 10))
+    assert torch.equal(run_the_lines(tmp_path / "net.md", images=images()), logits(run, 10))
     assert "not evaluated after this step" in (tmp_path / "net.md").read_text(encoding="utf-8")
 
 
@@ -141,10 +128,12 @@ def test_a_graph_of_nir_gives_the_logits_of_the_run(run, tmp_path):
     out = tmp_path / "net.nir"
     export.main([str(run), str(out), "--format", "nir", "--dt", "0.001"])
     # BN is folded: fp32 rounds elsewhere. A spike that differs would change a logit by more than 1e-4.
-    torch.testing.assert_close(run_the_lines(tmp_path / "net.md"), logits(run, STEPS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        run_the_lines(tmp_path / "net.md", images=images()), logits(run, STEPS), rtol=0, atol=1e-5
+    )
     said = nir.read(out).metadata
     assert (said["recipe"], said["T"], said["dt"], said["step"]) == ("digits", 4, 0.001, str(STEPS))
-    assert "the shorter side resized to 16 pixels" in said["images"]
+    assert "the shorter side resized to 16 pixels" in said["input"]
 
 
 def test_a_model_of_onnx_gives_the_logits_of_the_run(run, tmp_path):
@@ -154,7 +143,9 @@ def test_a_model_of_onnx_gives_the_logits_of_the_run(run, tmp_path):
 
     export.main([str(run), str(tmp_path / "net.onnx"), "--format", "onnx"])
     # As for NIR: the runtime folds BN.
-    torch.testing.assert_close(run_the_lines(tmp_path / "net.md"), logits(run, STEPS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        run_the_lines(tmp_path / "net.md", images=images()), logits(run, STEPS), rtol=0, atol=1e-5
+    )
     model = onnx.load(tmp_path / "net.onnx")
     onnx.checker.check_model(model, full_check=True)
     said = {one.key: one.value for one in model.metadata_props}
@@ -165,7 +156,7 @@ def test_a_program_of_torch_export_gives_the_bits_of_the_run_without_this_packag
     export.main([str(run), str(tmp_path / "net.pt2"), "--format", "torch_export"])
     without = "sys.modules['pipeline'] = None"
     with torch.no_grad():
-        assert torch.equal(run_the_lines(tmp_path / "net.md", without), logits(run, STEPS))
+        assert torch.equal(run_the_lines(tmp_path / "net.md", without, images=images()), logits(run, STEPS))
     said = {"about.json": ""}
     torch.export.load(tmp_path / "net.pt2", extra_files=said)
     assert json.loads(said["about.json"])["recipe"] == "digits"
@@ -191,7 +182,7 @@ def test_a_folder_of_the_hub_gives_the_bits_of_the_run(run, tmp_path, capsys):
     export.main([str(run), str(folder), "--format", "hf"])
     assert capsys.readouterr().out.split() == [str(folder / "model.safetensors"), str(folder / "README.md")]
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
-    assert torch.equal(run_the_lines(folder / "README.md"), logits(run, STEPS))
+    assert torch.equal(run_the_lines(folder / "README.md", images=images()), logits(run, STEPS))
     said = json.loads((folder / "config.json").read_text())
     assert said["id2label"] == {str(digit): str(digit) for digit in range(10)}
     assert (said["model"]["arch"], said["image_size"], said["dtype"]) == ("sew_tiny", 16, "float32")

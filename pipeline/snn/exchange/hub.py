@@ -25,15 +25,18 @@ INSTALL = 'pip install -c constraints.txt -e ".[export]"'
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def config(network: Network, model: ModelConfig, *, image_size: int, classes: Sequence[str], images: str) -> dict:
+def config(
+    network: Network, model: ModelConfig, *, image_size: int, classes: Sequence[str], kind: str, described: str
+) -> dict:
     """The content of config.json.
 
     Args:
         network: what `model` names.
         model: its configuration.
-        image_size: H = W of the images, in pixels.
+        image_size: H = W of the images, or of event frames, in pixels.
         classes: their names, in label order.
-        images: how an image becomes the network's input, in words.
+        kind: of the samples: images or events.
+        described: how a sample becomes the network's input, in words.
     """
     return {
         "model_type": "chispike",
@@ -44,7 +47,8 @@ def config(network: Network, model: ModelConfig, *, image_size: int, classes: Se
         "image_size": image_size,
         "num_labels": len(classes),
         "id2label": {str(label): name for label, name in enumerate(classes)},
-        "images": images,
+        "kind": kind,
+        "input": described,
     }
 
 
@@ -58,7 +62,8 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Netwo
         revision: branch, tag or commit of the repository.
 
     Returns:
-        The network in evaluation mode, on the CPU: images `(N, C, H, W)` to logits `(T, N, K)`.
+        The network in evaluation mode, on the CPU: images `(N, C, H, W)` or event frames `(T, N, 2, H, W)` to logits
+        `(T, N, K)`.
 
     Raises:
         ConfigError: nothing is there, or not what this version writes; the hub cannot be reached.

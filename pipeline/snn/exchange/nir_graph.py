@@ -11,7 +11,7 @@ NIR's neurons are equations in time and ours are steps. A step of forward Euler 
 
 A spike sets v to v_reset in both. Three things are left to the reader of a graph, and its metadata says ours: v starts
 at v_reset; a neuron fires at v >= v_threshold, where NIR writes v > v_threshold; the logits are the mean of the output
-over T steps, in each of which the image is the input.
+over T steps, in each of which the image is the input, or of event data one frame after the other.
 
 What a graph holds: batch normalisation is part of the convolution before it; where a block adds its shortcut, both
 paths have an edge to every reader, since NIR adds what meets at an input; max-pooling of spikes is average pooling and
@@ -165,7 +165,12 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.T
 
 
 def from_network(
-    network: nn.Module, *, image_size: int, dt: float = DT, about: Mapping[str, str] | None = None
+    network: nn.Module,
+    *,
+    image_size: int,
+    event_frames: bool = False,
+    dt: float = DT,
+    about: Mapping[str, str] | None = None,
 ) -> "nir.NIRGraph":
     """The graph of `network` as it computes in evaluation mode; `nir.write(path, graph)` puts it into a file.
 
@@ -173,7 +178,8 @@ def from_network(
 
     Args:
         network: an MS-ResNet, or a SEW-ResNet with connect add or none; with hard reset; IF, LIF or PLIF.
-        image_size: H = W of the images, in pixels.
+        image_size: H = W of the images or frames, in pixels.
+        event_frames: the network gets the frames of event recordings, one a step; else one image at all steps.
         dt: seconds of a time step, above 0.
         about: more metadata, beside T, dt and what NIR leaves open.
 
@@ -199,9 +205,12 @@ def from_network(
         **(about or {}),
         "T": network.T,
         "dt": dt,
+        "kind": "events" if event_frames else "images",
         "initial_potential": "v_reset",
         "fires_at": "v >= v_threshold",
-        "readout": "mean of the output over T steps; an image is the input of each",
+        "readout": "mean of the output over T steps; "
+        + ("a frame is" if event_frames else "an image is")
+        + " the input of each",
     }
     return nir.NIRGraph(writer.nodes, writer.edges, metadata=metadata)
 

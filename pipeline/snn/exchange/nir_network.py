@@ -77,6 +77,7 @@ class NirNetwork(Network):
         shape = graph.nodes[self.input].input_type["input"]
         assert shape is not None
         self.input_shape = tuple(int(n) for n in shape)
+        self.frames_only = graph.metadata.get("kind") == "events"
         self.in_channels = self.input_shape[0]
         self._named = named
 
@@ -97,11 +98,12 @@ class NirNetwork(Network):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         dims = len(self.input_shape)
-        if images.dim() not in (dims + 1, dims + 2) or images.shape[-dims:] != self.input_shape:
+        allowed = (dims + 2,) if self.frames_only else (dims + 1, dims + 2)
+        if images.dim() not in allowed or images.shape[-dims:] != self.input_shape:
             shape = ", ".join(map(str, self.input_shape))
+            still = "" if self.frames_only else f"(N, {shape}), or "
             raise ValueError(
-                f"images of shape {tuple(images.shape)} are not allowed; use (N, {shape}), or (T, N, {shape}) for "
-                "event frames"
+                f"images of shape {tuple(images.shape)} are not allowed; use {still}(T, N, {shape}) for event frames"
             )
         static = images.dim() == dims + 1
         T = self.T if static else len(images)

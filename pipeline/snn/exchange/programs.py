@@ -1,29 +1,73 @@
 """A trained network as a program of plain operations, for runtimes without this package: torch.export and ONNX.
 
 The definition of the neurons (`kernels/reference.py`) is traced in evaluation mode, its T steps unrolled. Images
-`(N, C, H, W)`, with any N, become logits `(T, N, K)`; a network for event frames is not written.
+`(N, C, H, W)` or event frames `(T, N, C, H, W)`, with any N, become logits `(T, N, K)`. T is part of the program: of
+frames it takes as many as it was traced with, and no other number.
 """
 
 import copy
+import io
 import json
 import logging
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from pipeline.errors import ConfigError, first_line
+
 ABOUT = "about.json"
 """Name of the metadata within a .pt2 file: `torch.export.load(path, extra_files={"about.json": ""})` reads them."""
 
 
-def program(network: nn.Module, *, in_channels: int = 3, image_size: int) -> ExportedProgram:
-    """The network's evaluation as a program for images of this size, on the CPU, in the network's dtype."""
-    with _evaluating(network) as (ready, images):
-        return torch.export.export(ready, images(in_channels, image_size), dynamic_shapes=({0: Dim("N")},))
+def program(
+    network: nn.Module, *, in_channels: int = 3, image_size: int, num_frames: int | None = None
+) -> ExportedProgram:
+    """The network's evaluation as a program for inputs of this size, on the CPU, in the network's dtype.
+
+    Args:
+        network: takes images or event frames.
+        in_channels: C of them.
+        image_size: H = W of them, in pixels.
+        num_frames: T of event frames; None: the network gets images.
+
+    Raises:
+        ConfigError: torch.export cannot trace a pass for any N.
+    """
+    was_training = network.training
+    like = next(network.parameters())
+    steps = () if num_frames is None else (num_frames,)
+    # Two images, or recordings: a program traced with one would be for one alone.
+    example = torch.zeros(*steps, 2, in_channels, image_size, image_size, dtype=like.dtype, device=like.device)
+    try:
+        with torch.no_grad():  # with gradients the pooling is an operation of ours
+            network.eval()(example)  # what a first pass keeps is there before the trace, which takes nothing from it
+            return _traced(network, example, ({len(steps): Dim("N")},))
+    finally:
+        network.train(was_training)
+
+
+def _traced(network: nn.Module, example: torch.Tensor, free: tuple[dict]) -> ExportedProgram:
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            exported = torch.export.export(network, (example,), dynamic_shapes=free)
+    except Exception as error:  # of any kind: a user's network is traced line by line
+        lines = [one for one in traceback.extract_tb(error.__traceback__) if "site-packages" not in one.filename]
+        at = "" if lines[-1].filename == __file__ else f"{lines[-1].filename}:{lines[-1].lineno}: "
+        raise ConfigError(
+            f"torch.export cannot trace the network ({at}{first_line(error)}); a pass has to do the same operations "
+            "whatever the values, for any N: take out .item(), .numpy() and branches on values, or use --format "
+            "safetensors"
+        ) from error
+    print(end=said.getvalue(), file=sys.stderr)  # warnings; where it fails, torch also prints the whole graph
+    return exported
 
 
 def save_program(path: Path, exported: ExportedProgram, about: Mapping[str, str] | None = None) -> None:
@@ -38,42 +82,36 @@ def save_onnx(
     *,
     in_channels: int = 3,
     image_size: int,
+    num_frames: int | None = None,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the network as a model of ONNX, input `images` and output `logits`, in fp32, with `about` as its metadata.
+    """Writes the network as a model of ONNX in fp32, with `about` as its metadata; arguments as of `program`.
 
-    Needs the packages onnx and onnxscript.
+    Its input is called `images`, or `frames` with `num_frames`; its output `logits`. Needs the packages onnx and
+    onnxscript.
+
+    Raises:
+        ConfigError: torch.export cannot trace a pass for any N, or an operation has no form in ONNX.
     """
-    with _evaluating(copy.deepcopy(network).float()) as (ready, images), _quiet():
-        model = torch.onnx.export(
-            ready,
-            images(in_channels, image_size),
-            dynamo=True,
-            dynamic_shapes=({0: Dim("N")},),
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
-        )
+    single = copy.deepcopy(network).float()
+    exported = program(single, in_channels=in_channels, image_size=image_size, num_frames=num_frames)
+    try:
+        with _quiet():
+            # Of a program: given the network, torch would write one for two images alone where it cannot do more.
+            model = torch.onnx.export(
+                exported,
+                dynamo=True,
+                dynamic_shapes=({0 if num_frames is None else 1: Dim("N")},),
+                input_names=["images" if num_frames is None else "frames"],
+                output_names=["logits"],
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        why = first_line(error.__cause__ or error)
+        raise ConfigError(f"the network cannot be written as ONNX ({why}); use --format torch_export") from error
     assert model is not None
     model.model.metadata_props.update(about or {})
     model.save(path)
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator:
-    """The network in evaluation mode, without gradients, and what makes its example: two black images."""
-    was_training = network.training
-    like = next(network.parameters())
-
-    def images(in_channels: int, size: int) -> tuple[torch.Tensor]:
-        # Two: a program traced with one image would be for one alone.
-        return (torch.zeros(2, in_channels, size, size, dtype=like.dtype, device=like.device),)
-
-    try:
-        with torch.no_grad():  # with gradients the pooling is an operation of ours
-            yield network.eval(), images
-    finally:
-        network.train(was_training)
 
 
 @contextmanager

@@ -74,10 +74,13 @@ class ResNet(Network):
         Raises:
             ValueError: images of another shape than `forward` allows.
         """
-        if images.dim() not in (4, 5) or images.shape[-3] != self.in_channels:
+        C = self.in_channels
+        # Two channels are of event frames. One recording's (T, C, H, W) would pass for T images, each shown T times.
+        allowed = (5,) if C == 2 else (4, 5)
+        if images.dim() not in allowed or images.shape[-3] != C:
+            still = "" if C == 2 else f"(N, {C}, H, W), or "
             raise ValueError(
-                f"images of shape {tuple(images.shape)} are not allowed; use (N, {self.in_channels}, H, W), "
-                f"or (T, N, {self.in_channels}, H, W) for event frames"
+                f"images of shape {tuple(images.shape)} are not allowed; use {still}(T, N, {C}, H, W) for event frames"
             )
         static = images.dim() == 4
         frames = images if static else images.flatten(0, 1)

@@ -27,19 +27,31 @@ def digits(number: int, size: int = 16) -> torch.Tensor:
     return (larger - mean) / std
 
 
-def network(arch: str = "sew_tiny", size: int = 16, **model) -> Any:
-    """A network in fp64 and evaluation mode, whose layers all fire: its BN has been trained, and shifted."""
+def frames(number: int, T: int, size: int = 16) -> torch.Tensor:
+    """Event frames (T, number, 2, size, size) fp64: counts of what becomes darker and brighter as the digits move."""
+    grey = digits(number, size)[:, 0]
+    moved = torch.stack([grey.roll((t, 2 * t), (1, 2)) for t in range(T + 1)])
+    change = moved.diff(dim=0)
+    return torch.stack((-change, change), 2).clamp(min=0).round()
+
+
+def network(arch: str = "sew_tiny", size: int = 16, *, events: bool = False, **model) -> Any:
+    """A network in fp64 and evaluation mode, whose layers all fire: its BN has been trained, and shifted.
+
+    With `events` it takes frames of two channels.
+    """
     torch.manual_seed(0)
+    config = ModelConfig(arch=arch, **{"v_th": 0.5, **model})
     make = sew_resnet.build if arch in SMALL else build  # which knows the names of configurations alone
     with mock.patch.dict(TABLE, SMALL):
-        net = make(ModelConfig(arch=arch, **{"v_th": 0.5, **model}), num_classes=K, image_size=size).double()
+        net = make(config, num_classes=K, in_channels=2 if events else 3, image_size=size).double()
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.momentum = 1.0  # the statistics of one batch
             nn.init.uniform_(module.weight, 0.5, 2)
             nn.init.uniform_(module.bias, -0.1, 0.5)
     with torch.no_grad():
-        net.train()(digits(16, size))
+        net.train()(frames(16, config.T, size) if events else digits(16, size))
     return net.eval()
 
 

@@ -10,7 +10,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import state_dicts
 from pipeline.snn.exchange import hub
-from tests.snn.exchange.nets import digits, network
+from tests.snn.exchange.nets import digits, frames, network
 
 MODEL = {"arch": "sew_tiny", "neuron": "plif", "tau": 1.5, "v_th": 0.7, "connect": "iand", "reset": "soft", "T": 3}
 
@@ -19,7 +19,7 @@ MODEL = {"arch": "sew_tiny", "neuron": "plif", "tau": 1.5, "v_th": 0.7, "connect
 def folder(tmp_path) -> Path:
     net = network(**MODEL)
     classes = [f"digit {label}" for label in range(10)]
-    said = hub.config(net, ModelConfig(**MODEL), image_size=16, classes=classes, images="RGB")
+    said = hub.config(net, ModelConfig(**MODEL), image_size=16, classes=classes, kind="images", described="RGB")
     (tmp_path / "config.json").write_text(json.dumps(said))
     state_dicts.save_safetensors(net, tmp_path / "model.safetensors")
     return tmp_path
@@ -35,6 +35,25 @@ def test_the_network_comes_back_with_its_neurons_and_its_dtype(folder):
             edit(folder, model={**MODEL, name: value})
             theirs = hub.load_pretrained(folder)(digits(4))
             assert theirs.shape != ours.shape or not torch.equal(theirs, ours), f"{name} is not read"
+
+
+def test_a_network_of_event_frames_comes_back_and_takes_frames_alone(tmp_path):
+    net = network(events=True, **MODEL)
+    classes = [str(label) for label in range(10)]
+    said = hub.config(net, ModelConfig(**MODEL), image_size=16, classes=classes, kind="events", described="frames")
+    assert (said["kind"], said["input"], said["in_channels"]) == ("events", "frames", 2)
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    state_dicts.save_safetensors(net, tmp_path / "model.safetensors")
+    back = hub.load_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(back(frames(4, 3)), net(frames(4, 3)))
+    with pytest.raises(ValueError, match=r"\(3, 2, 16, 16\) are not allowed; use \(T, N, 2, H, W\) for event frames$"):
+        back(frames(4, 3)[:, 0])  # one recording, which would pass for three images
+    with pytest.raises(ValueError, match=r"\(3, 4, 3, 16, 16\) are not allowed; use \(T, N, 2, H, W\)"):
+        back(torch.zeros(3, 4, 3, 16, 16))
+    edit(tmp_path, in_channels=3)
+    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be loaded \(these weights do not fit"):
+        hub.load_pretrained(tmp_path)
 
 
 def edit(folder: Path, **fields) -> None:

@@ -14,7 +14,7 @@ from pipeline.snn import losses, neurons
 from pipeline.snn.exchange import nir_graph, nir_network
 from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.neurons import Neuron
-from tests.snn.exchange.nets import K, digits, handed_on, network
+from tests.snn.exchange.nets import K, digits, frames, handed_on, network
 from tests.support import peers
 
 nir = pytest.importorskip("nir", reason="nir is not installed: it is in the extra export")
@@ -152,11 +152,49 @@ def test_what_is_read_can_be_trained_and_measured(tmp_path):
     assert torch.equal(state.widths, torch.full((len(state.names),), 2.0))
 
 
-def test_event_frames_and_another_T():
+EVENT_NETWORKS = [
+    ("sew_cifar8", 16, {"neuron": "lif", "T": 3}),
+    ("small_bottleneck", 16, {"neuron": "plif", "T": 2}),
+    ("ms_cifar8", 16, {"neuron": "if", "v_th": 1.0, "T": 3}),
+]
+
+
+@pytest.mark.parametrize(("arch", "size", "model"), EVENT_NETWORKS, ids=[arch for arch, _, _ in EVENT_NETWORKS])
+def test_event_frames_are_fed_one_a_step_and_give_the_same_spikes_here_and_in_spikingjelly(arch, size, model, tmp_path):
+    net = network(arch, size, events=True, **model)
+    nir.write(tmp_path / "net.nir", graph_of(net, size, event_frames=True))
+    said = nir.read(tmp_path / "net.nir").metadata
+    assert (said["kind"], said["T"]) == ("events", net.T)
+    assert said["readout"] == "mean of the output over T steps; a frame is the input of each"
+    back, given = nir_network.load(tmp_path / "net.nir"), frames(4, net.T, size)
+    ours, logits = handed_on(net, given)
+    theirs, their_logits = handed_on(back, given)
+    for name, x in ours.items():
+        torch.testing.assert_close(theirs[name], x, rtol=0, atol=1e-12, msg=name)
+        assert x.count_nonzero() > 0, f"{name} would be the same whatever happened before"
+    torch.testing.assert_close(their_logits, logits, rtol=0, atol=1e-12)
+    assert back(frames(1, net.T, size)).shape == (net.T, 1, K)
+    with pytest.raises(ValueError, match=r"shape \(4, 2, 16, 16\) are not allowed; use \(T, N, 2, 16, 16\) for event"):
+        back(given[0])
+
+    pytest.importorskip("spikingjelly", reason="needs Python 3.11")
+    peers.spikingjelly()
+    from spikingjelly.activation_based import nir_exchange
+
+    stepped: Any = nir_exchange.import_from_nir(tmp_path / "net.nir", dtype=torch.float64)
+    state, steps = None, []
+    with torch.no_grad():
+        for frame in given:
+            out, state = stepped(frame, state)
+            steps.append(out)
+    torch.testing.assert_close(torch.stack(steps), logits, rtol=0, atol=1e-12)
+
+
+def test_frames_of_another_number_than_the_file_s_T_are_one_step_each():
     net = network(T=4)
-    frames = digits(6).unflatten(0, (3, 2))
+    given = digits(6).unflatten(0, (3, 2))
     back = nir_network.load(graph_of(net), T=2)
-    torch.testing.assert_close(back(frames), net(frames), rtol=0, atol=1e-12)
+    torch.testing.assert_close(back(given), net(given), rtol=0, atol=1e-12)
     assert back(digits(2)).shape == (2, 2, K)
     torch.testing.assert_close(back(digits(2)), net(digits(2))[:2], rtol=0, atol=1e-12)
     with pytest.raises(
@@ -169,6 +207,7 @@ def test_the_file_says_what_nir_leaves_open(tmp_path):
     nir.write(tmp_path / "net.nir", graph_of(network(T=3), dt=1e-3, about={"recipe": "digits"}))
     said = nir.read(tmp_path / "net.nir").metadata
     assert (said["recipe"], said["T"], said["dt"], said["fires_at"]) == ("digits", 3, 1e-3, "v >= v_threshold")
+    assert said["readout"] == "mean of the output over T steps; an image is the input of each"
 
 
 @pytest.mark.parametrize(
