@@ -140,7 +140,7 @@ def evaluated(checkpoint: "Trained", config: Config, manifest: Manifest, options
     neurons = bind(network)
     neurons.widths.copy_(checkpoint.widths)
     neurons.amplitudes.copy_(checkpoint.amplitudes)
-    spikes = Spikes(neurons, keeps=True)
+    spikes = Spikes(neurons, T=config.model.T, keeps=True)
     total, began = manifest.num_samples, time.monotonic()
     where = f"{join(config.data.path, options.split)}: {total} samples, {precision} on {device.type}"
     print(f"evaluating {options.run} after step {checkpoint.step} on {where}", file=sys.stderr, flush=True)

@@ -123,7 +123,7 @@ def finish(run: Run) -> None:
     """Makes the last evaluation, the table by layer, what the report shows of the spikes, the report, and summary.json,
     which marks the run as finished.
     """
-    spikes = Spikes(run.widths.neurons, keeps=run.place.rank == 0)
+    spikes = Spikes(run.widths.neurons, T=run.config.model.T, keeps=run.place.rank == 0)
     result = validate(run, spikes)
     run.writer.wait()
     if run.place.rank != 0:

@@ -1,5 +1,6 @@
 """engine/insight/spikes.py: the report shows the network's own spikes and potentials, and looking changes nothing."""
 
+import itertools
 import json
 import pickle
 from collections import Counter
@@ -35,7 +36,7 @@ def batch(*, T: int = 0, n: int = 6, side: int = 8, channels: int = 3) -> Batch:
 
 def looked(network: nn.Module, of: Batch) -> dict:
     """What Spikes makes of one batch."""
-    seen = Spikes(bind(network), keeps=True)
+    seen = Spikes(bind(network), T=network.T, keeps=True)  # pyright: ignore[reportArgumentType]
     network.eval()
     with torch.no_grad():
         seen.samples.see(of, network(of.images).float().mean(0))
@@ -93,9 +94,9 @@ def test_the_raster_has_as_many_spikes_as_the_layers_count_for_that_sample(neuro
 class Own(nn.Module):
     """A user's network: linear layers feed neurons, and one layer has another library's form."""
 
-    def __init__(self, shape: str = "triangle", form: str = "steps") -> None:
+    def __init__(self, shape: str = "triangle", form: str = "steps", T: int = 3) -> None:
         super().__init__()
-        self.T, self.form = 3, form
+        self.T, self.form = T, form
         self.first, self.second = nn.Linear(192, 20), nn.Linear(20, 500)
         self.sn1, self.sn2 = Neuron(Rule(shape=shape), width=0.6), Surrogate(shape, width=0.4)
         self.head = nn.Linear(500, 3)
@@ -111,16 +112,22 @@ class Own(nn.Module):
             out = self.sn2(u.flatten(0, 1)).unflatten(0, (self.T, -1))
         elif self.form == "whole":
             out = self.sn2(u)
+        elif self.form == "parallel":  # as SpikingJelly's PSN calls its surrogate
+            out = self.sn2(u.flatten(1)).unflatten(1, u.shape[1:])
         else:  # the images are not in the first dimensions
             out = self.sn2(u.permute(2, 0, 1)).permute(1, 2, 0)
         self.seen["sn2"] = out
         return self.head(out)
 
 
-@pytest.mark.parametrize("form", ["steps", "flat", "whole"])
-def test_the_rows_are_the_spikes_of_the_neurons_that_they_name(form):
+@pytest.mark.parametrize(
+    ("form", "T"),
+    [*itertools.product(["steps", "flat", "whole"], [1, 3, 6, 12]), ("parallel", 1), ("parallel", 3), ("parallel", 12)],
+)
+def test_the_rows_are_the_spikes_of_the_neurons_that_they_name(form, T):
+    """As many steps as images too, of which there are 6."""
     torch.manual_seed(0)
-    network, of = Own(form=form), batch()
+    network, of = Own(form=form, T=T), batch()
     document = looked(network, of)
     slot = document["sample"]["number"] - of.position
     small, large = document["layers"]
@@ -134,9 +141,10 @@ def test_the_rows_are_the_spikes_of_the_neurons_that_they_name(form):
     assert sum(row.count("1") for row in small["rows"]) == sum(small["spikes"]) > 0
 
 
-def test_a_layer_whose_images_cannot_be_told_apart_has_no_rows():
+@pytest.mark.parametrize(("form", "T", "n"), [("turned", 3, 7), ("parallel", 6, 6)])
+def test_a_layer_whose_images_cannot_be_told_apart_has_no_rows(form, T, n):
     torch.manual_seed(0)
-    network, of = Own(form="turned"), batch(n=7)
+    network, of = Own(form=form, T=T), batch(n=n)
     document = looked(network, of)
     assert document["layers"][1]["rows"] == document["layers"][1]["spikes"] == []
     assert document["layers"][0]["rows"]
@@ -194,7 +202,7 @@ def test_a_network_of_another_precision_gets_its_images_in_it(precision, dtype):
     torch.manual_seed(0)
     network, of = sew_resnet.build(ModelConfig(), num_classes=3, image_size=8), batch()
     load_network.cast(network, precision)
-    seen = Spikes(bind(network), keeps=True)
+    seen = Spikes(bind(network), T=network.T, keeps=True)
     seen.samples.see(of, torch.randn(6, 3))
     of.images.zero_()  # the loader may use its memory again
     inputs = []
@@ -215,7 +223,7 @@ def test_the_histograms_are_those_of_the_potentials_and_the_curve_is_the_surroga
     network, of = sew_resnet.build(model, num_classes=3, image_size=8).eval(), batch()
     state = bind(network)
     state.widths.copy_(torch.linspace(0.3, 0.9, 6))
-    seen = Spikes(state, keeps=True)
+    seen = Spikes(state, T=network.T, keeps=True)
     seen.samples.see(of, torch.randn(6, 3))
     seen.look(network)
     document = seen.document(step=1, weights="last", split="val", classes=CLASSES)
@@ -253,7 +261,7 @@ def test_looking_changes_no_state_and_draws_no_random_number():
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     vectors = [state.widths.clone(), state.amplitudes.clone(), state.counts()]
     generators = torch.get_rng_state(), pickle.dumps(np.random.get_state())
-    seen = Spikes(state, keeps=True)
+    seen = Spikes(state, T=network.T, keeps=True)
     kept = of.images.clone()
     seen.samples.see(of, torch.randn(6, 3, generator=torch.Generator().manual_seed(1)))
     kinds = []

@@ -59,7 +59,7 @@ def look_after(step: int) -> None:
 def look(run: train.Run) -> None:
     place = run.place
     batches = evaluation_batches(run.config.data, rank=place.rank, world_size=place.world_size, device=place.device)
-    spikes = Spikes(run.widths.neurons, keeps=place.rank == 0)
+    spikes = Spikes(run.widths.neurons, T=run.config.model.T, keeps=place.rank == 0)
     with run.ema.shown():
         evaluate(run.engine, batches, place.device, see=spikes.samples.see)
         spikes.look(run.engine)

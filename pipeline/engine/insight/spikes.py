@@ -31,11 +31,12 @@ class Spikes:
 
     Args:
         neurons: the network's spiking layers, with their present widths.
+        T: time steps for which an image is shown.
         keeps: whether this rank makes the document; the others take part in the pass alone.
     """
 
-    def __init__(self, neurons: NeuronState, *, keeps: bool) -> None:
-        self._neurons, self._keeps = neurons, keeps
+    def __init__(self, neurons: NeuronState, *, T: int, keeps: bool) -> None:
+        self._neurons, self._T, self._keeps = neurons, T, keeps
         self.samples = Samples()
         self._layers: list[_Layer] = []
 
@@ -51,7 +52,8 @@ class Spikes:
         most = min(MOST, max(FEWEST, ROWS // len(neurons)))
         slot = self.samples.chosen[0] if self.samples.chosen else 0
         steps = min(STEPS, max(1, CELLS // (most * len(neurons))))
-        self._layers = [_Layer(images.shape[-4], slot, most, steps) for _ in neurons]
+        T = len(images) if images.dim() == 5 else self._T  # event frames
+        self._layers = [_Layer(T, images.shape[-4], slot, most, steps) for _ in neurons]
 
         def see(layer: int, u: Tensor) -> None:
             self._layers[layer].see_spikes(u)
@@ -122,13 +124,13 @@ class _Layer:
     """What one layer does in the pass.
 
     Args:
-        num_images: N.
+        T, num_images: time steps of the pass, and N.
         slot: the image whose spikes are kept.
         most, steps: how many neurons' spikes are kept, and of how many time steps.
     """
 
-    def __init__(self, num_images: int, slot: int, most: int, steps: int) -> None:
-        self._num_images, self._slot, self._most, self._steps = num_images, slot, most, steps
+    def __init__(self, T: int, num_images: int, slot: int, most: int, steps: int) -> None:
+        self._T, self._num_images, self._slot, self._most, self._steps = T, num_images, slot, most, steps
         self._size = 0
         self._shown: Tensor | None = None
         self._rows: list[Tensor] = []
@@ -139,9 +141,18 @@ class _Layer:
         self._sums: list[Tensor] = []
 
     def see_spikes(self, u: Tensor) -> None:
-        """Takes in u = h - v_th of one step `(N, …)`, or of several `(T, N, …)` or `(T N, …)`."""
-        N = self._num_images
-        if u.shape[0] == N:
+        """Takes in u = h - v_th of one step `(N, …)`, or of several `(T, N, …)`, `(T N, …)` or `(T, N …)`.
+
+        The last is SpikingJelly's PSN.
+        """
+        T, N = self._T, self._num_images
+        if u.shape[:2] == (T, N):
+            pass
+        elif u.dim() == 2 and u.shape[0] == T and u.shape[1] % N == 0:
+            if T == N:
+                return  # either (N, …) or (T, N …)
+            u = u.unflatten(1, (N, -1))
+        elif u.shape[0] == N:
             u = u[None]
         elif u.dim() > 1 and u.shape[1] == N:
             pass
