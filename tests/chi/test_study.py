@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import chi_study, chi_study_report
+from benchmarks import chi_falsifiers, chi_falsifiers_report, chi_study, chi_study_report, study_runs
 from tests.conftest import ROOT
 
 
@@ -60,3 +60,25 @@ def test_the_picture_is_drawn_by_its_command(every, tmp_path, monkeypatch):
     chi_study.main()
     assert path.read_bytes().startswith(b"\x89PNG")
     assert chi_study.PICTURE.name in PAGE.read_text(encoding="utf-8")
+
+
+def test_what_the_page_says_of_soft_spikes_is_what_their_runs_say():
+    page = re.sub(r"\s+", " ", PAGE.read_text(encoding="utf-8"))
+    records = [record for record in study_runs.finished(chi_falsifiers.RUNS) if record["arm"] == "soft"]
+    compared = {
+        f"{name}, statistics {statistics}": found
+        for statistics in chi_falsifiers_report.STATISTICS
+        for name, found in chi_falsifiers_report.soft_gains(records, statistics).items()
+        if len(found[0]) > 1
+    }
+    bounds = []
+    for what, (gain, gap) in compared.items():
+        bounds.append(chi_falsifiers_report.one_sided(gain))
+        held_out, of_gap = (chi_falsifiers_report.said(values, digits=2) for values in (gain, gap))
+        row = f"| {what} | {len(gain)} | {held_out} | {bounds[-1]:+.2f} | {of_gap} |"
+        assert row.replace("-", "−") in page
+    assert len(compared) >= 2
+    if len(records) < len(list(chi_falsifiers.settings("soft"))):
+        assert "**Soft spikes: undecided" in page
+    else:
+        assert f"**Soft spikes: {'a lead' if max(bounds) > 0 else 'no lead'}" in page
