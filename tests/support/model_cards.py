@@ -27,5 +27,5 @@ def run_the_lines(card: Path, first: str = "pass", **given: torch.Tensor) -> tor
     before = f"import torch; {name} = torch.load('given.pt')"
     after = "torch.save(torch.as_tensor(logits).detach(), 'logits.pt')"
     code = "\n".join([f"import sys; sys.path.insert(0, {str(ROOT)!r})", first, before, *lines, after])
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=card.parent, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=card.parent, timeout=300)
     return torch.load(card.parent / "logits.pt")

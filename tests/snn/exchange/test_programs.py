@@ -1,6 +1,7 @@
 """Programs of torch.export and models of ONNX compute what the network does, for any number of images."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -137,6 +138,11 @@ def test_a_network_that_cannot_be_traced_is_refused_in_one_line(how, said, tmp_p
         assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
     assert not (tmp_path / "net.onnx").exists()
+
+
+def test_what_is_said_while_a_network_is_traced_is_passed_on(capsys):
+    programs.program(_Odd(lambda x: print("a word", file=sys.stderr) or x), in_channels=8, image_size=4)
+    assert capsys.readouterr().err == "a word\n" * 2, "of the pass before, and of the trace"
 
 
 def test_an_operation_that_onnx_lacks_is_refused(tmp_path):
