@@ -41,12 +41,16 @@ class Recordings(ImageFolder):
         super().__init__(paths[0], val_ratio, seed)
         names = [_stem(path) for path in self._paths]
         if len(set(names)) < len(names):
-            raise ConfigError(f"events: two sources are called {max(names, key=names.count)}; rename one of them")
+            raise ConfigError(
+                f"events: two sources are called {max(names, key=names.count)}; rename one of them, or give a link "
+                "of another name"
+            )
         self.description = f"the recordings in {', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}"
 
     def fingerprint(self) -> list:
         settings = [self._settings.sensor, self._settings.time_unit]
-        return ["events", *(path_fingerprint(path) for path in self._paths), settings, self._val_ratio]
+        names = [_stem(path) for path in self._paths] if len(self._paths) > 1 else []  # of one it is in no sample
+        return ["events", *names, *(path_fingerprint(path) for path in self._paths), settings, self._val_ratio]
 
     def index(self, work: Path, say: Callable[[str], None]) -> list[Split]:
         opened = [open_collection(path, work, say) for path in self._paths]
@@ -71,7 +75,9 @@ def _convert(settings: Settings, name: str, data: memoryview) -> Inspected:
 
 
 def _stem(path: Path) -> str:
-    return _ENDINGS.sub("", path.resolve().name)
+    """What a source is called: a link by its own name, not by that of what it leads to."""
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    return _ENDINGS.sub("", name)
 
 
 def _file_of(path: Path, reader: Reader) -> Callable[[Member], tuple[Path, int]]:

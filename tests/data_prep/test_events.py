@@ -12,6 +12,7 @@ import pytest
 
 from data_prep.images import RefusedError
 from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, convert
+from data_prep.sources.events import Recordings
 from pipeline.data.decode.events import Events, decode
 from pipeline.data.manifest import EVENTS, Manifest, Sensor
 from tests.support.event_files import (
@@ -34,7 +35,7 @@ from tests.support.event_files import (
     write_gesture,
     write_npz,
 )
-from tests.support.prep_runs import prepare, samples_of, shards_of, write_zip
+from tests.support.prep_runs import indexed, prepare, samples_of, shards_of, write_tar, write_zip
 
 ON_34 = Settings(sensor=(34, 34))
 
@@ -322,6 +323,46 @@ def test_cifar10_dvs_as_it_is_distributed_has_an_archive_for_each_class(tmp_path
         assert np.bincount([sample.label for sample in samples_of(tmp_path / "out" / split)]).tolist() == [1] * 10
 
 
+def test_a_source_that_is_a_link_is_called_by_the_link(tmp_path):
+    """As Hugging Face's cache keeps files: under hashes, to which links with the true names lead."""
+    (tmp_path / "blobs").mkdir()
+    for split, blob in (("Train", "e3b0c4"), ("Test", "9f86d0")):
+        write_classes(tmp_path / blob, "bin", 20 if split == "Train" else 10)
+        root = tmp_path / blob
+        files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.bin")}
+        write_tar(tmp_path / "blobs" / blob, files, "w:gz")
+        (tmp_path / f"{split}.tar.gz").symlink_to(tmp_path / "blobs" / blob)
+    done = prepare("events", tmp_path / "Train.tar.gz", tmp_path / "Test.tar.gz", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for split, num in (("train", 20), ("val", 10)):
+        found = packed(tmp_path / "out" / split)
+        assert Manifest.load(tmp_path / "out" / split).classes == tuple("0123456789")
+        assert found.keys() == {f"{number:04d}" for number in range(num)}
+        assert all(same(events, recording(int(name))[0]) for name, events in found.items())
+
+
+def test_a_source_given_as_dots_is_called_by_its_folder(tmp_path, monkeypatch):
+    for name, number in (("cat", 0), ("dog", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.bin").write_bytes(write_bin(recording(number)[0]))
+    monkeypatch.chdir(tmp_path / "cat")
+    splits, _ = indexed(Recordings([".", "../dog"], Settings(), 0.0, 0), tmp_path / "work")
+    assert splits["train"].classes == ("cat", "dog")
+
+
+def test_another_name_of_one_of_several_sources_is_another_data_set(tmp_path):
+    for name, number in (("cat", 0), ("dog", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.bin").write_bytes(write_bin(recording(number)[0]))
+    first, dog, out = tmp_path / "cat", tmp_path / "dog", tmp_path / "out"
+    assert prepare("events", first, dog, out).returncode == 0
+    assert "nothing to do" in prepare("events", first, dog, out).stdout
+    renamed = first.rename(tmp_path / "horse")
+    again = prepare("events", renamed, dog, out)
+    assert again.returncode == 64
+    assert "was begun with another data set" in again.stderr
+
+
 def test_bad_recordings_are_listed_with_their_reasons(tmp_path, events):
     write_classes(tmp_path / "in", "npz")
     bad = tmp_path / "in" / "0"
@@ -437,7 +478,7 @@ def test_what_is_wrong_in_dvs_gesture_is_refused_by_name(tmp_path):
         (["in", "out", "--sensor", "0x34"], "'0x34' is no size of a sensor"),
         (["in", "out", "--time-unit", "ns"], "argument --time-unit: invalid choice: 'ns'"),
         (["in", "in/out"], "lies in in, which is packed"),
-        (["in", "in", "out"], "events: two sources are called in; rename one of them"),
+        (["in", "in", "out"], "events: two sources are called in; rename one of them, or give a link of another name"),
         (["in", "out", "--resize", "5"], "unrecognized arguments: --resize 5"),
     ],
 )
