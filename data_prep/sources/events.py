@@ -57,9 +57,12 @@ class Recordings(ImageFolder):
         try:
             if len(opened) > 1:
                 members, reader = _together([_stem(path) for path in self._paths], opened)
+                if found := [member for member in members if _is_list_of_gesture(member)]:
+                    name, _, rest = found[0].name.decode("utf-8", "replace").partition("/")
+                    raise ConfigError(f"events: {name} holds {rest}, a list of DVS128 Gesture; give that alone")
             else:
                 members, reader = list(opened[0][0]), opened[0][1]
-                if any(member.name.rsplit(b"/", 1)[-1] in TRIALS for member in members):
+                if any(map(_is_list_of_gesture, members)):
                     file_of = _file_of(self._paths[0], reader)
                     return index_gesture(members, reader, file_of, self._settings, str(self._paths[0]), say)
             return self._index_members(members, reader, say)
@@ -72,6 +75,10 @@ class Recordings(ImageFolder):
 
 def _convert(settings: Settings, name: str, data: memoryview) -> Inspected:
     return convert(name, data, settings)
+
+
+def _is_list_of_gesture(member: Member) -> bool:
+    return member.name.rsplit(b"/", 1)[-1] in TRIALS
 
 
 def _stem(path: Path) -> str:

@@ -419,6 +419,15 @@ def test_dvs_gesture_is_cut_by_its_labels(tmp_path):
     assert all(same(found[name], events) for name, (events, _) in expected.items())
 
 
+def test_dvs_gesture_beside_another_source_is_refused(tmp_path):
+    write_gesture(tmp_path / "DvsGesture")
+    write_classes(tmp_path / "other", "bin", 10)
+    done = prepare("events", tmp_path / "other", tmp_path / "DvsGesture", tmp_path / "out")
+    assert done.returncode == 64
+    said = "error: events: DvsGesture holds trials_to_test.txt, a list of DVS128 Gesture; give that alone\n"
+    assert done.stderr == said
+
+
 def test_dvs_gesture_in_a_tar_gives_the_same_shards(tmp_path):
     import tarfile
 
