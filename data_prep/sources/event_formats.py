@@ -16,7 +16,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -69,7 +69,8 @@ class Raw:
     format: str
     sensor: tuple[int, int] | None = None
     """Width and height, where the file or its format says them."""
-    warnings: tuple[str, ...] = ()
+    warnings: dict[str, int] = field(default_factory=dict)
+    """Of how many events each warning is."""
 
 
 def convert(name: str, data: memoryview, settings: Settings) -> Inspected:
@@ -93,14 +94,15 @@ def inspected(raw: Raw, settings: Settings) -> Inspected:
     warnings, t, x, y = raw.warnings, raw.t, raw.x, raw.y
     p = _polarity(raw.p)
     if (t[1:] < t[:-1]).any():
+        warnings = {**warnings, SORTED: int((t < np.maximum.accumulate(t)).sum())}
         order = np.argsort(t, kind="stable")
         t, x, y, p = t[order], x[order], y[order], p[order]
-        warnings = (*warnings, SORTED)
     try:
         data = encode(Events(t - t[0], x, y, p, *sensor))
     except ValueError as error:
         raise RefusedError(f"{error} ({sensor[0]}x{sensor[1]} pixels)") from None
-    return Inspected(EXTENSION, sensor[1], sensor[0], (raw.format,), data, warnings)
+    kinds, nums = (raw.format,), tuple(warnings.values())
+    return Inspected(EXTENSION, sensor[1], sensor[0], kinds, data, tuple(warnings), nums)
 
 
 def _polarity(p: np.ndarray) -> np.ndarray:
@@ -120,6 +122,12 @@ def _unwrapped(t: np.ndarray, bits: int) -> np.ndarray:
     half = 1 << bits - 1
     steps[1:] = (steps[1:] + half) % (2 * half) - half
     return np.cumsum(steps)
+
+
+def _warning(text: str, events: np.ndarray) -> dict[str, int]:
+    """`text` with the number of those of the `events` that it is about; nothing where it is about none."""
+    num = int(np.count_nonzero(events))
+    return {text: num} if num else {}
 
 
 def _whole(data: memoryview, at: int, dtype: np.dtype | str, what: str) -> np.ndarray:
@@ -173,11 +181,19 @@ def _read_aedat(data: memoryview, settings: Settings) -> Raw:
 
 def _read_aedat2(data: memoryview) -> Raw:
     """Of a DVS128. x and y are as in SpikingJelly's CIFAR10-DVS: upright pictures with 0, 0 at the top left."""
-    _, at = text_header(data, b"#")
+    header, at = text_header(data, b"#")
+    mend = "convert it, for instance to .npz"
+    chip = re.search(rb"^# *AEChip: *(\S+)", header, re.MULTILINE)
+    if chip and b"dvs128" not in chip[1].lower():
+        name = chip[1].rsplit(b".", 1)[-1].decode("utf-8", "replace")
+        raise RefusedError(f"AEDAT 2.0 of the camera {name}, whose addresses are others than a DVS128's; {mend}")
     events = _whole(data, at, np.dtype([("address", ">u4"), ("t", ">u4")]), "event")
     address, is_pixel = events["address"].astype(np.int64), events["address"] < 1 << 15
+    if 2 * (num := int(is_pixel.sum())) < len(is_pixel):
+        num = len(is_pixel) - num
+        raise RefusedError(f"{num} of {len(is_pixel)} events have addresses that no pixel of a DVS128 has; {mend}")
     t = _unwrapped(events["t"], 32)
-    warnings = () if is_pixel.all() else (INVALID,)
+    warnings = _warning(INVALID, ~is_pixel)
     address, t = address[is_pixel], t[is_pixel]
     x, y, p = 127 - (address >> 8 & 127), 127 - (address >> 1 & 127), 1 - (address & 1)
     return Raw(t=t, x=x, y=y, p=p, format="AEDAT 2.0", sensor=DVS128, warnings=warnings)
@@ -226,13 +242,18 @@ def walk_packets(data: memoryview, at: int) -> tuple[list[Packet], int]:
     return packets, at
 
 
-def read_packets(data: memoryview, packets: list[Packet], sensor: tuple[int, int] | None) -> Raw:
-    """The valid events of these packets."""
+def read_packets(
+    data: memoryview, packets: list[Packet], sensor: tuple[int, int] | None, between: tuple[int, int] | None = None
+) -> Raw:
+    """The valid events of these packets; with `between` only those from its first time on and before its second."""
     columns = [packet.columns(data) for packet in packets] or [np.zeros((0, 2), np.uint32)]
     times = [packet.times(data) for packet in packets] or [np.zeros(0, np.int64)]
     word, t = np.concatenate(columns)[:, 0].astype(np.int64), np.concatenate(times)
+    if between is not None:
+        within = (t >= between[0]) & (t < between[1])
+        word, t = word[within], t[within]
     valid = word & 1 == 1
-    warnings = () if valid.all() else (INVALID,)
+    warnings = _warning(INVALID, ~valid)
     word, t = word[valid], t[valid]
     x, y, p = word >> 17 & 0x7FFF, word >> 2 & 0x7FFF, word >> 1 & 1
     return Raw(t=t, x=x, y=y, p=p, format="AEDAT 3.1", sensor=sensor, warnings=warnings)
@@ -287,7 +308,7 @@ def _read_evt2(data: memoryview, at: int, sensor: tuple[int, int] | None) -> Raw
     is_event = kind <= 1
     timed = is_event & (_last(is_high) >= 0)
     event, t = words[timed], highs[timed] << 6 | words[timed] >> 22 & 63
-    warnings = (UNTIMED,) if timed.sum() < is_event.sum() else ()
+    warnings = _warning(UNTIMED, is_event & ~timed)
     x, y, p = event >> 11 & 0x7FF, event & 0x7FF, event >> 28
     return Raw(t=t, x=x, y=y, p=p, format="EVT 2.0", sensor=sensor, warnings=warnings)
 
@@ -314,7 +335,7 @@ def _read_evt3(data: memoryview, at: int, sensor: tuple[int, int] | None) -> Raw
     t = highs[place] << 12 | low[np.maximum(clock[place], 0)]
     y = low[np.maximum(row[place], 0)] & 0x7FF
     t, x, y, p = t[keep], x[keep], y[keep], p[keep]
-    warnings = () if keep.all() else (UNTIMED,)
+    warnings = _warning(UNTIMED, ~keep)
     return Raw(t=t, x=x, y=y, p=p, format="EVT 3.0", sensor=sensor, warnings=warnings)
 
 

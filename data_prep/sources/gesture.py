@@ -9,7 +9,7 @@ A sample is a line of a list: the events from its start on and before its end.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.collection import Reader, Split, SplitBuilder
 from data_prep.images import Inspected, RefusedError
-from data_prep.sources.event_formats import DVS128, Raw, Settings, inspected, read_packets, text_header, walk_packets
+from data_prep.sources.event_formats import DVS128, Settings, inspected, read_packets, text_header, walk_packets
 from data_prep.sources.readers import FileReader
 from data_prep.sources.tars import Member
 from pipeline.errors import DataError
@@ -151,12 +151,8 @@ def _packets_of(reader: FileReader, start: int, length: int) -> _Packets:
 
 def _convert(settings: Settings, windows: dict[str, tuple[int, int]], name: str, data: memoryview) -> Inspected:
     packets, _ = walk_packets(data, 0)
-    raw = read_packets(data, packets, sensor=DVS128)
-    start, end = windows[name]
-    within = (raw.t >= start) & (raw.t < end)
-    t, x, y, p = (column[within] for column in (raw.t, raw.x, raw.y, raw.p))
-    cut = Raw(t=t, x=x, y=y, p=p, format="AEDAT 3.1, cut by its labels", sensor=DVS128, warnings=raw.warnings)
-    return inspected(cut, settings)
+    raw = read_packets(data, packets, sensor=DVS128, between=windows[name])
+    return inspected(replace(raw, format="AEDAT 3.1, cut by its labels"), settings)
 
 
 def _lines(text: str, builder: SplitBuilder, name: str, num_classes: int) -> list[_Line]:

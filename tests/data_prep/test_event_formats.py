@@ -1,0 +1,77 @@
+"""Files of event cameras beyond plain recordings: other cameras, quiet times, long headers, hostile numbers."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from data_prep.images import RefusedError
+from data_prep.shard_writer import Record
+from data_prep.sources.event_formats import INVALID, Settings, convert
+from pipeline.data.decode.events import Events, decode
+from tests.support.event_files import recording, write_aedat2, write_evt2, write_npz
+from tests.support.prep_runs import prepare, write_folder
+
+ON_34 = Settings(sensor=(34, 34))
+
+
+def read(name: str, data: bytes, settings: Settings = ON_34) -> tuple[Events, tuple[str, ...]]:
+    found = convert(name, memoryview(data), settings)
+    assert found.converted is not None
+    return decode(found.converted), found.warnings
+
+
+def refusal(name: str, data: bytes, settings: Settings = ON_34) -> str:
+    with pytest.raises(RefusedError) as caught:
+        convert(name, memoryview(data), settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_aedat2_of_another_camera_than_a_dvs128_is_refused():
+    """A DAVIS346 has y in bits 22 to 30 of an address, x in 12 to 21, the polarity in 11."""
+    random, num = np.random.RandomState(0), 1000
+    words = np.zeros((num, 2), ">u4")
+    words[:, 0] = (
+        random.randint(1, 260, num) << 22 | random.randint(0, 346, num) << 12 | random.randint(0, 2, num) << 11
+    )
+    words[:, 1] = np.arange(num)
+    head, chip = b"#!AER-DAT2.0\r\n", b"# AEChip: eu.seebetter.ini.chips.davis.Davis346red\r\n"
+    said = (
+        "AEDAT 2.0 of the camera Davis346red, whose addresses are others than a DVS128's; convert it, for instance to"
+    )
+    assert refusal("a.aedat", head + chip + words.tobytes()).startswith(said)
+    said = "1000 of 1000 events have addresses that no pixel of a DVS128 has; convert it"
+    assert refusal("a.aedat", head + words.tobytes()).startswith(said)
+    events, _ = recording(3)
+    for name in (b"ch.unizh.ini.jaer.chip.retina.DVS128", b"DVS128_PAER"):
+        whole = write_aedat2(events).replace(head, head + b"# AEChip: " + name + b"\r\n")
+        assert np.array_equal(read("a.aedat", whole, Settings())[0].x, events.x)
+
+
+def test_half_of_an_aedat2_may_be_no_pixels():
+    pixel, special = struct.pack(">II", 5 << 8 | 3 << 1, 1), struct.pack(">II", 1 << 15, 1)
+    head = b"#!AER-DAT2.0\r\n"
+    assert len(read("a.aedat", head + pixel + special, Settings())[0].t) == 1
+    assert refusal("a.aedat", head + pixel + 2 * special, Settings()).startswith("2 of 3 events")
+
+
+def test_of_how_many_events_a_warning_is_adds_up_over_the_recordings(tmp_path):
+    one, other = (write_aedat2(recording(number)[0]) for number in (0, 1))
+    special = struct.pack(">II", 1 << 15, 1)
+    write_folder(tmp_path / "in/a", {"0.aedat": one + 3 * special, "1.aedat": other + 2 * special})
+    done = prepare("events", tmp_path / "in", tmp_path / "out")
+    assert f" the first: {INVALID} (5 in all)\n" in done.stdout
+    record = next((tmp_path / "out/train/.done").iterdir())
+    assert Record.from_json(record.read_text()).warnings[INVALID][::2] == (2, 5)
+    older = record.read_text().replace('.aedat", 5]', '.aedat"]')
+    assert Record.from_json(older).warnings[INVALID][::2] == (2, 0)
+
+
+def test_events_before_the_first_time_and_out_of_order_are_counted():
+    events, _ = recording(3)
+    at = write_evt2(events).index(b"% end\n") + 6
+    untimed = write_evt2(events)[:at] + 2 * struct.pack("<I", 1) + write_evt2(events)[at:]
+    assert convert("a.raw", memoryview(untimed), ON_34).warned_events == (2,)
+    late = events._replace(t=np.concatenate([events.t[1:], events.t[:1]]))
+    assert convert("a.npz", memoryview(write_npz(late)), ON_34).warned_events == (1,)
