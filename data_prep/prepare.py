@@ -273,6 +273,7 @@ def _finish(jobs: list[_Job], store: Store, state: State, allowed_bad: AllowedBa
             display_names=split.shown,
             kind=split.kind,
             sensor=_common_sensor(job) if split.kind == EVENTS else None,
+            handed=split.handed,
         )
         store.write(f"{job.split.name}/{MANIFEST_NAME}", manifest.to_json().encode())
     state.complete = True

@@ -91,8 +91,9 @@ def index_gesture(
         say(
             f"{len(others)} recordings that are in neither list are passed over: {others[0]}{', …' * (len(others) > 1)}"
         )
+    say("left and right hands are classes of their own: train with --data.flip false, which the manifest demands")
     convert = partial(_convert, settings, windows)
-    return [builder.build(classes, convert=convert) for builder in builders]
+    return [builder.build(classes, convert=convert, handed=True) for builder in builders]
 
 
 def _add_recording(

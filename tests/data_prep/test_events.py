@@ -406,11 +406,13 @@ def test_dvs_gesture_is_cut_by_its_labels(tmp_path):
     expected = write_gesture(tmp_path / "DvsGesture")
     done = prepare("events", tmp_path / "DvsGesture", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    assert "left and right hands are classes of their own: train with --data.flip false" in done.stdout
     found, labels = {}, {}
     for split, num in (("train", 8), ("val", 4)):
         manifest = Manifest.load(tmp_path / "out" / split)
         assert manifest.classes[:2] == ("hand_clapping", "right_hand_wave")
         assert (len(manifest.classes), manifest.sensor) == (11, Sensor(height=128, width=128))
+        assert manifest.handed
         samples = samples_of(tmp_path / "out" / split)
         assert len(samples) == num
         labels |= {sample.stem: sample.label + 1 for sample in samples}
