@@ -36,6 +36,7 @@ SORTED, INVALID, UNTIMED = (
 """Warnings of recordings that are kept."""
 _MAX_UNPACKED = 1 << 30  # bytes of an array in an .npz
 _SOURCES = {"DVS128": DVS128, "DAVIS240": (240, 180), "DAVIS346": (346, 260)}  # of AEDAT 3.1, width and height
+_JITTER_US = 1 << 16  # that events may come late
 _PACKET = struct.Struct("<hhiiiiii")
 _POLARITY_EVENT = 1
 _NAMES = {
@@ -116,12 +117,17 @@ def _polarity(p: np.ndarray) -> np.ndarray:
     return p.astype(np.uint8)
 
 
-def _unwrapped(t: np.ndarray, bits: int) -> np.ndarray:
-    """`t` as int64 without the wraps of a counter of so many bits: a fall by more than half its range is one."""
-    steps = np.diff(t.astype(np.int64), prepend=0)
-    half = 1 << bits - 1
-    steps[1:] = (steps[1:] + half) % (2 * half) - half
-    return np.cumsum(steps)
+def _unwrapped(t: np.ndarray, bits: int, jitter: int = _JITTER_US) -> np.ndarray:
+    """`t` as int64 without the wraps of a counter of so many bits: a fall by more than half its range is one.
+
+    A rise is a quiet time, however long. Only across a wrap, from within `jitter` behind it to within `jitter` before
+    it, a rise is an event that comes late.
+    """
+    t, size = t.astype(np.int64), 1 << bits
+    turns = np.zeros(len(t), np.int64)
+    turns[1:] = t[1:] - t[:-1] < -size // 2
+    turns[1:] -= (t[:-1] < jitter) & (t[1:] >= size - jitter) & (np.cumsum(turns)[:-1] > 0)
+    return t + np.cumsum(turns) * size
 
 
 def _warning(text: str, events: np.ndarray) -> dict[str, int]:
@@ -296,7 +302,7 @@ def _high_times(words: np.ndarray, is_high: np.ndarray, bits: int) -> np.ndarray
     """At each word the time that the last TIME_HIGH word up to it says, without its wraps; meaningless before."""
     highs = np.zeros(len(words), np.int64)
     if is_high.any():
-        highs[is_high] = _unwrapped(words[is_high], bits)
+        highs[is_high] = _unwrapped(words[is_high], bits, jitter=0)
     return highs[np.maximum(_last(is_high), 0)]
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from data_prep.images import RefusedError
 from data_prep.shard_writer import Record
-from data_prep.sources.event_formats import INVALID, Settings, convert
+from data_prep.sources.event_formats import INVALID, SORTED, Settings, convert
 from pipeline.data.decode.events import Events, decode
-from tests.support.event_files import recording, write_aedat2, write_evt2, write_npz
+from tests.support.event_files import EXTENSION, WRITERS, recording, write_aedat2, write_bin, write_evt2, write_npz
 from tests.support.prep_runs import prepare, write_folder
 
 ON_34 = Settings(sensor=(34, 34))
@@ -26,6 +26,10 @@ def refusal(name: str, data: bytes, settings: Settings = ON_34) -> str:
         convert(name, memoryview(data), settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def name_of(format: str) -> str:
+    return f"one.{EXTENSION.get(format, format)}"
 
 
 def test_aedat2_of_another_camera_than_a_dvs128_is_refused():
@@ -75,3 +79,42 @@ def test_events_before_the_first_time_and_out_of_order_are_counted():
     assert convert("a.raw", memoryview(untimed), ON_34).warned_events == (2,)
     late = events._replace(t=np.concatenate([events.t[1:], events.t[:1]]))
     assert convert("a.npz", memoryview(write_npz(late)), ON_34).warned_events == (1,)
+
+
+# Bits of the clock, and the µs of a step of its words of time.
+CLOCKS = {"bin": (23, 1), "aedat2": (32, 1), "dat": (32, 1), "evt2": (34, 64), "evt3": (24, 4096)}
+
+
+def few(*times: int) -> Events:
+    """Events at these times, in columns 0, 1, 2, …"""
+    num = len(times)
+    columns = np.arange(num, dtype=np.uint16), np.full(num, 5, np.uint16), np.ones(num, np.uint8)
+    return Events(np.array(times, dtype=np.int64), *columns, 34, 34)
+
+
+@pytest.mark.parametrize("format", CLOCKS)
+@pytest.mark.parametrize("start", [0, 1_000_000])
+def test_a_quiet_time_of_nearly_the_clock_s_range_stays(format, start):
+    bits, step = CLOCKS[format]
+    quiet = min((1 << bits) - 2 * step - 1_005_000, (1 << 32) - 1)
+    events = few(0, 1000, 1000 + quiet, 2000 + quiet, 3000 + quiet + (1 << bits) // 5)
+    back, warnings = read(name_of(format), WRITERS[format](events, start=start))
+    assert (back.t.tolist(), back.x.tolist(), warnings) == (events.t.tolist(), [0, 1, 2, 3, 4], ())
+
+
+@pytest.mark.parametrize("format", ["bin", "aedat2", "dat"])
+def test_events_that_come_late_over_a_wrap_are_put_back(format):
+    size = 1 << CLOCKS[format][0]
+    events = few(0, 900, 1005, 995, 1009, 998, 999, 1100, 1100 + size // 8 * 5)
+    back, warnings = read(name_of(format), WRITERS[format](events, start=size - 1000))
+    assert back.t.tolist() == sorted(events.t.tolist())
+    assert back.x.tolist() == [0, 1, 3, 5, 6, 2, 4, 7, 8]
+    assert warnings == (SORTED,)
+
+
+def test_late_is_65_ms_at_most():
+    """A rise from further behind a wrap, or to further before the next one, is a quiet time."""
+    for behind, before in ((70_000, 100), (100, 70_000)):
+        times = (0, 1000 + behind, 1000 + (1 << 23) - before)
+        back, warnings = read("a.bin", write_bin(few(*times), start=(1 << 23) - 1000))
+        assert (back.t.tolist(), warnings) == (list(times), ())
