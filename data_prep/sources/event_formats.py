@@ -36,6 +36,8 @@ SORTED, INVALID, UNTIMED = (
 """Warnings of recordings that are kept."""
 _MAX_UNPACKED = 1 << 30  # bytes of an array in an .npz
 _SOURCES = {"DVS128": DVS128, "DAVIS240": (240, 180), "DAVIS346": (346, 260)}  # of AEDAT 3.1, width and height
+MAX_EVENTS = 1 << 26
+"""Most events of an EVT 3.0, whose words may be twelve events each: bounds the memory of a worker."""
 _JITTER_US = 1 << 16  # that events may come late
 _PACKET = struct.Struct("<hhiiiiii")
 _POLARITY_EVENT = 1
@@ -319,30 +321,74 @@ def _read_evt2(data: memoryview, at: int, sensor: tuple[int, int] | None) -> Raw
     return Raw(t=t, x=x, y=y, p=p, format="EVT 2.0", sensor=sensor, warnings=warnings)
 
 
-def _read_evt3(data: memoryview, at: int, sensor: tuple[int, int] | None) -> Raw:
-    """EVT 3.0: words of 16 bits, of which some set row, time, or first column of the vectors of events that follow."""
-    words = _whole(data, at, "<u2", "word").astype(np.int64)
-    kind, low = words >> 12, words & 0xFFF
-    is_y, is_single, is_base, is_12, is_8 = (kind == number for number in (0, 2, 3, 4, 5))
-    is_low, is_high = kind == 6, kind == 8
-    widths = np.where(is_12, 12, np.where(is_8, 8, 0))
+@dataclass(slots=True)
+class _Evt3State:
+    """What the words so far have set; -1: not yet."""
+
+    high: int = -1
+    """Without its wraps."""
+    clock: int = -1
+    row: int = -1
+    column: int = -1
+    """Where the next vector begins."""
+    p: int = -1
+    """Of the vectors."""
+
+
+def _read_evt3(data: memoryview, at: int, sensor: tuple[int, int] | None, slice_words: int = 1 << 16) -> Raw:
+    """EVT 3.0: words of 16 bits, of which some set row, time, or first column of the vectors of events that follow.
+
+    Args:
+        slice_words: words that are decoded at a time: a word may be twelve events.
+    """
+    words, state = _whole(data, at, "<u2", "word"), _Evt3State()
+    parts, num, num_timed = [(np.zeros(0, np.int64),) * 4], 0, 0
+    for start in range(0, len(words), slice_words):
+        part, num_found = _evt3_slice(words[start : start + slice_words], state)
+        parts.append(part)
+        num, num_timed = num + num_found, num_timed + len(part[0])
+        if num_timed > MAX_EVENTS:
+            raise RefusedError(f"more than {MAX_EVENTS} events; cut the recording into shorter ones")
+    t, x, y, p = (np.concatenate(column) for column in zip(*parts[1:] or parts, strict=True))
+    warnings = {UNTIMED: num - num_timed} if num > num_timed else {}
+    return Raw(t=t, x=x, y=y, p=p, format="EVT 3.0", sensor=sensor, warnings=warnings)
+
+
+def _evt3_slice(words: np.ndarray, state: _Evt3State) -> tuple[tuple[np.ndarray, ...], int]:
+    """t, x, y, p of the events of `words` whose time and place are known, and how many there are in all.
+
+    `state` is what the words before have set, and is brought to the end of these.
+    """
+    kind, low = words >> 12, words.astype(np.int64) & 0xFFF
+    is_single, is_base, is_12, is_8 = (kind == number for number in (2, 3, 4, 5))
+    first = max(state.high, 0)
+    highs = np.zeros(len(words), np.int64)
+    marks = np.concatenate((np.array([first & 0xFFF]), low[kind == 8]))
+    highs[kind == 8] = _unwrapped(marks, 12, jitter=0)[1:] + (first >> 12 << 12)
+    high = _held(highs, kind == 8, state.high)
+    clock, row = _held(low, kind == 6, state.clock), _held(low & 0x7FF, kind == 0, state.row)
+    widths = 12 * is_12 + 8 * is_8
     # A vector begins where the last base says, moved by the vectors in between.
     moved = np.cumsum(widths) - widths
-    base = np.maximum(_last(is_base), 0)
-    first = (low[base] & 0x7FF) + moved - moved[base]
-    bits = np.where(is_single, 1, np.where(is_12, low, np.where(is_8, low & 0xFF, 0)))
-    place, bit = np.nonzero(bits[:, None] >> np.arange(12) & 1)
-    x = np.where(is_single[place], low[place] & 0x7FF, first[place] + bit)
-    p = np.where(is_single[place], low[place], low[base[place]]) >> 11 & 1
-    row, clock = _last(is_y), _last(is_low)
-    known = (row >= 0) & (clock >= 0) & (_last(is_high) >= 0) & (is_single | (_last(is_base) >= 0))
-    keep = known[place]
-    highs = _high_times(low, is_high, 12)
-    t = highs[place] << 12 | low[np.maximum(clock[place], 0)]
-    y = low[np.maximum(row[place], 0)] & 0x7FF
-    t, x, y, p = t[keep], x[keep], y[keep], p[keep]
-    warnings = _warning(UNTIMED, ~keep)
-    return Raw(t=t, x=x, y=y, p=p, format="EVT 3.0", sensor=sensor, warnings=warnings)
+    column = _held((low & 0x7FF) - moved, is_base, state.column) + moved
+    vector_p = _held(low >> 11, is_base, state.p)
+    known = (row >= 0) & (clock >= 0) & (high >= 0) & (is_single | (vector_p >= 0))
+    state.high, state.clock, state.row, state.p = (int(held[-1]) for held in (high, clock, row, vector_p))
+    state.column = int(column[-1] + widths[-1])
+
+    bits = np.where(is_single, 1, low * is_12 + (low & 0xFF) * is_8).astype("<u2")
+    events = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))  # 16 places a word
+    num, events = len(events), events[known[events >> 4]]
+    place, is_single = events >> 4, is_single[events >> 4]
+    x = np.where(is_single, low[place] & 0x7FF, column[place] + (events & 15)).astype(np.int32)
+    p = np.where(is_single, low[place] >> 11, vector_p[place]).astype(np.uint8)
+    return (high[place] << 12 | clock[place], x, row[place].astype(np.uint16), p), num
+
+
+def _held(values: np.ndarray, is_set: np.ndarray, before: int) -> np.ndarray:
+    """At every place the last of `values` up to it where `is_set`; `before` where there is none."""
+    last = _last(is_set)
+    return np.where(last >= 0, values[last], before)
 
 
 def _read_npy(data: bytes | memoryview) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Files of event cameras beyond plain recordings: other cameras, quiet times, long headers, hostile numbers."""
 
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from data_prep.images import RefusedError
 from data_prep.shard_writer import Record
-from data_prep.sources.event_formats import INVALID, SORTED, Settings, convert
+from data_prep.sources import event_formats
+from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, _read_evt3, convert
 from pipeline.data.decode.events import Events, decode
 from tests.support.event_files import EXTENSION, WRITERS, recording, write_aedat2, write_bin, write_evt2, write_npz
 from tests.support.prep_runs import prepare, write_folder
@@ -118,3 +120,70 @@ def test_late_is_65_ms_at_most():
         times = (0, 1000 + behind, 1000 + (1 << 23) - before)
         back, warnings = read("a.bin", write_bin(few(*times), start=(1 << 23) - 1000))
         assert (back.t.tolist(), warnings) == (list(times), ())
+
+
+def evt3_word_by_word(words: list[int]) -> tuple[list[tuple[int, int, int, int]], int]:
+    """The events of EVT 3.0 by the words of its description, and how many have no known time or place."""
+    high = low = row = base = polarity = None
+    mark, turns, found, num_unknown = 0, 0, [], 0
+    for word in words:
+        kind, value = word >> 12, word & 0xFFF
+        columns = []
+        if kind == 8:
+            turns += high is not None and value < mark - 2048
+            mark = value
+            high = turns << 12 | value
+        elif kind == 6:
+            low = value
+        elif kind == 0:
+            row = value & 0x7FF
+        elif kind == 3:
+            base, polarity = value & 0x7FF, value >> 11
+        elif kind == 2:
+            columns = [(value & 0x7FF, value >> 11)]
+        elif kind in (4, 5):
+            width = 12 if kind == 4 else 8
+            columns = [((base or 0) + bit, polarity) for bit in range(width) if value >> bit & 1]
+            base = None if base is None else base + width
+        for column, p in columns:
+            if high is None or low is None or row is None or p is None:
+                num_unknown += 1
+            else:
+                found.append((high << 12 | low, column, row, p))
+    return found, num_unknown
+
+
+@pytest.mark.parametrize("slice_words", [1, 2, 7, 1 << 16])
+def test_evt3_is_decoded_in_slices_as_word_by_word(slice_words):
+    random = np.random.RandomState(slice_words)
+    for _ in range(100):
+        num = random.randint(1, 120)
+        kinds = random.choice([0, 2, 3, 4, 5, 6, 8, 7, 10, 14, 15], num)
+        words = (kinds << 12 | random.randint(0, 4096, num)).astype("<u2")
+        raw = _read_evt3(memoryview(words.tobytes()), 0, None, slice_words)
+        expected, num_unknown = evt3_word_by_word(words.tolist())
+        assert list(zip(*(column.tolist() for column in (raw.t, raw.x, raw.y, raw.p)), strict=True)) == expected
+        assert raw.warnings == ({UNTIMED: num_unknown} if num_unknown else {})
+
+
+def dense_evt3(num_words: int) -> bytes:
+    """Nearly all of its words are vectors of twelve events."""
+    words = np.full(num_words, 4 << 12 | 0xFFF, "<u2")
+    for place, word in enumerate((8 << 12 | 1, 6 << 12 | 5, 0 << 12 | 9, 3 << 12 | 1 << 11)):
+        words[place::64] = word
+    return b"% evt 3.0\n% geometry 1280x720\n% end\n" + words.tobytes()
+
+
+def test_evt3_takes_little_more_memory_than_its_events():
+    data = dense_evt3(1 << 18)
+    tracemalloc.start()
+    num = len(_read_evt3(memoryview(data), data.index(b"% end\n") + 6, None).t)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert num > 2_900_000
+    assert peak < 45 * num
+
+
+def test_an_evt3_of_more_events_than_a_worker_can_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(event_formats, "MAX_EVENTS", 50_000)
+    assert refusal("a.raw", dense_evt3(1 << 16)) == "more than 50000 events; cut the recording into shorter ones"
