@@ -402,11 +402,16 @@ def _read_npy(data: bytes | memoryview) -> np.ndarray:
         raise RefusedError(f"not an array of numpy: {' '.join(str(error).split())[:200]}") from None
     if dtype.hasobject:
         raise RefusedError("holds Python objects, which are not read: they could run any code")
+    if not dtype.itemsize or not all(type(side) is int and 0 <= side < 1 << 48 for side in shape):
+        raise RefusedError(f"damaged: its header says an array of {shape}, of elements of {dtype.itemsize} bytes"[:300])
     needed = math.prod(shape) * dtype.itemsize
     if needed != len(data) - stream.tell():
         raise RefusedError(f"truncated or damaged: {len(data) - stream.tell()} bytes, its header says {needed}")
-    flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
-    return flat.reshape(shape, order="F" if fortran else "C")
+    try:
+        flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
+        return flat.reshape(shape, order="F" if fortran else "C")
+    except ValueError as error:  # of sides that are too many, or together too long
+        raise RefusedError(f"damaged: an array of {shape}: {error}"[:300]) from None
 
 
 def _read_npz(data: memoryview, settings: Settings) -> Raw:

@@ -1,7 +1,9 @@
 """Files of event cameras beyond plain recordings: other cameras, quiet times, long headers, hostile numbers."""
 
+import io
 import struct
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -187,3 +189,42 @@ def test_evt3_takes_little_more_memory_than_its_events():
 def test_an_evt3_of_more_events_than_a_worker_can_hold_is_refused(monkeypatch):
     monkeypatch.setattr(event_formats, "MAX_EVENTS", 50_000)
     assert refusal("a.raw", dense_evt3(1 << 16)) == "more than 50000 events; cut the recording into shorter ones"
+
+
+FIELDS = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "u1")]
+NO_BYTES = [(name, "S0") for name in "xytp"]
+
+
+def npy_of(descr: object, shape: tuple, body: bytes = b"") -> bytes:
+    """An .npy of this header, true or not."""
+    header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + body
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "body"),
+    [
+        (FIELDS, (-2, -4), bytes(8 * 13)),
+        (FIELDS, (-1,), b""),
+        (FIELDS, (True,), bytes(13)),
+        (FIELDS, (2**63, 0), b""),
+        (FIELDS, (0, 2**47, 2**47), b""),
+        (FIELDS, (1,) * 70, bytes(13)),
+        ("|V0", (3,), b""),
+        ([], (3,), b""),
+        (NO_BYTES, (4,), b""),
+        (NO_BYTES, (2**62,), b""),
+    ],
+)
+def test_an_npy_of_an_impossible_header_is_refused(descr, shape, body):
+    data = npy_of(descr, shape, body)
+    said = refusal("a.npy", data)
+    assert said.startswith(("damaged: ", "not an array of numpy")), said
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("events.npy", data)
+    assert refusal("a.npz", stream.getvalue()) == said
+
+
+def test_an_npy_of_a_true_header_is_read():
+    assert read("a.npy", npy_of(FIELDS, (2,), bytes(26)))[0].t.tolist() == [0, 0]
