@@ -8,6 +8,7 @@
 A sample is a line of a list: the events from its start on and before its end.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ CLASSES = (
 )  # fmt: skip
 _LABELS, _MAPPING = "_labels.csv", "gesture_mapping.csv"
 _MAX_LIST_BYTES = 1 << 20
+_NUMBER = re.compile(r"[0-9]{1,18}")  # fits into int64
 FileOf = Callable[[Member], tuple[Path, int]]
 
 
@@ -163,7 +165,7 @@ def _lines(text: str, builder: SplitBuilder, name: str, num_classes: int) -> lis
         if not row.strip():
             continue
         cells = [cell.strip() for cell in row.split(",")]
-        if len(cells) != 3 or not all(cell.isdigit() for cell in cells):
+        if len(cells) != 3 or not all(map(_NUMBER.fullmatch, cells)):
             builder.refuse(f"{name}:{number}", f"{row[:80]!r} is not class,startTime_usec,endTime_usec")
             continue
         line = _Line(number, *map(int, cells))
@@ -183,7 +185,7 @@ def _classes(files: dict[str, Member], reader: Reader, where: str) -> tuple[str,
     names = {}
     for row in _text(mapping[0], reader).splitlines()[1:]:
         name, _, label = row.partition(",")
-        if label.strip().isdigit():
+        if _NUMBER.fullmatch(label.strip()):
             names[int(label)] = name.strip()
     if sorted(names) != list(range(1, len(names) + 1)) or not names or len(set(names.values())) < len(names):
         raise DataError(f"{where}: {_MAPPING} does not give each of 1, 2, 3, … one name; mend it or remove it")

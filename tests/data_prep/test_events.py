@@ -15,6 +15,7 @@ from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, 
 from data_prep.sources.events import Recordings
 from pipeline.data.decode.events import Events, decode
 from pipeline.data.manifest import EVENTS, Manifest, Sensor
+from pipeline.errors import DataError
 from tests.support.event_files import (
     AEDAT3_HEAD,
     EXTENSION,
@@ -450,23 +451,34 @@ def test_dvs_gesture_in_a_tar_gives_the_same_shards(tmp_path):
             assert (one.stem, one.image, one.label) == (other.stem, other.image, other.label)
 
 
+@pytest.mark.parametrize("number", ["²", "9" * 5000])
+def test_a_mapping_of_dvs_gesture_with_odd_numbers_is_refused(tmp_path, number):
+    write_gesture(tmp_path / "in", users=2, gestures=1)
+    (tmp_path / "in/gesture_mapping.csv").write_text(f"action,label\nwave,{number}\n")
+    with pytest.raises(DataError, match=r"gesture_mapping\.csv does not give each of 1, 2, 3, … one name; mend it"):
+        indexed(Recordings([str(tmp_path / "in")], Settings(), 0.0, 0), tmp_path / "work")
+
+
 def test_what_is_wrong_in_dvs_gesture_is_refused_by_name(tmp_path):
     root = tmp_path / "DvsGesture"
     write_gesture(root, users=4)
     labels = root / "user01_lab_labels.csv"
-    labels.write_text(labels.read_text() + "12,1,2\nwave,1,2\n3,5,5\n3,9,99\n")
+    labels.write_text(labels.read_text() + f"12,1,2\nwave,1,2\n3,5,5\n3,9,99\n²,1,2\n3,1,{'9' * 5000}\n{2**64},1,2\n")
     cut = root / "user02_lab.aedat"
     cut.write_bytes(cut.read_bytes()[:-100])
     (root / "user03_lab_labels.csv").unlink()
     with open(root / "trials_to_train.txt", "a") as file:
         file.write("user09_lab.aedat\n")
     (root / "user05_lab.aedat").write_bytes(b"")
-    done = prepare("events", root, tmp_path / "out", "--allow-bad", 10)
+    done = prepare("events", root, tmp_path / "out", "--allow-bad", 20)
     assert done.returncode == 0, done.stderr
     listed = [json.loads(line) for line in (tmp_path / "out/train/quarantine.jsonl").read_text().splitlines()]
     assert {(row["name"], row["reason"]) for row in listed} == {
         ("user01_lab_labels.csv:5", "the class 12 is none of 1 to 11"),
         ("user01_lab_labels.csv:6", "'wave,1,2' is not class,startTime_usec,endTime_usec"),
+        ("user01_lab_labels.csv:9", "'²,1,2' is not class,startTime_usec,endTime_usec"),
+        ("user01_lab_labels.csv:10", f"'3,1,{'9' * 76}' is not class,startTime_usec,endTime_usec"),
+        ("user01_lab_labels.csv:11", f"'{2**64},1,2' is not class,startTime_usec,endTime_usec"),
         ("user01_lab_labels.csv:7", "ends at 5 µs, which is not after its start 5"),
         ("user01_lab_08.aedat", "no event of user01_lab.aedat lies between 9 and 99 µs"),
         ("user03_lab.aedat", "its list user03_lab_labels.csv is missing"),
@@ -475,7 +487,7 @@ def test_what_is_wrong_in_dvs_gesture_is_refused_by_name(tmp_path):
     assert "1 recordings that are in neither list are passed over: user05_lab.aedat" in done.stdout
     assert len(samples_of(tmp_path / "out/train")) == 8  # the cut is behind the last gesture of user02
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    done = prepare("events", root, tmp_path / "half", "--allow-bad", 10)
+    done = prepare("events", root, tmp_path / "half", "--allow-bad", 20)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "half/train/quarantine.jsonl").read_text()
     assert "truncated: user02_lab.aedat is cut before the end of this gesture" in text
