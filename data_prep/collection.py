@@ -86,6 +86,8 @@ class Split:
     """Files refused while indexing: links, devices, duplicates, names that are not UTF-8."""
     convert: Convert | None = None
     """Of recordings of events; None: the samples are images."""
+    handed: bool = False
+    """Whether a mirrored sample may be of another class, as left and right hands are."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -152,6 +154,7 @@ class SplitBuilder:
         display: dict[str, str] | None = None,
         shown: dict[str, str] | None = None,
         convert: Convert | None = None,
+        handed: bool = False,
     ) -> Split:
         """The finished split.
 
@@ -160,6 +163,7 @@ class SplitBuilder:
             display: the names that the split gives them instead, by class.
             shown: display names, by class; a class without one has its name in the split.
             convert: of recordings of events.
+            handed: whether a mirrored sample may be of another class.
         """
         if not self._names:
             what = "image" if convert is None else "recording"
@@ -187,4 +191,5 @@ class SplitBuilder:
             readers=tuple(self.readers),
             refusals=tuple(refusals),
             convert=convert,
+            handed=handed,
         )

@@ -54,6 +54,8 @@ class Inspected:
     """The bytes to store in place of the file's, or None to store the file."""
     warnings: tuple[str, ...] = ()
     """Warnings of the image library, each kind once, with N for every number."""
+    warned_events: tuple[int, ...] = ()
+    """Of a recording: of how many events each of its warnings is."""
 
 
 def inspect(data: memoryview, *, decode: bool = True, resize: int = 0, quality: int = 90) -> Inspected:

@@ -273,6 +273,7 @@ def _finish(jobs: list[_Job], store: Store, state: State, allowed_bad: AllowedBa
             display_names=split.shown,
             kind=split.kind,
             sensor=_common_sensor(job) if split.kind == EVENTS else None,
+            handed=split.handed,
         )
         store.write(f"{job.split.name}/{MANIFEST_NAME}", manifest.to_json().encode())
     state.complete = True
@@ -311,13 +312,14 @@ def _summarise(counts: dict, name: str, say: Say) -> None:
 
 def _tell_warnings(job: _Job, say: Say) -> None:
     """Says what is unusual in samples that are kept, or what the image library warned of, one line for each kind."""
-    told: dict[str, tuple[int, str]] = {}
+    told: dict[str, tuple[int, str, int]] = {}
     for name in sorted(job.records):
-        for text, (count, first) in job.records[name].warnings.items():
-            earlier, first = told.get(text, (0, first))
-            told[text] = (earlier + count, first)
-    for text, (count, first) in sorted(told.items())[:_WARNINGS_TOLD]:
-        say(f"{job.split.name}: {count:,} {NOUNS[job.split.kind]} that are kept, {first} the first: {text}")
+        for text, (count, first, num_events) in job.records[name].warnings.items():
+            earlier, first, earlier_events = told.get(text, (0, first, 0))
+            told[text] = (earlier + count, first, earlier_events + num_events)
+    for text, (count, first, num_events) in sorted(told.items())[:_WARNINGS_TOLD]:
+        many = f" ({num_events:,} in all)" if num_events else ""
+        say(f"{job.split.name}: {count:,} {NOUNS[job.split.kind]} that are kept, {first} the first: {text}{many}")
     if len(told) > _WARNINGS_TOLD:
         say(f"{job.split.name}: and {len(told) - _WARNINGS_TOLD} more kinds of warnings")
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,8 @@ class Record:
     shard: Shard
     refusals: tuple[Refusal, ...]
     kinds: dict[str, int]
-    warnings: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """What was warned of in samples that are kept: of how many, and the name of the first."""
+    warnings: dict[str, tuple[int, str, int]] = field(default_factory=dict)
+    """What was warned of in samples that are kept: of how many, the name of the first, and of how many events."""
     sensors: tuple[tuple[int, int], ...] = ()
     """Of recordings of events: height and width of each sensor, at most two, as then there is none common to all."""
 
@@ -52,11 +53,16 @@ class Record:
     @classmethod
     def from_json(cls, text: str) -> "Record":
         document = json.loads(text)
+        # Records of earlier versions do not say of how many events a warning is.
+        warnings = {
+            text: (count, first, num_events[0] if num_events else 0)
+            for text, (count, first, *num_events) in document.get("warnings", {}).items()
+        }
         return cls(
             shard=Shard(**document["shard"]),
             refusals=tuple(Refusal(**refusal) for refusal in document["refusals"]),
             kinds=document["kinds"],
-            warnings={text: (count, first) for text, (count, first) in document.get("warnings", {}).items()},
+            warnings=warnings,
             sensors=tuple((height, width) for height, width in document.get("sensors", ())),
         )
 
@@ -132,7 +138,7 @@ class _Content:
     index: bytes
     refusals: tuple[Refusal, ...]
     kinds: Counter
-    warnings: dict[str, tuple[int, str]]
+    warnings: dict[str, tuple[int, str, int]]
 
 
 def _write_samples(
@@ -179,9 +185,9 @@ def _write_samples(
             lines.append(index_line(start, key, len(text), found.extension, length))
             rows.append((start + IMAGE_AT, length, label, found.height, found.width))
             kinds.update(found.kinds)
-            for text in found.warnings:
-                count, first = warnings.get(text, (0, name))
-                warnings[text] = (count + 1, first)
+            for text, num in zip_longest(found.warnings, found.warned_events, fillvalue=0):
+                count, first, num_events = warnings.get(text, (0, name, 0))
+                warnings[text] = (count + 1, first, num_events + num)
         num_images, num_bytes = num_images + 1, num_bytes + length
         if time.monotonic() - reported > _REPORT_EVERY_S:
             report(num_images, num_bytes)

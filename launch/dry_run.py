@@ -9,7 +9,7 @@ from launch import epoch_time
 from launch.devices import num_ranks
 from pipeline.config import Config
 from pipeline.config.config_json import flatten
-from pipeline.data.manifest import EVENTS, IMAGE_CHANNELS, TRAIN, check_kind, load_manifest
+from pipeline.data.manifest import EVENTS, IMAGE_CHANNELS, TRAIN, check_flip, check_kind, load_manifest
 from pipeline.engine.deepspeed_settings import deepspeed_settings
 from pipeline.errors import EXIT_DONE, ConfigError, DataError
 from pipeline.snn import memory_estimate
@@ -40,6 +40,7 @@ def report(config: Config, ranks: int) -> list[str]:
         manifest, missing = None, str(error)
     if manifest:
         check_kind(data, manifest)
+        check_flip(data, manifest)
     steps = config.num_steps(manifest.num_samples) if manifest else None
     num_classes = len(manifest.classes) if manifest else CLASSES
     with torch.device("meta"):

@@ -16,7 +16,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +36,9 @@ SORTED, INVALID, UNTIMED = (
 """Warnings of recordings that are kept."""
 _MAX_UNPACKED = 1 << 30  # bytes of an array in an .npz
 _SOURCES = {"DVS128": DVS128, "DAVIS240": (240, 180), "DAVIS346": (346, 260)}  # of AEDAT 3.1, width and height
+MAX_EVENTS = 1 << 26
+"""Most events of an EVT 3.0, whose words may be twelve events each: bounds the memory of a worker."""
+_JITTER_US = 1 << 16  # that events may come late
 _PACKET = struct.Struct("<hhiiiiii")
 _POLARITY_EVENT = 1
 _NAMES = {
@@ -69,7 +72,8 @@ class Raw:
     format: str
     sensor: tuple[int, int] | None = None
     """Width and height, where the file or its format says them."""
-    warnings: tuple[str, ...] = ()
+    warnings: dict[str, int] = field(default_factory=dict)
+    """Of how many events each warning is."""
 
 
 def convert(name: str, data: memoryview, settings: Settings) -> Inspected:
@@ -93,14 +97,15 @@ def inspected(raw: Raw, settings: Settings) -> Inspected:
     warnings, t, x, y = raw.warnings, raw.t, raw.x, raw.y
     p = _polarity(raw.p)
     if (t[1:] < t[:-1]).any():
+        warnings = {**warnings, SORTED: int((t < np.maximum.accumulate(t)).sum())}
         order = np.argsort(t, kind="stable")
         t, x, y, p = t[order], x[order], y[order], p[order]
-        warnings = (*warnings, SORTED)
     try:
         data = encode(Events(t - t[0], x, y, p, *sensor))
     except ValueError as error:
         raise RefusedError(f"{error} ({sensor[0]}x{sensor[1]} pixels)") from None
-    return Inspected(EXTENSION, sensor[1], sensor[0], (raw.format,), data, warnings)
+    kinds, nums = (raw.format,), tuple(warnings.values())
+    return Inspected(EXTENSION, sensor[1], sensor[0], kinds, data, tuple(warnings), nums)
 
 
 def _polarity(p: np.ndarray) -> np.ndarray:
@@ -114,12 +119,23 @@ def _polarity(p: np.ndarray) -> np.ndarray:
     return p.astype(np.uint8)
 
 
-def _unwrapped(t: np.ndarray, bits: int) -> np.ndarray:
-    """`t` as int64 without the wraps of a counter of so many bits: a fall by more than half its range is one."""
-    steps = np.diff(t.astype(np.int64), prepend=0)
-    half = 1 << bits - 1
-    steps[1:] = (steps[1:] + half) % (2 * half) - half
-    return np.cumsum(steps)
+def _unwrapped(t: np.ndarray, bits: int, jitter: int = _JITTER_US) -> np.ndarray:
+    """`t` as int64 without the wraps of a counter of so many bits: a fall by more than half its range is one.
+
+    A rise is a quiet time, however long. Only across a wrap, from within `jitter` behind it to within `jitter` before
+    it, a rise is an event that comes late.
+    """
+    t, size = t.astype(np.int64), 1 << bits
+    turns = np.zeros(len(t), np.int64)
+    turns[1:] = t[1:] - t[:-1] < -size // 2
+    turns[1:] -= (t[:-1] < jitter) & (t[1:] >= size - jitter) & (np.cumsum(turns)[:-1] > 0)
+    return t + np.cumsum(turns) * size
+
+
+def _warning(text: str, events: np.ndarray) -> dict[str, int]:
+    """`text` with the number of those of the `events` that it is about; nothing where it is about none."""
+    num = int(np.count_nonzero(events))
+    return {text: num} if num else {}
 
 
 def _whole(data: memoryview, at: int, dtype: np.dtype | str, what: str) -> np.ndarray:
@@ -173,11 +189,19 @@ def _read_aedat(data: memoryview, settings: Settings) -> Raw:
 
 def _read_aedat2(data: memoryview) -> Raw:
     """Of a DVS128. x and y are as in SpikingJelly's CIFAR10-DVS: upright pictures with 0, 0 at the top left."""
-    _, at = text_header(data, b"#")
+    header, at = text_header(data, b"#")
+    mend = "convert it, for instance to .npz"
+    chip = re.search(rb"^# *AEChip: *(\S+)", header, re.MULTILINE)
+    if chip and b"dvs128" not in chip[1].lower():
+        name = chip[1].rsplit(b".", 1)[-1].decode("utf-8", "replace")
+        raise RefusedError(f"AEDAT 2.0 of the camera {name}, whose addresses are others than a DVS128's; {mend}")
     events = _whole(data, at, np.dtype([("address", ">u4"), ("t", ">u4")]), "event")
     address, is_pixel = events["address"].astype(np.int64), events["address"] < 1 << 15
+    if 2 * (num := int(is_pixel.sum())) < len(is_pixel):
+        num = len(is_pixel) - num
+        raise RefusedError(f"{num} of {len(is_pixel)} events have addresses that no pixel of a DVS128 has; {mend}")
     t = _unwrapped(events["t"], 32)
-    warnings = () if is_pixel.all() else (INVALID,)
+    warnings = _warning(INVALID, ~is_pixel)
     address, t = address[is_pixel], t[is_pixel]
     x, y, p = 127 - (address >> 8 & 127), 127 - (address >> 1 & 127), 1 - (address & 1)
     return Raw(t=t, x=x, y=y, p=p, format="AEDAT 2.0", sensor=DVS128, warnings=warnings)
@@ -226,13 +250,18 @@ def walk_packets(data: memoryview, at: int) -> tuple[list[Packet], int]:
     return packets, at
 
 
-def read_packets(data: memoryview, packets: list[Packet], sensor: tuple[int, int] | None) -> Raw:
-    """The valid events of these packets."""
+def read_packets(
+    data: memoryview, packets: list[Packet], sensor: tuple[int, int] | None, between: tuple[int, int] | None = None
+) -> Raw:
+    """The valid events of these packets; with `between` only those from its first time on and before its second."""
     columns = [packet.columns(data) for packet in packets] or [np.zeros((0, 2), np.uint32)]
     times = [packet.times(data) for packet in packets] or [np.zeros(0, np.int64)]
     word, t = np.concatenate(columns)[:, 0].astype(np.int64), np.concatenate(times)
+    if between is not None:
+        within = (t >= between[0]) & (t < between[1])
+        word, t = word[within], t[within]
     valid = word & 1 == 1
-    warnings = () if valid.all() else (INVALID,)
+    warnings = _warning(INVALID, ~valid)
     word, t = word[valid], t[valid]
     x, y, p = word >> 17 & 0x7FFF, word >> 2 & 0x7FFF, word >> 1 & 1
     return Raw(t=t, x=x, y=y, p=p, format="AEDAT 3.1", sensor=sensor, warnings=warnings)
@@ -275,7 +304,7 @@ def _high_times(words: np.ndarray, is_high: np.ndarray, bits: int) -> np.ndarray
     """At each word the time that the last TIME_HIGH word up to it says, without its wraps; meaningless before."""
     highs = np.zeros(len(words), np.int64)
     if is_high.any():
-        highs[is_high] = _unwrapped(words[is_high], bits)
+        highs[is_high] = _unwrapped(words[is_high], bits, jitter=0)
     return highs[np.maximum(_last(is_high), 0)]
 
 
@@ -287,35 +316,79 @@ def _read_evt2(data: memoryview, at: int, sensor: tuple[int, int] | None) -> Raw
     is_event = kind <= 1
     timed = is_event & (_last(is_high) >= 0)
     event, t = words[timed], highs[timed] << 6 | words[timed] >> 22 & 63
-    warnings = (UNTIMED,) if timed.sum() < is_event.sum() else ()
+    warnings = _warning(UNTIMED, is_event & ~timed)
     x, y, p = event >> 11 & 0x7FF, event & 0x7FF, event >> 28
     return Raw(t=t, x=x, y=y, p=p, format="EVT 2.0", sensor=sensor, warnings=warnings)
 
 
-def _read_evt3(data: memoryview, at: int, sensor: tuple[int, int] | None) -> Raw:
-    """EVT 3.0: words of 16 bits, of which some set row, time, or first column of the vectors of events that follow."""
-    words = _whole(data, at, "<u2", "word").astype(np.int64)
-    kind, low = words >> 12, words & 0xFFF
-    is_y, is_single, is_base, is_12, is_8 = (kind == number for number in (0, 2, 3, 4, 5))
-    is_low, is_high = kind == 6, kind == 8
-    widths = np.where(is_12, 12, np.where(is_8, 8, 0))
+@dataclass(slots=True)
+class _Evt3State:
+    """What the words so far have set; -1: not yet."""
+
+    high: int = -1
+    """Without its wraps."""
+    clock: int = -1
+    row: int = -1
+    column: int = -1
+    """Where the next vector begins."""
+    p: int = -1
+    """Of the vectors."""
+
+
+def _read_evt3(data: memoryview, at: int, sensor: tuple[int, int] | None, slice_words: int = 1 << 16) -> Raw:
+    """EVT 3.0: words of 16 bits, of which some set row, time, or first column of the vectors of events that follow.
+
+    Args:
+        slice_words: words that are decoded at a time: a word may be twelve events.
+    """
+    words, state = _whole(data, at, "<u2", "word"), _Evt3State()
+    parts, num, num_timed = [(np.zeros(0, np.int64),) * 4], 0, 0
+    for start in range(0, len(words), slice_words):
+        part, num_found = _evt3_slice(words[start : start + slice_words], state)
+        parts.append(part)
+        num, num_timed = num + num_found, num_timed + len(part[0])
+        if num_timed > MAX_EVENTS:
+            raise RefusedError(f"more than {MAX_EVENTS} events; cut the recording into shorter ones")
+    t, x, y, p = (np.concatenate(column) for column in zip(*parts[1:] or parts, strict=True))
+    warnings = {UNTIMED: num - num_timed} if num > num_timed else {}
+    return Raw(t=t, x=x, y=y, p=p, format="EVT 3.0", sensor=sensor, warnings=warnings)
+
+
+def _evt3_slice(words: np.ndarray, state: _Evt3State) -> tuple[tuple[np.ndarray, ...], int]:
+    """t, x, y, p of the events of `words` whose time and place are known, and how many there are in all.
+
+    `state` is what the words before have set, and is brought to the end of these.
+    """
+    kind, low = words >> 12, words.astype(np.int64) & 0xFFF
+    is_single, is_base, is_12, is_8 = (kind == number for number in (2, 3, 4, 5))
+    first = max(state.high, 0)
+    highs = np.zeros(len(words), np.int64)
+    marks = np.concatenate((np.array([first & 0xFFF]), low[kind == 8]))
+    highs[kind == 8] = _unwrapped(marks, 12, jitter=0)[1:] + (first >> 12 << 12)
+    high = _held(highs, kind == 8, state.high)
+    clock, row = _held(low, kind == 6, state.clock), _held(low & 0x7FF, kind == 0, state.row)
+    widths = 12 * is_12 + 8 * is_8
     # A vector begins where the last base says, moved by the vectors in between.
     moved = np.cumsum(widths) - widths
-    base = np.maximum(_last(is_base), 0)
-    first = (low[base] & 0x7FF) + moved - moved[base]
-    bits = np.where(is_single, 1, np.where(is_12, low, np.where(is_8, low & 0xFF, 0)))
-    place, bit = np.nonzero(bits[:, None] >> np.arange(12) & 1)
-    x = np.where(is_single[place], low[place] & 0x7FF, first[place] + bit)
-    p = np.where(is_single[place], low[place], low[base[place]]) >> 11 & 1
-    row, clock = _last(is_y), _last(is_low)
-    known = (row >= 0) & (clock >= 0) & (_last(is_high) >= 0) & (is_single | (_last(is_base) >= 0))
-    keep = known[place]
-    highs = _high_times(low, is_high, 12)
-    t = highs[place] << 12 | low[np.maximum(clock[place], 0)]
-    y = low[np.maximum(row[place], 0)] & 0x7FF
-    t, x, y, p = t[keep], x[keep], y[keep], p[keep]
-    warnings = () if keep.all() else (UNTIMED,)
-    return Raw(t=t, x=x, y=y, p=p, format="EVT 3.0", sensor=sensor, warnings=warnings)
+    column = _held((low & 0x7FF) - moved, is_base, state.column) + moved
+    vector_p = _held(low >> 11, is_base, state.p)
+    known = (row >= 0) & (clock >= 0) & (high >= 0) & (is_single | (vector_p >= 0))
+    state.high, state.clock, state.row, state.p = (int(held[-1]) for held in (high, clock, row, vector_p))
+    state.column = int(column[-1] + widths[-1])
+
+    bits = np.where(is_single, 1, low * is_12 + (low & 0xFF) * is_8).astype("<u2")
+    events = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))  # 16 places a word
+    num, events = len(events), events[known[events >> 4]]
+    place, is_single = events >> 4, is_single[events >> 4]
+    x = np.where(is_single, low[place] & 0x7FF, column[place] + (events & 15)).astype(np.int32)
+    p = np.where(is_single, low[place] >> 11, vector_p[place]).astype(np.uint8)
+    return (high[place] << 12 | clock[place], x, row[place].astype(np.uint16), p), num
+
+
+def _held(values: np.ndarray, is_set: np.ndarray, before: int) -> np.ndarray:
+    """At every place the last of `values` up to it where `is_set`; `before` where there is none."""
+    last = _last(is_set)
+    return np.where(last >= 0, values[last], before)
 
 
 def _read_npy(data: bytes | memoryview) -> np.ndarray:
@@ -329,11 +402,16 @@ def _read_npy(data: bytes | memoryview) -> np.ndarray:
         raise RefusedError(f"not an array of numpy: {' '.join(str(error).split())[:200]}") from None
     if dtype.hasobject:
         raise RefusedError("holds Python objects, which are not read: they could run any code")
+    if not dtype.itemsize or not all(type(side) is int and 0 <= side < 1 << 48 for side in shape):
+        raise RefusedError(f"damaged: its header says an array of {shape}, of elements of {dtype.itemsize} bytes"[:300])
     needed = math.prod(shape) * dtype.itemsize
     if needed != len(data) - stream.tell():
         raise RefusedError(f"truncated or damaged: {len(data) - stream.tell()} bytes, its header says {needed}")
-    flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
-    return flat.reshape(shape, order="F" if fortran else "C")
+    try:
+        flat = np.frombuffer(data, dtype=dtype, offset=stream.tell())
+        return flat.reshape(shape, order="F" if fortran else "C")
+    except ValueError as error:  # of sides that are too many, or together too long
+        raise RefusedError(f"damaged: an array of {shape}: {error}"[:300]) from None
 
 
 def _read_npz(data: memoryview, settings: Settings) -> Raw:

@@ -41,21 +41,28 @@ class Recordings(ImageFolder):
         super().__init__(paths[0], val_ratio, seed)
         names = [_stem(path) for path in self._paths]
         if len(set(names)) < len(names):
-            raise ConfigError(f"events: two sources are called {max(names, key=names.count)}; rename one of them")
+            raise ConfigError(
+                f"events: two sources are called {max(names, key=names.count)}; rename one of them, or give a link "
+                "of another name"
+            )
         self.description = f"the recordings in {', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}"
 
     def fingerprint(self) -> list:
         settings = [self._settings.sensor, self._settings.time_unit]
-        return ["events", *(path_fingerprint(path) for path in self._paths), settings, self._val_ratio]
+        names = [_stem(path) for path in self._paths] if len(self._paths) > 1 else []  # of one it is in no sample
+        return ["events", *names, *(path_fingerprint(path) for path in self._paths), settings, self._val_ratio]
 
     def index(self, work: Path, say: Callable[[str], None]) -> list[Split]:
         opened = [open_collection(path, work, say) for path in self._paths]
         try:
             if len(opened) > 1:
                 members, reader = _together([_stem(path) for path in self._paths], opened)
+                if found := [member for member in members if _is_list_of_gesture(member)]:
+                    name, _, rest = found[0].name.decode("utf-8", "replace").partition("/")
+                    raise ConfigError(f"events: {name} holds {rest}, a list of DVS128 Gesture; give that alone")
             else:
                 members, reader = list(opened[0][0]), opened[0][1]
-                if any(member.name.rsplit(b"/", 1)[-1] in TRIALS for member in members):
+                if any(map(_is_list_of_gesture, members)):
                     file_of = _file_of(self._paths[0], reader)
                     return index_gesture(members, reader, file_of, self._settings, str(self._paths[0]), say)
             return self._index_members(members, reader, say)
@@ -70,8 +77,14 @@ def _convert(settings: Settings, name: str, data: memoryview) -> Inspected:
     return convert(name, data, settings)
 
 
+def _is_list_of_gesture(member: Member) -> bool:
+    return member.name.rsplit(b"/", 1)[-1] in TRIALS
+
+
 def _stem(path: Path) -> str:
-    return _ENDINGS.sub("", path.resolve().name)
+    """What a source is called: a link by its own name, not by that of what it leads to."""
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    return _ENDINGS.sub("", name)
 
 
 def _file_of(path: Path, reader: Reader) -> Callable[[Member], tuple[Path, int]]:

@@ -156,7 +156,9 @@ def open_collection(path: Path, work: Path, say: Callable[[str], None]) -> tuple
 
 
 def _unpack(path: Path, work: Path, say: Callable[[str], None]) -> Path:
-    target = work / f"{SCRATCH}{path.name}.unpacked"
+    # Several sources may have one name: train/data.tar.gz beside val/data.tar.gz.
+    place = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
+    target = work / f"{SCRATCH}{place}-{path.name}.unpacked"
     say(f"unpacking {path} ({size(path.stat().st_size)}) once, to {target}, which is removed at the end")
     with open(target, "wb") as out:
         for chunk in unpacked(path):

@@ -8,8 +8,9 @@
 A sample is a line of a list: the events from its start on and before its end.
 """
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 
 from data_prep.collection import Reader, Split, SplitBuilder
 from data_prep.images import Inspected, RefusedError
-from data_prep.sources.event_formats import DVS128, Raw, Settings, inspected, read_packets, text_header, walk_packets
+from data_prep.sources.event_formats import DVS128, Settings, inspected, read_packets, text_header, walk_packets
 from data_prep.sources.readers import FileReader
 from data_prep.sources.tars import Member
 from pipeline.errors import DataError
@@ -31,6 +32,7 @@ CLASSES = (
 )  # fmt: skip
 _LABELS, _MAPPING = "_labels.csv", "gesture_mapping.csv"
 _MAX_LIST_BYTES = 1 << 20
+_NUMBER = re.compile(r"[0-9]{1,18}")  # fits into int64
 FileOf = Callable[[Member], tuple[Path, int]]
 
 
@@ -91,8 +93,9 @@ def index_gesture(
         say(
             f"{len(others)} recordings that are in neither list are passed over: {others[0]}{', …' * (len(others) > 1)}"
         )
+    say("left and right hands are classes of their own: train with --data.flip false, which the manifest demands")
     convert = partial(_convert, settings, windows)
-    return [builder.build(classes, convert=convert) for builder in builders]
+    return [builder.build(classes, convert=convert, handed=True) for builder in builders]
 
 
 def _add_recording(
@@ -151,12 +154,8 @@ def _packets_of(reader: FileReader, start: int, length: int) -> _Packets:
 
 def _convert(settings: Settings, windows: dict[str, tuple[int, int]], name: str, data: memoryview) -> Inspected:
     packets, _ = walk_packets(data, 0)
-    raw = read_packets(data, packets, sensor=DVS128)
-    start, end = windows[name]
-    within = (raw.t >= start) & (raw.t < end)
-    t, x, y, p = (column[within] for column in (raw.t, raw.x, raw.y, raw.p))
-    cut = Raw(t=t, x=x, y=y, p=p, format="AEDAT 3.1, cut by its labels", sensor=DVS128, warnings=raw.warnings)
-    return inspected(cut, settings)
+    raw = read_packets(data, packets, sensor=DVS128, between=windows[name])
+    return inspected(replace(raw, format="AEDAT 3.1, cut by its labels"), settings)
 
 
 def _lines(text: str, builder: SplitBuilder, name: str, num_classes: int) -> list[_Line]:
@@ -166,7 +165,7 @@ def _lines(text: str, builder: SplitBuilder, name: str, num_classes: int) -> lis
         if not row.strip():
             continue
         cells = [cell.strip() for cell in row.split(",")]
-        if len(cells) != 3 or not all(cell.isdigit() for cell in cells):
+        if len(cells) != 3 or not all(map(_NUMBER.fullmatch, cells)):
             builder.refuse(f"{name}:{number}", f"{row[:80]!r} is not class,startTime_usec,endTime_usec")
             continue
         line = _Line(number, *map(int, cells))
@@ -186,7 +185,7 @@ def _classes(files: dict[str, Member], reader: Reader, where: str) -> tuple[str,
     names = {}
     for row in _text(mapping[0], reader).splitlines()[1:]:
         name, _, label = row.partition(",")
-        if label.strip().isdigit():
+        if _NUMBER.fullmatch(label.strip()):
             names[int(label)] = name.strip()
     if sorted(names) != list(range(1, len(names) + 1)) or not names or len(set(names.values())) < len(names):
         raise DataError(f"{where}: {_MAPPING} does not give each of 1, 2, 3, … one name; mend it or remove it")

@@ -17,7 +17,7 @@ from pipeline.data.cache import READ_AHEAD, check_cache
 from pipeline.data.decode import mixup
 from pipeline.data.decode.augment import image_size_at
 from pipeline.data.decode.kinds import Kind, kind_of
-from pipeline.data.manifest import EVALUATION, TRAIN, check_kind, load_manifest
+from pipeline.data.manifest import EVALUATION, TRAIN, check_flip, check_kind, load_manifest
 from pipeline.data.order import Order
 from pipeline.data.prefetcher import Batch, Request, Stream
 from pipeline.data.remote import join
@@ -57,8 +57,8 @@ class Loader:
         T: frames of a recording, for a set of event data.
 
     Raises:
-        ConfigError: there is no such set, `data` has options of another kind of samples, or the batch does not divide
-            over the ranks.
+        ConfigError: there is no such set, `data` has options of another kind of samples, mirroring would change labels,
+            or the batch does not divide over the ranks.
         DataError: the set is damaged.
     """
 
@@ -86,6 +86,7 @@ class Loader:
         self._samples = Samples(self._shards)
         self.manifest = self._shards.manifest
         check_kind(data, self.manifest)
+        check_flip(data, self.manifest)
         self._kind = kind_of(self.manifest, data, seed=seed, device=device, T=T)
         self._order = Order(
             [shard.num_samples for shard in self.manifest.shards], seed=seed, window_shards=data.window_shards

@@ -97,6 +97,8 @@ class Manifest:
     """What the samples are, one of `KINDS`. Not in the JSON of images."""
     sensor: Sensor | None = None
     """Of events, the sensor that all recordings are of; None where there are several, and of images."""
+    handed: bool = False
+    """Whether a mirrored sample may be of another class, as left and right hands are. In the JSON only where true."""
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -129,6 +131,8 @@ class Manifest:
             del document["kind"]
         if self.sensor is None:
             del document["sensor"]
+        if not self.handed:
+            del document["handed"]
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -150,11 +154,14 @@ class Manifest:
                 display_names=tuple(document.get("display_names", ())),
                 kind=document.get("kind", IMAGES),
                 sensor=Sensor(**document["sensor"]) if "sensor" in document else None,
+                handed=document.get("handed", False),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"{where} lacks or misspells a field ({error}); make the shards again") from None
         if not isinstance(document["classes"], list) or not all(map(_is_text, manifest.classes)):
             raise DataError(f"{where} gives classes that are not a list of names; make the shards again")
+        if type(manifest.handed) is not bool:
+            raise DataError(f"{where} gives handed={manifest.handed!r}, not true or false; make the shards again")
         if not _is_text(manifest.split):
             raise DataError(f"{where} gives split={manifest.split!r}, not a name; make the shards again")
         _check(manifest.shards, where)
@@ -300,13 +307,23 @@ def check_kind(data: DataConfig, manifest: Manifest) -> None:
             )
 
 
+def check_flip(data: DataConfig, manifest: Manifest) -> None:
+    """Raises a ConfigError where training samples would be mirrored though that may change their class."""
+    if data.flip and manifest.handed:
+        raise ConfigError(
+            f"data.flip=True would give samples wrong labels: {join(data.path, manifest.split)} has classes that tell "
+            "left from right, such as those of hands; use --data.flip false"
+        )
+
+
 def check_splits(data: DataConfig) -> Manifest:
     """Checks that both splits can be used; returns the training split's manifest.
 
     Files of local splits are checked here, those of remote splits when the cache downloads them.
 
     Raises:
-        ConfigError: there is no such set, the classes or kinds of the two differ, or an option is of another kind.
+        ConfigError: there is no such set, the classes or kinds of the two differ, an option is of another kind, or
+            mirroring would change labels.
         DataError: a split has no samples or no classes, lacks a file, has a damaged file of records, or more labels
             out of range than `data.max_bad_ratio` allows.
     """
@@ -323,6 +340,7 @@ def check_splits(data: DataConfig) -> Manifest:
             "same kind"
         )
     check_kind(data, train)
+    check_flip(data, train)
     if train.classes != evaluation.classes:
         raise ConfigError(
             f"{join(data.path, EVALUATION)} has {differing(evaluation.classes, train.classes, 'train has')}; make both "

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.dry_run import report
 from launch.train import QUIET, main
-from pipeline.config import DataConfig
+from pipeline.config import Config, DataConfig
 from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.data.manifest import EVENTS, IMAGES, MANIFEST_NAME, Manifest, Sensor, check_splits, load_manifest
 from pipeline.errors import ConfigError, DataError
@@ -76,6 +77,37 @@ def test_a_manifest_of_events_says_so_and_one_of_images_does_not():
         assert Manifest.from_json(manifest.to_json(), "here") == manifest
     assert {"kind", "sensor"}.isdisjoint(json.loads(replace(events, kind=IMAGES, sensor=None).to_json()))
     assert events.identity != replace(events, sensor=Sensor(height=64, width=64)).identity
+
+
+def test_a_set_whose_classes_tell_left_from_right_is_not_mirrored(folder):
+    """Training is refused with the default data.flip; an evaluation mirrors nothing."""
+    for split in ("train", "val"):
+        change(folder / split, lambda d: d.update(handed=True))
+    data = DataConfig(path=str(folder), image_size=8, global_batch=4, micro_batch=4)
+    said = rf"^data\.flip=True would give samples wrong labels: {folder}/train has classes .*; use --data\.flip false$"
+    config = Config(recipe="one", data=data)
+    uses = (
+        lambda: check_splits(data),
+        lambda: Loader(data, seed=0, rank=0, world_size=1, device=CPU),
+        lambda: report(config, 1),
+    )
+    for use in uses:
+        with pytest.raises(ConfigError, match=said):
+            use()
+    assert sum(len(batch.labels) for batch in evaluation_batches(data, rank=0, world_size=1, device=CPU)) == 8
+    straight = replace(data, flip=False)
+    assert check_splits(straight).handed
+    Loader(straight, seed=0, rank=0, world_size=1, device=CPU).close()
+    assert report(replace(config, data=straight), 1)
+
+
+def test_the_manifest_says_whether_classes_tell_left_from_right():
+    plain = Manifest(split="train", classes=("a",), shards=())
+    assert "handed" not in json.loads(plain.to_json())
+    handed = replace(plain, handed=True)
+    assert Manifest.from_json(handed.to_json(), "here") == handed
+    with pytest.raises(DataError, match=r"^here gives handed='yes', not true or false; make the shards again"):
+        Manifest.from_json(handed.to_json().replace('"handed": true', '"handed": "yes"'), "here")
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from data_prep.plan import Options, make_plan
 from data_prep.shard_writer import RECORDS, write_shard
+from data_prep.sources.files import open_collection
 from data_prep.sources.imagefolder import ImageFolder
 from data_prep.sources.readers import ZipReader
 from data_prep.sources.tars import walk_tar
@@ -386,3 +387,19 @@ def test_random_bytes_behind_a_deflated_member_do_not_hide_its_descriptor(tmp_pa
         room = bytearray(item.length)
         reader.read_into(memoryview(room), item.offset, item.name.decode())
         assert room == noise[item.name.decode()]
+
+
+def test_compressed_tars_of_one_name_are_unpacked_apart(tmp_path):
+    """As train/data.tar.gz and val/data.tar.gz, whose members are read after both are open."""
+    opened, sets = [], (images("t"), images("v"))
+    for split, files in zip(("train", "val"), sets, strict=True):
+        (tmp_path / split).mkdir()
+        path = write_tar(tmp_path / split / "data.tar.gz", files, "w:gz")
+        opened.append(open_collection(path, tmp_path, lambda line: None))
+    for (members, reader), files in zip(opened, sets, strict=True):
+        found = {}
+        for member in members:
+            room = memoryview(bytearray(member.length))
+            reader.read_into(room, member.offset, member.name.decode())
+            found[member.name.decode()] = bytes(room)
+        assert found == files

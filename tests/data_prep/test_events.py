@@ -12,8 +12,10 @@ import pytest
 
 from data_prep.images import RefusedError
 from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, convert
+from data_prep.sources.events import Recordings
 from pipeline.data.decode.events import Events, decode
 from pipeline.data.manifest import EVENTS, Manifest, Sensor
+from pipeline.errors import DataError
 from tests.support.event_files import (
     AEDAT3_HEAD,
     EXTENSION,
@@ -34,7 +36,7 @@ from tests.support.event_files import (
     write_gesture,
     write_npz,
 )
-from tests.support.prep_runs import prepare, samples_of, shards_of, write_zip
+from tests.support.prep_runs import indexed, prepare, samples_of, shards_of, write_tar, write_zip
 
 ON_34 = Settings(sensor=(34, 34))
 
@@ -322,6 +324,46 @@ def test_cifar10_dvs_as_it_is_distributed_has_an_archive_for_each_class(tmp_path
         assert np.bincount([sample.label for sample in samples_of(tmp_path / "out" / split)]).tolist() == [1] * 10
 
 
+def test_a_source_that_is_a_link_is_called_by_the_link(tmp_path):
+    """As Hugging Face's cache keeps files: under hashes, to which links with the true names lead."""
+    (tmp_path / "blobs").mkdir()
+    for split, blob in (("Train", "e3b0c4"), ("Test", "9f86d0")):
+        write_classes(tmp_path / blob, "bin", 20 if split == "Train" else 10)
+        root = tmp_path / blob
+        files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.bin")}
+        write_tar(tmp_path / "blobs" / blob, files, "w:gz")
+        (tmp_path / f"{split}.tar.gz").symlink_to(tmp_path / "blobs" / blob)
+    done = prepare("events", tmp_path / "Train.tar.gz", tmp_path / "Test.tar.gz", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for split, num in (("train", 20), ("val", 10)):
+        found = packed(tmp_path / "out" / split)
+        assert Manifest.load(tmp_path / "out" / split).classes == tuple("0123456789")
+        assert found.keys() == {f"{number:04d}" for number in range(num)}
+        assert all(same(events, recording(int(name))[0]) for name, events in found.items())
+
+
+def test_a_source_given_as_dots_is_called_by_its_folder(tmp_path, monkeypatch):
+    for name, number in (("cat", 0), ("dog", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.bin").write_bytes(write_bin(recording(number)[0]))
+    monkeypatch.chdir(tmp_path / "cat")
+    splits, _ = indexed(Recordings([".", "../dog"], Settings(), 0.0, 0), tmp_path / "work")
+    assert splits["train"].classes == ("cat", "dog")
+
+
+def test_another_name_of_one_of_several_sources_is_another_data_set(tmp_path):
+    for name, number in (("cat", 0), ("dog", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.bin").write_bytes(write_bin(recording(number)[0]))
+    first, dog, out = tmp_path / "cat", tmp_path / "dog", tmp_path / "out"
+    assert prepare("events", first, dog, out).returncode == 0
+    assert "nothing to do" in prepare("events", first, dog, out).stdout
+    renamed = first.rename(tmp_path / "horse")
+    again = prepare("events", renamed, dog, out)
+    assert again.returncode == 64
+    assert "was begun with another data set" in again.stderr
+
+
 def test_bad_recordings_are_listed_with_their_reasons(tmp_path, events):
     write_classes(tmp_path / "in", "npz")
     bad = tmp_path / "in" / "0"
@@ -365,17 +407,28 @@ def test_dvs_gesture_is_cut_by_its_labels(tmp_path):
     expected = write_gesture(tmp_path / "DvsGesture")
     done = prepare("events", tmp_path / "DvsGesture", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    assert "left and right hands are classes of their own: train with --data.flip false" in done.stdout
     found, labels = {}, {}
     for split, num in (("train", 8), ("val", 4)):
         manifest = Manifest.load(tmp_path / "out" / split)
         assert manifest.classes[:2] == ("hand_clapping", "right_hand_wave")
         assert (len(manifest.classes), manifest.sensor) == (11, Sensor(height=128, width=128))
+        assert manifest.handed
         samples = samples_of(tmp_path / "out" / split)
         assert len(samples) == num
         labels |= {sample.stem: sample.label + 1 for sample in samples}
         found |= packed(tmp_path / "out" / split)
     assert labels == {name: label for name, (_, label) in expected.items()}
     assert all(same(found[name], events) for name, (events, _) in expected.items())
+
+
+def test_dvs_gesture_beside_another_source_is_refused(tmp_path):
+    write_gesture(tmp_path / "DvsGesture")
+    write_classes(tmp_path / "other", "bin", 10)
+    done = prepare("events", tmp_path / "other", tmp_path / "DvsGesture", tmp_path / "out")
+    assert done.returncode == 64
+    said = "error: events: DvsGesture holds trials_to_test.txt, a list of DVS128 Gesture; give that alone\n"
+    assert done.stderr == said
 
 
 def test_dvs_gesture_in_a_tar_gives_the_same_shards(tmp_path):
@@ -398,23 +451,34 @@ def test_dvs_gesture_in_a_tar_gives_the_same_shards(tmp_path):
             assert (one.stem, one.image, one.label) == (other.stem, other.image, other.label)
 
 
+@pytest.mark.parametrize("number", ["²", "9" * 5000])
+def test_a_mapping_of_dvs_gesture_with_odd_numbers_is_refused(tmp_path, number):
+    write_gesture(tmp_path / "in", users=2, gestures=1)
+    (tmp_path / "in/gesture_mapping.csv").write_text(f"action,label\nwave,{number}\n")
+    with pytest.raises(DataError, match=r"gesture_mapping\.csv does not give each of 1, 2, 3, … one name; mend it"):
+        indexed(Recordings([str(tmp_path / "in")], Settings(), 0.0, 0), tmp_path / "work")
+
+
 def test_what_is_wrong_in_dvs_gesture_is_refused_by_name(tmp_path):
     root = tmp_path / "DvsGesture"
     write_gesture(root, users=4)
     labels = root / "user01_lab_labels.csv"
-    labels.write_text(labels.read_text() + "12,1,2\nwave,1,2\n3,5,5\n3,9,99\n")
+    labels.write_text(labels.read_text() + f"12,1,2\nwave,1,2\n3,5,5\n3,9,99\n²,1,2\n3,1,{'9' * 5000}\n{2**64},1,2\n")
     cut = root / "user02_lab.aedat"
     cut.write_bytes(cut.read_bytes()[:-100])
     (root / "user03_lab_labels.csv").unlink()
     with open(root / "trials_to_train.txt", "a") as file:
         file.write("user09_lab.aedat\n")
     (root / "user05_lab.aedat").write_bytes(b"")
-    done = prepare("events", root, tmp_path / "out", "--allow-bad", 10)
+    done = prepare("events", root, tmp_path / "out", "--allow-bad", 20)
     assert done.returncode == 0, done.stderr
     listed = [json.loads(line) for line in (tmp_path / "out/train/quarantine.jsonl").read_text().splitlines()]
     assert {(row["name"], row["reason"]) for row in listed} == {
         ("user01_lab_labels.csv:5", "the class 12 is none of 1 to 11"),
         ("user01_lab_labels.csv:6", "'wave,1,2' is not class,startTime_usec,endTime_usec"),
+        ("user01_lab_labels.csv:9", "'²,1,2' is not class,startTime_usec,endTime_usec"),
+        ("user01_lab_labels.csv:10", f"'3,1,{'9' * 76}' is not class,startTime_usec,endTime_usec"),
+        ("user01_lab_labels.csv:11", f"'{2**64},1,2' is not class,startTime_usec,endTime_usec"),
         ("user01_lab_labels.csv:7", "ends at 5 µs, which is not after its start 5"),
         ("user01_lab_08.aedat", "no event of user01_lab.aedat lies between 9 and 99 µs"),
         ("user03_lab.aedat", "its list user03_lab_labels.csv is missing"),
@@ -423,7 +487,7 @@ def test_what_is_wrong_in_dvs_gesture_is_refused_by_name(tmp_path):
     assert "1 recordings that are in neither list are passed over: user05_lab.aedat" in done.stdout
     assert len(samples_of(tmp_path / "out/train")) == 8  # the cut is behind the last gesture of user02
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    done = prepare("events", root, tmp_path / "half", "--allow-bad", 10)
+    done = prepare("events", root, tmp_path / "half", "--allow-bad", 20)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "half/train/quarantine.jsonl").read_text()
     assert "truncated: user02_lab.aedat is cut before the end of this gesture" in text
@@ -437,7 +501,7 @@ def test_what_is_wrong_in_dvs_gesture_is_refused_by_name(tmp_path):
         (["in", "out", "--sensor", "0x34"], "'0x34' is no size of a sensor"),
         (["in", "out", "--time-unit", "ns"], "argument --time-unit: invalid choice: 'ns'"),
         (["in", "in/out"], "lies in in, which is packed"),
-        (["in", "in", "out"], "events: two sources are called in; rename one of them"),
+        (["in", "in", "out"], "events: two sources are called in; rename one of them, or give a link of another name"),
         (["in", "out", "--resize", "5"], "unrecognized arguments: --resize 5"),
     ],
 )

@@ -1,0 +1,230 @@
+"""Files of event cameras beyond plain recordings: other cameras, quiet times, long headers, hostile numbers."""
+
+import io
+import struct
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+
+from data_prep.images import RefusedError
+from data_prep.shard_writer import Record
+from data_prep.sources import event_formats
+from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, _read_evt3, convert
+from pipeline.data.decode.events import Events, decode
+from tests.support.event_files import EXTENSION, WRITERS, recording, write_aedat2, write_bin, write_evt2, write_npz
+from tests.support.prep_runs import prepare, write_folder
+
+ON_34 = Settings(sensor=(34, 34))
+
+
+def read(name: str, data: bytes, settings: Settings = ON_34) -> tuple[Events, tuple[str, ...]]:
+    found = convert(name, memoryview(data), settings)
+    assert found.converted is not None
+    return decode(found.converted), found.warnings
+
+
+def refusal(name: str, data: bytes, settings: Settings = ON_34) -> str:
+    with pytest.raises(RefusedError) as caught:
+        convert(name, memoryview(data), settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def name_of(format: str) -> str:
+    return f"one.{EXTENSION.get(format, format)}"
+
+
+def test_aedat2_of_another_camera_than_a_dvs128_is_refused():
+    """A DAVIS346 has y in bits 22 to 30 of an address, x in 12 to 21, the polarity in 11."""
+    random, num = np.random.RandomState(0), 1000
+    words = np.zeros((num, 2), ">u4")
+    words[:, 0] = (
+        random.randint(1, 260, num) << 22 | random.randint(0, 346, num) << 12 | random.randint(0, 2, num) << 11
+    )
+    words[:, 1] = np.arange(num)
+    head, chip = b"#!AER-DAT2.0\r\n", b"# AEChip: eu.seebetter.ini.chips.davis.Davis346red\r\n"
+    said = (
+        "AEDAT 2.0 of the camera Davis346red, whose addresses are others than a DVS128's; convert it, for instance to"
+    )
+    assert refusal("a.aedat", head + chip + words.tobytes()).startswith(said)
+    said = "1000 of 1000 events have addresses that no pixel of a DVS128 has; convert it"
+    assert refusal("a.aedat", head + words.tobytes()).startswith(said)
+    events, _ = recording(3)
+    for name in (b"ch.unizh.ini.jaer.chip.retina.DVS128", b"DVS128_PAER"):
+        whole = write_aedat2(events).replace(head, head + b"# AEChip: " + name + b"\r\n")
+        assert np.array_equal(read("a.aedat", whole, Settings())[0].x, events.x)
+
+
+def test_half_of_an_aedat2_may_be_no_pixels():
+    pixel, special = struct.pack(">II", 5 << 8 | 3 << 1, 1), struct.pack(">II", 1 << 15, 1)
+    head = b"#!AER-DAT2.0\r\n"
+    assert len(read("a.aedat", head + pixel + special, Settings())[0].t) == 1
+    assert refusal("a.aedat", head + pixel + 2 * special, Settings()).startswith("2 of 3 events")
+
+
+def test_of_how_many_events_a_warning_is_adds_up_over_the_recordings(tmp_path):
+    one, other = (write_aedat2(recording(number)[0]) for number in (0, 1))
+    special = struct.pack(">II", 1 << 15, 1)
+    write_folder(tmp_path / "in/a", {"0.aedat": one + 3 * special, "1.aedat": other + 2 * special})
+    done = prepare("events", tmp_path / "in", tmp_path / "out")
+    assert f" the first: {INVALID} (5 in all)\n" in done.stdout
+    record = next((tmp_path / "out/train/.done").iterdir())
+    assert Record.from_json(record.read_text()).warnings[INVALID][::2] == (2, 5)
+    older = record.read_text().replace('.aedat", 5]', '.aedat"]')
+    assert Record.from_json(older).warnings[INVALID][::2] == (2, 0)
+
+
+def test_events_before_the_first_time_and_out_of_order_are_counted():
+    events, _ = recording(3)
+    at = write_evt2(events).index(b"% end\n") + 6
+    untimed = write_evt2(events)[:at] + 2 * struct.pack("<I", 1) + write_evt2(events)[at:]
+    assert convert("a.raw", memoryview(untimed), ON_34).warned_events == (2,)
+    late = events._replace(t=np.concatenate([events.t[1:], events.t[:1]]))
+    assert convert("a.npz", memoryview(write_npz(late)), ON_34).warned_events == (1,)
+
+
+# Bits of the clock, and the µs of a step of its words of time.
+CLOCKS = {"bin": (23, 1), "aedat2": (32, 1), "dat": (32, 1), "evt2": (34, 64), "evt3": (24, 4096)}
+
+
+def few(*times: int) -> Events:
+    """Events at these times, in columns 0, 1, 2, …"""
+    num = len(times)
+    columns = np.arange(num, dtype=np.uint16), np.full(num, 5, np.uint16), np.ones(num, np.uint8)
+    return Events(np.array(times, dtype=np.int64), *columns, 34, 34)
+
+
+@pytest.mark.parametrize("format", CLOCKS)
+@pytest.mark.parametrize("start", [0, 1_000_000])
+def test_a_quiet_time_of_nearly_the_clock_s_range_stays(format, start):
+    bits, step = CLOCKS[format]
+    quiet = min((1 << bits) - 2 * step - 1_005_000, (1 << 32) - 1)
+    events = few(0, 1000, 1000 + quiet, 2000 + quiet, 3000 + quiet + (1 << bits) // 5)
+    back, warnings = read(name_of(format), WRITERS[format](events, start=start))
+    assert (back.t.tolist(), back.x.tolist(), warnings) == (events.t.tolist(), [0, 1, 2, 3, 4], ())
+
+
+@pytest.mark.parametrize("format", ["bin", "aedat2", "dat"])
+def test_events_that_come_late_over_a_wrap_are_put_back(format):
+    size = 1 << CLOCKS[format][0]
+    events = few(0, 900, 1005, 995, 1009, 998, 999, 1100, 1100 + size // 8 * 5)
+    back, warnings = read(name_of(format), WRITERS[format](events, start=size - 1000))
+    assert back.t.tolist() == sorted(events.t.tolist())
+    assert back.x.tolist() == [0, 1, 3, 5, 6, 2, 4, 7, 8]
+    assert warnings == (SORTED,)
+
+
+def test_late_is_65_ms_at_most():
+    """A rise from further behind a wrap, or to further before the next one, is a quiet time."""
+    for behind, before in ((70_000, 100), (100, 70_000)):
+        times = (0, 1000 + behind, 1000 + (1 << 23) - before)
+        back, warnings = read("a.bin", write_bin(few(*times), start=(1 << 23) - 1000))
+        assert (back.t.tolist(), warnings) == (list(times), ())
+
+
+def evt3_word_by_word(words: list[int]) -> tuple[list[tuple[int, int, int, int]], int]:
+    """The events of EVT 3.0 by the words of its description, and how many have no known time or place."""
+    high = low = row = base = polarity = None
+    mark, turns, found, num_unknown = 0, 0, [], 0
+    for word in words:
+        kind, value = word >> 12, word & 0xFFF
+        columns = []
+        if kind == 8:
+            turns += high is not None and value < mark - 2048
+            mark = value
+            high = turns << 12 | value
+        elif kind == 6:
+            low = value
+        elif kind == 0:
+            row = value & 0x7FF
+        elif kind == 3:
+            base, polarity = value & 0x7FF, value >> 11
+        elif kind == 2:
+            columns = [(value & 0x7FF, value >> 11)]
+        elif kind in (4, 5):
+            width = 12 if kind == 4 else 8
+            columns = [((base or 0) + bit, polarity) for bit in range(width) if value >> bit & 1]
+            base = None if base is None else base + width
+        for column, p in columns:
+            if high is None or low is None or row is None or p is None:
+                num_unknown += 1
+            else:
+                found.append((high << 12 | low, column, row, p))
+    return found, num_unknown
+
+
+@pytest.mark.parametrize("slice_words", [1, 2, 7, 1 << 16])
+def test_evt3_is_decoded_in_slices_as_word_by_word(slice_words):
+    random = np.random.RandomState(slice_words)
+    for _ in range(100):
+        num = random.randint(1, 120)
+        kinds = random.choice([0, 2, 3, 4, 5, 6, 8, 7, 10, 14, 15], num)
+        words = (kinds << 12 | random.randint(0, 4096, num)).astype("<u2")
+        raw = _read_evt3(memoryview(words.tobytes()), 0, None, slice_words)
+        expected, num_unknown = evt3_word_by_word(words.tolist())
+        assert list(zip(*(column.tolist() for column in (raw.t, raw.x, raw.y, raw.p)), strict=True)) == expected
+        assert raw.warnings == ({UNTIMED: num_unknown} if num_unknown else {})
+
+
+def dense_evt3(num_words: int) -> bytes:
+    """Nearly all of its words are vectors of twelve events."""
+    words = np.full(num_words, 4 << 12 | 0xFFF, "<u2")
+    for place, word in enumerate((8 << 12 | 1, 6 << 12 | 5, 0 << 12 | 9, 3 << 12 | 1 << 11)):
+        words[place::64] = word
+    return b"% evt 3.0\n% geometry 1280x720\n% end\n" + words.tobytes()
+
+
+def test_evt3_takes_little_more_memory_than_its_events():
+    data = dense_evt3(1 << 18)
+    tracemalloc.start()
+    num = len(_read_evt3(memoryview(data), data.index(b"% end\n") + 6, None).t)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert num > 2_900_000
+    assert peak < 45 * num
+
+
+def test_an_evt3_of_more_events_than_a_worker_can_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(event_formats, "MAX_EVENTS", 50_000)
+    assert refusal("a.raw", dense_evt3(1 << 16)) == "more than 50000 events; cut the recording into shorter ones"
+
+
+FIELDS = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "u1")]
+NO_BYTES = [(name, "S0") for name in "xytp"]
+
+
+def npy_of(descr: object, shape: tuple, body: bytes = b"") -> bytes:
+    """An .npy of this header, true or not."""
+    header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + body
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "body"),
+    [
+        (FIELDS, (-2, -4), bytes(8 * 13)),
+        (FIELDS, (-1,), b""),
+        (FIELDS, (True,), bytes(13)),
+        (FIELDS, (2**63, 0), b""),
+        (FIELDS, (0, 2**47, 2**47), b""),
+        (FIELDS, (1,) * 70, bytes(13)),
+        ("|V0", (3,), b""),
+        ([], (3,), b""),
+        (NO_BYTES, (4,), b""),
+        (NO_BYTES, (2**62,), b""),
+    ],
+)
+def test_an_npy_of_an_impossible_header_is_refused(descr, shape, body):
+    data = npy_of(descr, shape, body)
+    said = refusal("a.npy", data)
+    assert said.startswith(("damaged: ", "not an array of numpy")), said
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("events.npy", data)
+    assert refusal("a.npz", stream.getvalue()) == said
+
+
+def test_an_npy_of_a_true_header_is_read():
+    assert read("a.npy", npy_of(FIELDS, (2,), bytes(26)))[0].t.tolist() == [0, 0]
