@@ -148,6 +148,7 @@ def prepare(config: Config, watch: Watch) -> Run:
         image_size=config.data.image_size,
         image_size_start=config.data.image_size_start,
         image_size_step=config.data.image_size_step,
+        micro_batch=config.data.micro_batch,
     ).to(place.device)
     imports = {} if source is None else own_source.imported(source)
     if source is not None:

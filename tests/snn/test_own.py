@@ -344,6 +344,11 @@ CASES = {
     "state in a buffer": (("self.fc = nn", "self.register_buffer('h', torch.zeros(0)); self.fc = nn"),
                           ("        s = self", "        self.h = images\n        s = self"),
                           "h is a buffer that a pass makes or"),
+    "another buffer": (("self.fc = nn", "self.register_buffer('h', torch.zeros(())); self.fc = nn"),
+                       ("        s = self", "        self.h = 0.9 * self.h + images.mean()\n        s = self"),
+                       r"h is a buffer in whose place .*; write into it \(copy_"),
+    "compiled": (("return Net(model, num_classes)", "return torch.compile(Net(model, num_classes), backend='eager')"),
+                 r"torch\.compile hides which weights feed the neurons \S*sn; return the network uncompiled"),
     "scalar": (("self.fc = nn", "self.a = nn.Parameter(torch.tensor(1.0)); self.fc = nn"), "a has no dimension"),
     "random": (("return self.fc(s.mean((3, 4)))", "return self.fc(s.mean((3, 4))) + torch.rand(())"),
                "the same images give other logits the second time"),
@@ -462,6 +467,26 @@ def test_the_energy_of_a_loop_over_time_is_that_of_all_steps_at_once():
     assert looped.layers[0].macs == at_once.layers[0].macs == T * 2 * 4 * (3 * 7 - 4) * (3 * 6 - 4)
     assert looped.firing_rates["neurons"] == pytest.approx(at_once.firing_rates["neurons"])
     assert 0 < looped.firing_rates["neurons"] < 1
+
+
+def test_a_child_may_have_any_name(tmp_path):
+    names = ("_layers", "_rest", "_own")
+    text = SMALL
+    for name in names:
+        text = text.replace("        self.fc =", f"        self.{name} = nn.Identity()\n        self.fc =")
+    network = built(written(tmp_path, text))
+    assert [layer.name for layer in network.spiking_layers()] == ["sn"]
+    assert isinstance(network.get_submodule("_layers"), torch.nn.Identity)
+    assert network(torch.zeros(2, 3, 8, 8)).shape == (4, 2, 5)
+
+
+def test_a_network_that_trains_on_one_image_at_a_time_is_tried_on_one(tmp_path):
+    one = SMALL.replace("self.fc = nn", "self.norm = nn.BatchNorm1d(4); self.fc = nn")
+    one = one.replace("s.mean((3, 4))", "torch.stack([self.norm(x) for x in s.mean((3, 4))])")
+    arch = written(tmp_path, one)
+    assert built(arch)(torch.zeros(2, 3, 8, 8)).shape == (4, 2, 5)
+    with pytest.raises(ConfigError, match=r"a pass of images of shape \(1, 3, 8, 8\) failed with ValueError: Expected"):
+        build(ModelConfig(arch=arch), num_classes=5, image_size=8, micro_batch=1)
 
 
 def test_a_gradient_step_counts_every_layer(tmp_path):

@@ -16,6 +16,7 @@ def build(
     image_size: int,
     image_size_start: int = 0,
     image_size_step: int = 0,
+    micro_batch: int = 2,
     run: Path | None = None,
 ) -> Network:
     """The network of `model.arch`, with fresh weights from torch's default generator.
@@ -27,6 +28,7 @@ def build(
         image_size: H = W of the images, in pixels; at least the network's total stride.
         image_size_start: side of the first images where they grow to image_size; 0 where they do not.
         image_size_step: their sides between the two are multiples of this; 0 where they do not grow.
+        micro_batch: images of a training pass: a user's own network has to take as few.
         run: folder of a run: a user's own network is built from the copy of its file there, if there is one.
 
     Raises:
@@ -43,4 +45,11 @@ def build(
     if image_size_start and image_size_step:
         first = -(-image_size_start // image_size_step) * image_size_step
         sizes = tuple(dict.fromkeys((*sizes, *range(first, image_size, image_size_step))))
-    return own.build(source, model, num_classes=num_classes, in_channels=in_channels, image_sizes=sizes)
+    return own.build(
+        source,
+        model,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        image_sizes=sizes,
+        micro_batch=micro_batch,
+    )

@@ -49,7 +49,7 @@ from pipeline.snn.networks.own_source import Source
 from pipeline.snn.neurons import NeuronState, bind
 
 TRIED = 2
-"""Images in a trial pass: batch normalisation needs more than one."""
+"""Images in a trial pass: batch normalisation may need more than one."""
 
 
 class OwnNetwork(Network):
@@ -61,32 +61,35 @@ class OwnNetwork(Network):
         in_channels: C of the images.
     """
 
-    _own: nn.Module
+    _own_module: nn.Module
+    _own_layers: list[SpikingLayer]
+    _own_rest: "_Rest"
 
     def __init__(self, module: nn.Module, layers: list[SpikingLayer], in_channels: int) -> None:
         super().__init__()
         # The module's own registries, and not the module as a child, whose name would stand before all others.
         self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
         self._non_persistent_buffers_set = module._non_persistent_buffers_set
-        self.__dict__["_own"] = module
+        self.__dict__["_own_module"] = module
         self.training = module.training
-        self.in_channels, self._layers, self._rest = in_channels, layers, _Rest(module)
+        # Not by setattr, which refuses the names of the module's own children.
+        self.__dict__ |= {"in_channels": in_channels, "_own_layers": layers, "_own_rest": _Rest(module)}
 
     def spiking_layers(self) -> list[SpikingLayer]:
-        return self._layers
+        return self._own_layers
 
     def forward(self, images: Tensor) -> Tensor:
         with ExitStack() as stack:
-            stack.enter_context(self._rest)
+            stack.enter_context(self._own_rest)
             if next(self.parameters()).dtype == torch.float16:
                 # As in bf16: tensors of another dtype, such as buffers, may meet the weights.
                 stack.enter_context(torch.autocast(images.device.type, torch.float16))
                 stack.enter_context(_FullNorms())
-            logits = self._own(images)
+            logits = self._own_module(images)
         return logits if logits.dim() == 3 else logits[None]
 
     def train(self, mode: bool = True) -> "OwnNetwork":
-        self._own.train(mode)
+        self._own_module.train(mode)
         self.training = mode
         return self
 
@@ -112,8 +115,9 @@ def build(
     num_classes: int,
     in_channels: int,
     image_sizes: tuple[int, ...],
+    micro_batch: int,
 ) -> OwnNetwork:
-    """The user's network, tried on two images of each size.
+    """The user's network, tried on two images of each size; on one, where it trains on one at a time.
 
     Args:
         source: where its function is.
@@ -121,6 +125,7 @@ def build(
         num_classes: K.
         in_channels: C of the images; with 2 it is tried on event frames.
         image_sizes: sides of the images that it will get, in pixels; the function gets the first.
+        micro_batch: images that it gets at a time while training.
 
     Raises:
         ConfigError: the user's code failed, with its own lines of the traceback; or the contract is broken.
@@ -130,7 +135,8 @@ def build(
         module = _called(source, given)
         _check_parameters(source, module)
         _convert_neurons(source, module, model)
-        channels = (model.T, TRIED, in_channels) if in_channels == 2 else (TRIED, in_channels)
+        batch = min(TRIED, micro_batch)
+        channels = (model.T, batch, in_channels) if in_channels == 2 else (batch, in_channels)
         layers: list[SpikingLayer] = []
         for size in image_sizes:
             layers = _tried(source, module, torch.Size((*channels, size, size)), num_classes)
@@ -287,7 +293,8 @@ def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: in
             return module(images)
 
     with trial(module) as neurons:
-        shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
+        buffers = dict(module.named_buffers())
+        shapes = {name: buffer.shape for name, buffer in buffers.items()}
         fed = fed_layers(module, neurons)
         order = _order_of_use(fed)
         out = logits()
@@ -296,6 +303,8 @@ def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: in
         lost = [name for name, parameter in module.named_parameters() if parameter.grad is None]
         unused = [name for name, tally in zip(neurons.names, neurons.tallies, strict=True) if not tally.any]
         changed = [name for name, buffer in module.named_buffers() if buffer.shape != shapes.get(name)]
+        replaced = [name for name, buffer in module.named_buffers() if buffer is not buffers.get(name)]
+        hidden = [name for name, neuron in zip(neurons.names, neurons.neurons, strict=True) if neuron.traced]
         module.eval()
         with torch.no_grad():
             again = [logits() for _ in range(2)]
@@ -305,6 +314,12 @@ def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: in
     if changed:
         raise _refused(source, f"{changed[0]} is a buffer that a pass makes or gives another shape; keep such "
                        "state in a plain attribute, and start every pass from rest")  # fmt: skip
+    if replaced:
+        raise _refused(source, f"{replaced[0]} is a buffer in whose place a pass puts another tensor, which averages "
+                       "and a skipped step would miss; write into it (copy_, lerp_, …)")  # fmt: skip
+    if hidden and not hasattr(module, "spiking_layers"):
+        raise _refused(source, f"torch.compile hides which weights feed the neurons {hidden[0]}; return the network "
+                       "uncompiled, or give it a method spiking_layers()")  # fmt: skip
     if lost:
         raise _refused(source, f"{lost[0]} gets no gradient in a pass; use every parameter, or take it out")
     if not torch.equal(*again):
