@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -289,6 +290,74 @@ def test_verify_names_the_fault(whole, tmp_path, fault):
         assert sum(part in line for line in told) == 1, told
     assert len(told) <= len(expected) + 1, told
     assert "Traceback" not in run.stderr
+
+
+def rewritten(train: Path, ending: str, change: Callable[[bytes], bytes]) -> None:
+    """Changes a file of the first shard and says so in the manifest, as who made the set so would have done."""
+    manifest = json.loads((train / "manifest.json").read_text())
+    path, field = train / f"train-000000.{ending}", {"tar": "sha256", "npy": "samples_sha256"}[ending]
+    path.write_bytes(change(path.read_bytes()))
+    manifest["shards"][0][field] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (train / "manifest.json").write_text(json.dumps(manifest))
+
+
+def labelled(tar: bytes, label: bytes) -> bytes:
+    """The tar with another label of its first sample."""
+    head = bytearray(tar[:512])
+    head[124:136], head[148:156] = b"%011o\0" % len(label), b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head) + label.ljust(512, b"\0") + tar[1024:]
+
+
+def as_saved(table: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, table)
+    return stream.getvalue()
+
+
+def moved(data: bytes) -> bytes:
+    table = np.load(io.BytesIO(data))
+    table["offset"][3] = 1 << 62
+    return as_saved(table)
+
+
+def many(data: bytes) -> bytes:
+    """The same records under a header that says 10¹³."""
+    stream, table = io.BytesIO(), np.load(io.BytesIO(data))
+    descr = np.lib.format.dtype_to_descr(table.dtype)
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": (10**13,)})
+    return stream.getvalue() + table.tobytes()
+
+
+HOSTILE = {
+    "a label of ten digits": ("tar", lambda tar: labelled(tar, b"9999999999"), "the label b'9999999999' is none of 3"),
+    "a label of 500 digits": ("tar", lambda tar: labelled(tar, b"9" * 500), "the label b'9999999999' is none of 3"),
+    "a table of 10¹³ samples": ("npy", many, "train-000000.npy: holds (10000000000000,) of "),
+    "a table of something else": ("npy", lambda _: as_saved(np.zeros(9)), "train-000000.npy: holds (9,) of float64, "),
+    "a table that is none": ("npy", lambda _: b"no table", "train-000000.npy: cannot be read ("),
+    "a table that leads out of the tar": ("npy", moved, "train-000000.npy: puts sample 3 outside of train-000000.tar"),
+    "a tar of no byte": ("tar", lambda _: b"", "train-000000.tar: is empty"),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_verify_ends_well_whatever_a_set_holds(whole, tmp_path, fault):
+    ending, change, said = HOSTILE[fault]
+    shutil.copytree(whole, tmp_path / "set")
+    rewritten(tmp_path / "set/train", ending, change)
+    run = prepare("verify", tmp_path / "set", "--workers", 1)
+    assert (run.returncode, run.stderr) == (65, "")
+    assert said in run.stdout
+
+
+@pytest.mark.parametrize("ending", ["tar", "idx", "npy"])
+def test_verify_tells_of_a_missing_file_once(whole, tmp_path, ending):
+    shutil.copytree(whole, tmp_path / "set")
+    (tmp_path / f"set/train/train-000000.{ending}").unlink()
+    run = prepare("verify", tmp_path / "set", "--workers", 1)
+    assert (run.returncode, run.stderr) == (65, "")
+    assert run.stdout.count(f"train-000000.{ending}") == 1
+    assert f"train/train-000000.{ending}: is missing" in run.stdout
 
 
 def test_verify_says_that_a_whole_set_is_whole(whole):
