@@ -351,6 +351,43 @@ def test_verify_ends_well_whatever_a_set_holds(whole, tmp_path, fault):
 
 
 @pytest.mark.parametrize("ending", ["tar", "idx", "npy"])
+def with_label(data: bytes, label: int) -> bytes:
+    table = np.load(io.BytesIO(data))
+    table["label"][3] = label
+    return as_saved(table)
+
+
+def in_a_line(run: subprocess.CompletedProcess, said: str) -> bool:
+    return (run.returncode, run.stderr.count("\n")) == (65, 1) and said in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(change, said.split(": ", 1)[1]) for ending, change, said in HOSTILE.values() if ending == "npy"]
+    + [
+        (lambda data: with_label(data, -1), "gives sample 3 the label -1, of 3 classes"),
+        (lambda data: with_label(data, 3), "gives sample 3 the label 3, of 3 classes"),
+        (lambda data: as_saved(np.load(io.BytesIO(data))[:3]), "holds (3,) of "),
+    ],
+)
+def test_info_ends_in_a_line_whatever_a_table_holds(whole, tmp_path, change, said):
+    shutil.copytree(whole, tmp_path / "set")
+    rewritten(tmp_path / "set/train", "npy", change)
+    run = prepare("info", tmp_path / "set")
+    assert in_a_line(run, f"train-000000.npy {said}"), run.stderr
+    assert "check the set with python -m data_prep verify" in run.stderr
+
+
+def test_info_of_a_set_without_shards_says_so(whole, tmp_path):
+    (tmp_path / "train").mkdir()
+    manifest = json.loads((whole / "train/manifest.json").read_text())
+    (tmp_path / "train/manifest.json").write_text(json.dumps(manifest | {"shards": []}))
+    (tmp_path / "prep.json").write_bytes((whole / "prep.json").read_bytes())
+    run = prepare("info", tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.splitlines()[1].split() == ["train", "3", "0", "0", "0", "0", "B", "-", "-"]
+
+
 def test_verify_tells_of_a_missing_file_once(whole, tmp_path, ending):
     shutil.copytree(whole, tmp_path / "set")
     (tmp_path / f"set/train/train-000000.{ending}").unlink()
