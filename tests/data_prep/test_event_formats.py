@@ -246,3 +246,13 @@ def test_the_sheet_draws_a_sensor_of_65535_pixels_in_little_memory(tmp_path):
         assert tile[0, 0, 0] > tile[0, 0, 2]  # red
         assert tile[-1, -1, 2] > tile[-1, -1, 0]  # blue
         assert (tile[40:60, 40:60] == 255).all()
+
+
+def test_row_240_of_a_bin_is_an_overflow_only_where_the_sensor_has_no_such_row():
+    data = write_bin(few(0, 10, 20)._replace(y=np.array([239, 240, 239])))
+    back, _ = read("a.bin", data, Settings(sensor=(304, 240)))
+    assert (back.t.tolist(), back.y.tolist()) == ([0, 8192 + 20], [239, 239])
+    said = refusal("a.bin", data, Settings(sensor=(304, 241)))
+    assert said.startswith("1 events in row 240, which this format also uses as the mark of an overflow")
+    whole = write_bin(few(0, 10)._replace(y=np.array([239, 241])))
+    assert read("a.bin", whole, Settings(sensor=(304, 256)))[0].y.tolist() == [239, 241]
