@@ -17,7 +17,7 @@ from data_prep.state import STATE_NAME, load_state
 from data_prep.stores import Store
 from data_prep.verify import find_splits
 from pipeline.data.decode.events import decode
-from pipeline.data.manifest import EVENTS, IMAGES, Manifest
+from pipeline.data.manifest import EVENTS, IMAGES, SAMPLE_DTYPE, Manifest, samples_in
 from pipeline.errors import DataError
 
 SHEET_NAME = "contact-sheet.png"
@@ -25,6 +25,7 @@ _COLUMNS, _ROWS = 10, 6
 _TILE, _CAPTION, _GAP = 128, 18, 6
 _FONT_PIXELS = 12
 _ON, _OFF = np.array([200, 30, 30]), np.array([30, 70, 200])  # colours of events
+_LARGEST = 1280  # most pixels of a side of a picture of events
 _SMOOTH_FROM = 32  # smaller images are enlarged pixel by pixel, so that their pixels show
 
 
@@ -77,12 +78,16 @@ def _samples(store: Store, split: str, manifest: Manifest) -> np.ndarray:
         if data is None:
             raise DataError(f"{store.where}/{name} is missing; check the set with python -m data_prep verify")
         try:
-            tables.append(np.load(io.BytesIO(data), allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise DataError(
-                f"{store.where}/{name} cannot be read ({error}); check with python -m data_prep verify"
-            ) from None
-    return np.concatenate(tables)
+            table = samples_in(data, shard)
+            if (wrong := (table["label"] < 0) | (table["label"] >= len(manifest.classes))).any():
+                place = int(wrong.argmax())
+                raise ValueError(
+                    f"gives sample {place} the label {table['label'][place]}, of {len(manifest.classes)} classes"
+                )
+        except ValueError as error:
+            raise DataError(f"{store.where}/{name} {error}; check the set with python -m data_prep verify") from None
+        tables.append(table)
+    return np.concatenate([np.zeros(0, SAMPLE_DTYPE), *tables])
 
 
 def _draw(store: Store, splits: dict[str, Manifest], tables: dict[str, np.ndarray], seed: int) -> Image.Image:
@@ -117,7 +122,7 @@ def _sample_bytes(store: Store, split: str, manifest: Manifest, table: np.ndarra
 def _picture_tile(data: bytes) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS)).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
             f"a sample cannot be decoded ({error}); check the set with python -m data_prep verify --decode"
         ) from None
@@ -134,8 +139,11 @@ def _events_tile(data: bytes) -> Image.Image:
         raise DataError(
             f"a sample cannot be decoded ({error}); check the set with python -m data_prep verify --decode"
         ) from None
-    places = events.y.astype(np.int64) * events.width + events.x
-    num = events.width * events.height
+    # A sensor may be said to be 65,535 pixels wide: larger ones than _LARGEST are drawn in cells of several pixels.
+    side = -(-max(events.width, events.height) // _LARGEST)
+    width, height = -(-events.width // side), -(-events.height // side)
+    places = (events.y // side).astype(np.int64) * width + events.x // side
+    num = width * height
     on, off = (np.bincount(places[events.p == p], minlength=num).astype(np.float64) for p in (1, 0))
     total = on + off
     # Full colour at the 95th percentile of the pixels that sent anything: one hot pixel must not pale all others.
@@ -143,7 +151,7 @@ def _events_tile(data: bytes) -> Image.Image:
     share = (on / np.maximum(total, 1))[:, None]
     colour = share * _ON + (1 - share) * _OFF
     pixels = np.rint(255 + (colour - 255) * (0.15 + 0.85 * strength) * (total[:, None] > 0)).astype(np.uint8)
-    image = Image.fromarray(pixels.reshape(events.height, events.width, 3))
+    image = Image.fromarray(pixels.reshape(height, width, 3))
     return ImageOps.contain(
         image, (_TILE, _TILE), Image.Resampling.BOX if max(image.size) > _TILE else Image.Resampling.NEAREST
     )

@@ -151,6 +151,11 @@ def _read_bin(data: memoryview, settings: Settings) -> Raw:
     x, y, p = columns[:, 0], columns[:, 1], columns[:, 2] >> 7
     t = (columns[:, 2] & 127) << 16 | columns[:, 3] << 8 | columns[:, 4]
     overflows = y == 240  # no event: later times are 2^13 µs more
+    if overflows.any() and settings.sensor and settings.sensor[1] > 240:
+        raise RefusedError(
+            f"{int(overflows.sum())} events in row 240, which this format also uses as the mark of an overflow of its "
+            "clock: on a sensor of more than 240 rows they cannot be told apart; convert it, for instance to .npz"
+        )
     if overflows.any():
         t = t + np.cumsum(overflows) * (1 << 13)
         t, x, y, p = (column[~overflows] for column in (t, x, y, p))

@@ -63,6 +63,8 @@ class Recordings(ImageFolder):
             else:
                 members, reader = list(opened[0][0]), opened[0][1]
                 if any(map(_is_list_of_gesture, members)):
+                    if self._val_ratio:
+                        say("--val-ratio is not used: DVS128 Gesture has the splits train, val")
                     file_of = _file_of(self._paths[0], reader)
                     return index_gesture(members, reader, file_of, self._settings, str(self._paths[0]), say)
             return self._index_members(members, reader, say)

@@ -71,7 +71,7 @@ def index_gesture(
     """
     files = {member.name.decode("utf-8", "replace"): member for member in members if not member.folder}
     classes = _classes(files, reader, where)
-    builders, windows, listed = [], {}, set()
+    builders, windows, listed = [], {}, {}
     for base, split in TRIALS.items():
         paths = [name for name in files if name.rsplit("/", 1)[-1].encode() == base]
         if len(paths) != 1:
@@ -80,7 +80,10 @@ def index_gesture(
         builder = SplitBuilder(split)
         for line in _text(files[paths[0]], reader).split():
             name = f"{above}/{line}" if above else line
-            listed.add(name)
+            if name in listed:
+                builder.refuse(name, f"is named in {listed[name]} already; a recording is of one split, once")
+                continue
+            listed[name] = paths[0]
             if name not in files:
                 builder.refuse(name, f"is named in {paths[0]}, but is not there")
             elif files[name].refused:

@@ -11,6 +11,7 @@ recordings of events (pipeline/data/decode/events.py); of these height and width
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -257,29 +258,36 @@ def read_samples(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     path = Path(folder) / shard.samples
     mend = "check the set with python -m data_prep verify"
     try:
-        with open(path, "rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("its .npy format is not version 1.0")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            content = file.read()
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and is_outage(error):
+        return samples_in(path.read_bytes(), shard)
+    except OSError as error:
+        if is_outage(error):
             raise
         raise DataError(f"{path} cannot be read ({error}); {mend}") from None
+    except ValueError as error:
+        raise DataError(f"{path} {error}; {mend}") from None
+
+
+def samples_in(content: bytes, shard: Shard) -> np.ndarray:
+    """The records in the bytes of a shard's file of records; a `ValueError` goes on after the file's name."""
+    stream = io.BytesIO(content)
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("its .npy format is not version 1.0")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # broken bytes make the parser of a header raise any exception
+        raise ValueError(f"cannot be read ({' '.join(str(error).split())[:200]})") from None
     if dtype != SAMPLE_DTYPE or shape != (shard.num_samples,):
-        raise DataError(
-            f"{path} holds {shape} of {dtype}, the manifest says {shard.num_samples} samples of {SAMPLE_DTYPE}; {mend}"
-        )
-    needed = shard.num_samples * SAMPLE_DTYPE.itemsize
-    if len(content) != needed:
-        raise DataError(f"{path} holds {len(content)} bytes of records, its header says {needed}; {mend}")
-    records = np.frombuffer(content, dtype=SAMPLE_DTYPE)
+        raise ValueError(f"holds {shape} of {dtype}, the manifest says {shard.num_samples} samples of {SAMPLE_DTYPE}")
+    length, needed = len(content) - stream.tell(), shard.num_samples * SAMPLE_DTYPE.itemsize
+    if length != needed:
+        raise ValueError(f"holds {length} bytes of records, its header says {needed}")
+    records = np.frombuffer(content, dtype=SAMPLE_DTYPE, offset=stream.tell())
     size, lengths = np.uint64(shard.num_bytes), records["length"].astype(np.uint64)
     outside = (lengths > size) | (records["offset"] > size - np.minimum(lengths, size))
     if outside.any():
-        raise DataError(
-            f"{path} puts sample {int(outside.argmax())} outside of {shard.tar}, which the manifest gives "
-            f"{shard.num_bytes} bytes; {mend}"
+        raise ValueError(
+            f"puts sample {int(outside.argmax())} outside of {shard.tar}, which the manifest gives {shard.num_bytes} "
+            "bytes"
         )
     return records
 

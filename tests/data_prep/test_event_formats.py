@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from data_prep.images import RefusedError
+from data_prep.info import _events_tile
 from data_prep.shard_writer import Record
 from data_prep.sources import event_formats
 from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, _read_evt3, convert
-from pipeline.data.decode.events import Events, decode
+from pipeline.data.decode.events import Events, decode, encode
 from tests.support.event_files import EXTENSION, WRITERS, recording, write_aedat2, write_bin, write_evt2, write_npz
 from tests.support.prep_runs import prepare, write_folder
 
@@ -228,3 +229,30 @@ def test_an_npy_of_an_impossible_header_is_refused(descr, shape, body):
 
 def test_an_npy_of_a_true_header_is_read():
     assert read("a.npy", npy_of(FIELDS, (2,), bytes(26)))[0].t.tolist() == [0, 0]
+
+
+def test_the_sheet_draws_a_sensor_of_65535_pixels_in_little_memory(tmp_path):
+    """Its pixels would be 34 GB a polarity. A sensor of 1280 pixels is drawn pixel by pixel."""
+    edge = 65_534
+    events = few(0, 1)._replace(x=np.array([0, edge]), y=np.array([0, edge]), p=np.array([1, 0]))
+    for side in (1280, 65_535):
+        shown = events._replace(x=events.x * (side - 1) // edge, y=events.y * (side - 1) // edge)
+        tracemalloc.start()
+        tile = np.asarray(_events_tile(encode(shown._replace(width=side, height=side)))).astype(int)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 400 << 20
+        assert tile.shape == (128, 128, 3)
+        assert tile[0, 0, 0] > tile[0, 0, 2]  # red
+        assert tile[-1, -1, 2] > tile[-1, -1, 0]  # blue
+        assert (tile[40:60, 40:60] == 255).all()
+
+
+def test_row_240_of_a_bin_is_an_overflow_only_where_the_sensor_has_no_such_row():
+    data = write_bin(few(0, 10, 20)._replace(y=np.array([239, 240, 239])))
+    back, _ = read("a.bin", data, Settings(sensor=(304, 240)))
+    assert (back.t.tolist(), back.y.tolist()) == ([0, 8192 + 20], [239, 239])
+    said = refusal("a.bin", data, Settings(sensor=(304, 241)))
+    assert said.startswith("1 events in row 240, which this format also uses as the mark of an overflow")
+    whole = write_bin(few(0, 10)._replace(y=np.array([239, 241])))
+    assert read("a.bin", whole, Settings(sensor=(304, 256)))[0].y.tolist() == [239, 241]

@@ -451,6 +451,21 @@ def test_dvs_gesture_in_a_tar_gives_the_same_shards(tmp_path):
             assert (one.stem, one.image, one.label) == (other.stem, other.image, other.label)
 
 
+def test_a_recording_of_dvs_gesture_is_of_one_split(tmp_path):
+    root = tmp_path / "DvsGesture"
+    write_gesture(root)
+    with open(root / "trials_to_test.txt", "a") as file:
+        file.write("user01_lab.aedat\n")
+    with open(root / "trials_to_train.txt", "a") as file:
+        file.write("user02_lab.aedat\n")
+    splits, said = indexed(Recordings([str(root)], Settings(), 0.3, 0), tmp_path / "work")
+    for split, base, name in (("train", "train", "user02_lab.aedat"), ("val", "train", "user01_lab.aedat")):
+        reason = f"is named in trials_to_{base}.txt already; a recording is of one split, once"
+        assert [(refusal.name, refusal.reason) for refusal in splits[split].refusals] == [(name, reason)]
+    assert (len(splits["train"]), len(splits["val"])) == (8, 4)
+    assert "--val-ratio is not used: DVS128 Gesture has the splits train, val" in said
+
+
 @pytest.mark.parametrize("number", ["²", "9" * 5000])
 def test_a_mapping_of_dvs_gesture_with_odd_numbers_is_refused(tmp_path, number):
     write_gesture(tmp_path / "in", users=2, gestures=1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -289,6 +290,111 @@ def test_verify_names_the_fault(whole, tmp_path, fault):
         assert sum(part in line for line in told) == 1, told
     assert len(told) <= len(expected) + 1, told
     assert "Traceback" not in run.stderr
+
+
+def rewritten(train: Path, ending: str, change: Callable[[bytes], bytes]) -> None:
+    """Changes a file of the first shard and says so in the manifest, as who made the set so would have done."""
+    manifest = json.loads((train / "manifest.json").read_text())
+    path, field = train / f"train-000000.{ending}", {"tar": "sha256", "npy": "samples_sha256"}[ending]
+    path.write_bytes(change(path.read_bytes()))
+    manifest["shards"][0][field] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (train / "manifest.json").write_text(json.dumps(manifest))
+
+
+def labelled(tar: bytes, label: bytes) -> bytes:
+    """The tar with another label of its first sample."""
+    head = bytearray(tar[:512])
+    head[124:136], head[148:156] = b"%011o\0" % len(label), b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head) + label.ljust(512, b"\0") + tar[1024:]
+
+
+def as_saved(table: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, table)
+    return stream.getvalue()
+
+
+def moved(data: bytes) -> bytes:
+    table = np.load(io.BytesIO(data))
+    table["offset"][3] = 1 << 62
+    return as_saved(table)
+
+
+def many(data: bytes) -> bytes:
+    """The same records under a header that says 10¹³."""
+    stream, table = io.BytesIO(), np.load(io.BytesIO(data))
+    descr = np.lib.format.dtype_to_descr(table.dtype)
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": (10**13,)})
+    return stream.getvalue() + table.tobytes()
+
+
+HOSTILE = {
+    "a label of ten digits": ("tar", lambda tar: labelled(tar, b"9999999999"), "the label b'9999999999' is none of 3"),
+    "a label of 500 digits": ("tar", lambda tar: labelled(tar, b"9" * 500), "the label b'9999999999' is none of 3"),
+    "a table of 10¹³ samples": ("npy", many, "train-000000.npy: holds (10000000000000,) of "),
+    "a table of something else": ("npy", lambda _: as_saved(np.zeros(9)), "train-000000.npy: holds (9,) of float64, "),
+    "a table that is none": ("npy", lambda _: b"no table", "train-000000.npy: cannot be read ("),
+    "a table that leads out of the tar": ("npy", moved, "train-000000.npy: puts sample 3 outside of train-000000.tar"),
+    "a tar of no byte": ("tar", lambda _: b"", "train-000000.tar: is empty"),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_verify_ends_well_whatever_a_set_holds(whole, tmp_path, fault):
+    ending, change, said = HOSTILE[fault]
+    shutil.copytree(whole, tmp_path / "set")
+    rewritten(tmp_path / "set/train", ending, change)
+    run = prepare("verify", tmp_path / "set", "--workers", 1)
+    assert (run.returncode, run.stderr) == (65, "")
+    assert said in run.stdout
+
+
+@pytest.mark.parametrize("ending", ["tar", "idx", "npy"])
+def with_label(data: bytes, label: int) -> bytes:
+    table = np.load(io.BytesIO(data))
+    table["label"][3] = label
+    return as_saved(table)
+
+
+def in_a_line(run: subprocess.CompletedProcess, said: str) -> bool:
+    return (run.returncode, run.stderr.count("\n")) == (65, 1) and said in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(change, said.split(": ", 1)[1]) for ending, change, said in HOSTILE.values() if ending == "npy"]
+    + [
+        (lambda data: with_label(data, -1), "gives sample 3 the label -1, of 3 classes"),
+        (lambda data: with_label(data, 3), "gives sample 3 the label 3, of 3 classes"),
+        (lambda data: as_saved(np.load(io.BytesIO(data))[:3]), "holds (3,) of "),
+    ],
+)
+def test_info_ends_in_a_line_whatever_a_table_holds(whole, tmp_path, change, said):
+    shutil.copytree(whole, tmp_path / "set")
+    rewritten(tmp_path / "set/train", "npy", change)
+    run = prepare("info", tmp_path / "set")
+    assert in_a_line(run, f"train-000000.npy {said}"), run.stderr
+    assert "check the set with python -m data_prep verify" in run.stderr
+
+
+def test_info_of_a_set_without_shards_says_so(whole, tmp_path):
+    (tmp_path / "train").mkdir()
+    manifest = json.loads((whole / "train/manifest.json").read_text())
+    (tmp_path / "train/manifest.json").write_text(json.dumps(manifest | {"shards": []}))
+    (tmp_path / "prep.json").write_bytes((whole / "prep.json").read_bytes())
+    run = prepare("info", tmp_path)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.splitlines()[1].split() == ["train", "3", "0", "0", "0", "0", "B", "-", "-"]
+
+
+def test_verify_tells_of_a_missing_file_once(whole, tmp_path, ending):
+    shutil.copytree(whole, tmp_path / "set")
+    (tmp_path / f"set/train/train-000000.{ending}").unlink()
+    run = prepare("verify", tmp_path / "set", "--workers", 1)
+    assert (run.returncode, run.stderr) == (65, "")
+    assert run.stdout.count(f"train-000000.{ending}") == 1
+    assert f"train/train-000000.{ending}: is missing" in run.stdout
 
 
 def test_verify_says_that_a_whole_set_is_whole(whole):
