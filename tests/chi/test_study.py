@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import chi_falsifiers, chi_falsifiers_report, chi_study, chi_study_report, study_runs
+from benchmarks import chi_falsifiers, chi_falsifiers_report, chi_long, chi_study, chi_study_report, study_runs
 from tests.conftest import ROOT
 
 
@@ -82,3 +82,27 @@ def test_what_the_page_says_of_soft_spikes_is_what_their_runs_say():
         assert "**Soft spikes: undecided" in page
     else:
         assert f"**Soft spikes: {'a lead' if max(bounds) > 0 else 'no lead'}" in page
+
+
+def test_the_deep_table_is_that_of_the_runs():
+    page = PAGE.read_text(encoding="utf-8")
+    records = study_runs.finished(chi_long.RUNS)
+    settings = (
+        ("27 layers, ADD, IF", ["27 layers, IF, T=2"]),
+        ("27 layers, IAND, LIF", ["27 layers, IAND, LIF, T=2"]),
+        ("57 layers, ADD, IF", ["57 layers, IF, T=2"]),
+        ("all", chi_long.DEEP),
+    )
+    for name, places in settings:
+        gains = chi_long.gain([r for r in records if r["where"] in places], chi_long.CALIBRATED, chi_long.BEST)
+        mean, bound = (row["value"] for row in chi_long.compared("", gains))
+        found = re.search(rf"^\| {name} \| (\d+) \| \**(\S+) ± \S+ \| \**(−?[\d.]+)", page, re.MULTILINE)
+        assert found, name
+        assert [found[1], found[2], found[3]] == [
+            str(len(gains)),
+            f"{mean:+.2f}".replace("-", "−"),
+            f"{bound:.2f}".replace("-", "−"),
+        ]
+    assert {len(places) * 10 for _, places in settings} == {10, 30}
+    for text in (PAGE.with_name("chi.md"), ROOT / "README.md"):
+        assert f"{mean:+.2f}"[1:] + " ± 0.65" in text.read_text(encoding="utf-8"), "of all pairs"
