@@ -480,6 +480,11 @@ def test_a_child_may_have_any_name(tmp_path):
     assert network(torch.zeros(2, 3, 8, 8)).shape == (4, 2, 5)
 
 
+def test_a_network_is_built_in_training_mode(tmp_path):
+    evaluated = SMALL.replace("return Net(model, num_classes)", "return Net(model, num_classes).eval()")
+    assert all(module.training for module in built(written(tmp_path, evaluated)).modules())
+
+
 def test_a_network_that_trains_on_one_image_at_a_time_is_tried_on_one(tmp_path):
     one = SMALL.replace("self.fc = nn", "self.norm = nn.BatchNorm1d(4); self.fc = nn")
     one = one.replace("s.mean((3, 4))", "torch.stack([self.norm(x) for x in s.mean((3, 4))])")
