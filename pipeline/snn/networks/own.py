@@ -140,7 +140,7 @@ def build(
         layers: list[SpikingLayer] = []
         for size in image_sizes:
             layers = _tried(source, module, torch.Size((*channels, size, size)), num_classes)
-        return OwnNetwork(module, layers, in_channels).train()  # as after a validation, in whatever mode it was returned
+        return OwnNetwork(module, layers, in_channels).train()  # as after a validation
 
 
 @contextmanager
