@@ -34,6 +34,8 @@ SORTED, INVALID, UNTIMED = (
     "events before the first time of the file were left out",
 )
 """Warnings of recordings that are kept."""
+_MAX_HEADER = 4 << 20  # bytes; jAER writes all its preferences into one
+_EVT_END, _EVT_LINE = re.compile(rb"\n% end[ \t\r]*\n"), re.compile(rb"%(?: [^\x00-\x08\x0b\x0c\x0e-\x1f\n]*)?\r?\n")
 _MAX_UNPACKED = 1 << 30  # bytes of an array in an .npz
 _SOURCES = {"DVS128": DVS128, "DAVIS240": (240, 180), "DAVIS346": (346, 260)}  # of AEDAT 3.1, width and height
 MAX_EVENTS = 1 << 26
@@ -72,6 +74,8 @@ class Raw:
     format: str
     sensor: tuple[int, int] | None = None
     """Width and height, where the file or its format says them."""
+    guessed_sensor: bool = False
+    """Whether files of this format may be of others."""
     warnings: dict[str, int] = field(default_factory=dict)
     """Of how many events each warning is."""
 
@@ -103,7 +107,9 @@ def inspected(raw: Raw, settings: Settings) -> Inspected:
     try:
         data = encode(Events(t - t[0], x, y, p, *sensor))
     except ValueError as error:
-        raise RefusedError(f"{error} ({sensor[0]}x{sensor[1]} pixels)") from None
+        is_guessed = settings.sensor is None and raw.guessed_sensor
+        mend = "; of a larger sensor give its size, such as --sensor 240x180 for N-Caltech101" if is_guessed else ""
+        raise RefusedError(f"{error} ({sensor[0]}x{sensor[1]} pixels){mend}") from None
     kinds, nums = (raw.format,), tuple(warnings.values())
     return Inspected(EXTENSION, sensor[1], sensor[0], kinds, data, tuple(warnings), nums)
 
@@ -161,21 +167,20 @@ def _read_bin(data: memoryview, settings: Settings) -> Raw:
         t, x, y, p = (column[~overflows] for column in (t, x, y, p))
     else:
         t = _unwrapped(t, 23)
-    return Raw(t=t, x=x, y=y, p=p, format="N-MNIST bin", sensor=(34, 34))
+    return Raw(t=t, x=x, y=y, p=p, format="N-MNIST bin", sensor=(34, 34), guessed_sensor=True)
 
 
 def text_header(data: memoryview, mark: bytes, last: bytes | None = None) -> tuple[bytes, int]:
     """The lines at the start that begin with `mark`, up to the one that is `last`, and the offset behind them."""
-    at = 0
-    while bytes(data[at : at + 1]) == mark:
-        line = bytes(data[at : at + 4096])
-        end = line.find(b"\n")
-        if end < 0:
-            raise RefusedError("truncated: it ends in its header")
-        at += end + 1
-        if last is not None and line[:end].strip() == last:
+    head, at = bytes(data[:_MAX_HEADER]), 0
+    while head[at : at + 1] == mark:
+        start, at = at, head.find(b"\n", at) + 1
+        if not at:
+            over = f"its header has more than {_MAX_HEADER} bytes; remove the longest lines of it"
+            raise RefusedError("truncated: it ends in its header" if len(head) == len(data) else over)
+        if last is not None and head[start:at].strip() == last:
             break
-    return bytes(data[:at]), at
+    return head[:at], at
 
 
 def _read_aedat(data: memoryview, settings: Settings) -> Raw:
@@ -282,6 +287,12 @@ def _size_in(header: bytes) -> tuple[int, int] | None:
 
 def _read_dat(data: memoryview, settings: Settings) -> Raw:
     header, at = text_header(data, b"%")
+    version = re.search(rb"^% *Version +([0-9]{1,9})", header, re.MULTILINE | re.IGNORECASE)
+    if version and int(version[1]) < 2:
+        raise RefusedError(
+            f"DAT of version {int(version[1])}, which packs coordinates in other bits than version 2; convert it, for "
+            "instance to .npz"
+        )
     kind = bytes(data[at : at + 2])
     if len(kind) < 2 or kind[0] not in (0x00, 0x0C) or kind[1] != 8:
         raise RefusedError("not a DAT of change detection events of 8 bytes")
@@ -291,8 +302,21 @@ def _read_dat(data: memoryview, settings: Settings) -> Raw:
     return Raw(t=_unwrapped(events["t"], 32), x=x, y=y, p=p, format="DAT", sensor=_size_in(header))
 
 
+def _evt_header(data: memoryview) -> tuple[bytes, int]:
+    """The header of an EVT and the offset behind it: up to its end, or where it has none all lines of text.
+
+    The first of the words behind such a header may begin with the byte "%", but it is no line of text.
+    """
+    head, at = bytes(data[:_MAX_HEADER]), 0
+    if head[:1] == b"%" and (end := _EVT_END.search(head)):
+        return head[: end.end()], end.end()
+    while line := _EVT_LINE.match(head, at):
+        at = line.end()
+    return head[:at], at
+
+
 def _read_raw(data: memoryview, settings: Settings) -> Raw:
-    header, at = text_header(data, b"%", b"% end")
+    header, at = _evt_header(data)
     version = re.search(rb"% (?:evt (\d\.\d)|format EVT(\d+))", header, re.IGNORECASE)
     number = (version[1] or version[2]).rstrip(b"0").rstrip(b".").decode() if version else "none"
     if number not in ("2", "3"):
@@ -447,9 +471,9 @@ def _read_structured(data: memoryview, settings: Settings) -> Raw:
 
 
 def _from_columns(columns: dict[str, np.ndarray], settings: Settings, format: str) -> Raw:
-    lowered, found = {name.casefold(): column for name, column in columns.items()}, {}
+    found = {}
     for name, known in _NAMES.items():
-        named = [lowered[one] for one in known if one in lowered]
+        named = [column for called, column in columns.items() if called.casefold() in known]
         if len(named) != 1:
             there = ", ".join(sorted(columns)) or "no arrays"
             raise RefusedError(
@@ -471,13 +495,23 @@ def _integers(name: str, column: np.ndarray, factor: int) -> np.ndarray:
     if column.dtype.kind == "f":
         scaled = column.astype(np.float64) * factor
         rounded = np.rint(scaled)
-        if not (np.abs(scaled) < 2**53).all() or (np.abs(scaled - rounded) > 0.01).any():
+        if not (np.abs(scaled) < 2**53).all() or (np.abs(scaled - rounded) > _rounding(column, factor)).any():
             what = "µs; --time-unit says what t is in (us, ms or s)" if name == "t" else name
+            if factor > 1:
+                what += (
+                    f"; {column.dtype} may be too coarse for µs at such times: subtract the first one before you save"
+                )
             raise RefusedError(f"{name} holds values that are no whole numbers of {what}")
         return rounded.astype(np.int64)
     if len(column) and (int(column.max()) * factor >= 1 << 62 or int(column.min()) * factor <= -(1 << 62)):
         raise RefusedError(f"{name} goes up to {column.max()}, which is no time or place of an event")
     return column.astype(np.int64) * factor
+
+
+def _rounding(column: np.ndarray, factor: int) -> np.ndarray | float:
+    """How far times in seconds or milliseconds may be from whole µs: as far as their type rounds, up to 1/4 µs."""
+    step = np.spacing(np.abs(column)).astype(np.float64) * factor  # to the next number that the type has
+    return np.where((factor > 1) & (step <= 0.25), np.maximum(0.01, 1.1 * step), 0.01)
 
 
 _READERS: dict[str, Callable[[memoryview, Settings], Raw]] = {

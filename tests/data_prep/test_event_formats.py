@@ -256,3 +256,75 @@ def test_row_240_of_a_bin_is_an_overflow_only_where_the_sensor_has_no_such_row()
     assert said.startswith("1 events in row 240, which this format also uses as the mark of an overflow")
     whole = write_bin(few(0, 10)._replace(y=np.array([239, 241])))
     assert read("a.bin", whole, Settings(sensor=(304, 256)))[0].y.tolist() == [239, 241]
+
+
+def test_a_header_may_have_a_long_line():
+    """jAER writes all its preferences into one."""
+    events, _ = recording(3)
+    long = write_aedat2(events).replace(b"# This", b"# <entry value=" + b"a" * 100_000 + b"/>\r\n# This")
+    assert np.array_equal(read("a.aedat", long)[0].t, events.t)
+    endless = b"#!AER-DAT2.0\r\n#" + bytes(5 << 20)
+    assert refusal("a.aedat", endless) == "its header has more than 4194304 bytes; remove the longest lines of it"
+
+
+@pytest.mark.parametrize("first", [0x25, 0x2025])
+def test_the_first_word_behind_a_header_of_evt_without_its_end_may_look_like_one(first):
+    """The header of cameras of the third generation, as OpenEB reads it."""
+    head = b"% Date 2020-09-14 09:03:25\n% system_ID 21\r\n%\n% evt 2.0\n"
+    words = [8 << 28 | first, *(1 << 28 | place % 64 << 22 | place << 11 | 10 for place in range(200))]
+    data = head + struct.pack(f"<{len(words)}I", *words)
+    back, warnings = read("a.raw", data, Settings(sensor=(640, 480)))
+    assert (sorted(back.x.tolist()), set(back.y.tolist()), warnings) == (list(range(200)), {10}, (SORTED,))
+
+
+def test_evt_with_its_end_is_read_from_there_whatever_lines_there_are():
+    data = write_evt2(few(0, 10)).replace(b"% end\n", b"% odd \x01\x02\nno mark\n% end \r\n")
+    assert read("a.raw", data)[0].t.tolist() == [0, 10]
+
+
+def test_dat_before_version_2_is_refused_by_its_version():
+    data = WRITERS["dat"](few(0, 10))
+    assert read("a.dat", data)[0].x.tolist() == [0, 1]
+    for version in (b"0", b"1"):
+        said = f"DAT of version {version.decode()}, which packs coordinates in other bits than version 2; convert it"
+        assert refusal("a.dat", data.replace(b"% Version 2", b"% Version " + version)).startswith(said)
+
+
+def test_a_bin_of_a_larger_sensor_says_how_to_give_its_size():
+    data = write_bin(few(0, 10)._replace(x=np.array([3, 200])))
+    cure = "; of a larger sensor give its size, such as --sensor 240x180 for N-Caltech101"
+    assert refusal("a.bin", data, Settings()) == f"x=200 in event 1, where 0 to 33 are allowed (34x34 pixels){cure}"
+    assert refusal("a.bin", data).endswith("(34x34 pixels)")
+    assert read("a.bin", data, Settings(sensor=(240, 180)))[0].x.tolist() == [3, 200]
+
+
+def npz_of(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
+    return stream.getvalue()
+
+
+def test_an_npz_of_two_arrays_whose_names_differ_in_case_is_refused():
+    x = np.zeros(3, int)
+    said = refusal("a.npz", npz_of(t=np.arange(3), T=np.arange(3) * 10, x=x, y=x, p=x))
+    assert said.startswith("2 arrays are called t or ts")
+    assert read("a.npz", npz_of(T=np.arange(3) * 10, X=x, y=x, P=x))[0].t.tolist() == [0, 10, 20]
+
+
+@pytest.mark.parametrize(("unit", "per_unit"), [("s", 1e6), ("ms", 1e3)])
+def test_times_since_1970_in_double_precision_are_whole_microseconds(unit, per_unit):
+    times = 1_600_000_000_000_000 + np.cumsum(np.random.RandomState(0).randint(0, 90, 5000))
+    x = np.zeros(len(times), int)
+    data = npz_of(t=times / per_unit, x=x, y=x, p=x)
+    back, _ = read("a.npz", data, Settings(sensor=(34, 34), time_unit=unit))
+    assert np.array_equal(back.t, times - times[0])
+
+
+def test_times_that_are_too_coarse_for_microseconds_are_refused_with_the_cure():
+    times, x = np.array([100.000_001, 100.000_04], np.float32), np.zeros(2, int)
+    said = refusal("a.npz", npz_of(t=times, x=x, y=x, p=x), Settings(sensor=(34, 34), time_unit="s"))
+    assert said.endswith("; float32 may be too coarse for µs at such times: subtract the first one before you save")
+    halves = npz_of(t=np.array([0.0, 1.5e-6]), x=x, y=x, p=x)
+    assert refusal("a.npz", halves, Settings(sensor=(34, 34), time_unit="s")).startswith("t holds values that are no")
+    exact = npz_of(t=np.array([16_000_000, 16_000_002], np.float32), x=x, y=x, p=x)
+    assert read("a.npz", exact)[0].t.tolist() == [0, 2]
