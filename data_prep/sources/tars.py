@@ -25,6 +25,7 @@ _KINDS = {
 _FOLDERS, _LABEL, _GLOBAL_PAX, _PAX, _LONG_NAME, _LONG_LINK = (b"5", b"D"), b"V", b"g", b"x", b"L", b"K"
 _WITH_DATA = (*_REGULAR, _SPARSE)  # for other kinds the writer decides whether data follow the header
 _MAX_EXTENSION_BYTES = 1 << 20
+_SIZE_DIGITS = 18  # most of a size in bytes, which fits into int64
 _CHUNK = 1 << 20
 _MAGIC, _MAGIC_AT = re.compile(b"ustar"), 257
 _MAX_NAMED = 20
@@ -232,7 +233,8 @@ def _parse_pax(block: bytes, path: Path, at: int) -> dict[bytes, bytes]:
                 raise ValueError
             records[key] = value
             position += length
-        if not records.get(b"size", b"0").isdigit():
+        size = records.get(b"size", b"0")
+        if not size.isdigit() or len(size) > _SIZE_DIGITS:
             raise ValueError
     except ValueError:
         raise DataError(f"{path} is damaged: an extended header at byte {at} cannot be read") from None

@@ -335,11 +335,14 @@ def test_a_size_that_is_no_number_ends_the_walk(tmp_path, size):
         list(walk_tar(path))
 
 
-@pytest.mark.parametrize("record", [b"14 size=-1024\n", b"13 size=1_00\n", b"99 path=b.jpg\n", b"nothing\n"])
+LONG = b"5011 size=" + b"9" * 5000 + b"\n"  # more digits than int() takes
+
+
+@pytest.mark.parametrize("record", [b"14 size=-1024\n", b"13 size=1_00\n", b"99 path=b.jpg\n", b"nothing\n", LONG])
 def test_an_extended_header_that_cannot_be_read_ends_the_walk(tmp_path, record):
     header = with_size(TARS[0][:BLOCK], b"x", len(record))
     path = tmp_path / "in.tar"
-    path.write_bytes(header + record.ljust(BLOCK, b"\0") + TARS[0])
+    path.write_bytes(header + record + bytes(-len(record) % BLOCK) + TARS[0])
     with pytest.raises(DataError, match="an extended header at byte 512 cannot be read"):
         list(walk_tar(path))
 

@@ -13,8 +13,18 @@ from data_prep.info import _events_tile
 from data_prep.shard_writer import Record
 from data_prep.sources import event_formats
 from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, _read_evt3, convert
+from data_prep.sources.gesture import _convert
 from pipeline.data.decode.events import Events, decode, encode
-from tests.support.event_files import EXTENSION, WRITERS, recording, write_aedat2, write_bin, write_evt2, write_npz
+from tests.support.event_files import (
+    EXTENSION,
+    WRITERS,
+    packet,
+    recording,
+    write_aedat2,
+    write_bin,
+    write_evt2,
+    write_npz,
+)
 from tests.support.prep_runs import prepare, write_folder
 
 ON_34 = Settings(sensor=(34, 34))
@@ -282,6 +292,18 @@ def test_evt_with_its_end_is_read_from_there_whatever_lines_there_are():
     assert read("a.raw", data)[0].t.tolist() == [0, 10]
 
 
+def test_a_file_that_does_not_begin_as_an_evt_is_none():
+    assert refusal("a.raw", b"x\n" + write_evt2(few(0, 10))).endswith("(its header says none)")
+
+
+def test_a_gesture_warns_of_its_own_events_only():
+    data = packet([(t, 3, 4, 1) for t in range(10)], invalid=(0, 5, 9))
+    found = _convert(Settings(), {"g": (2, 8)}, "g", memoryview(data))
+    assert (found.warnings, found.warned_events) == ((INVALID,), (1,))
+    assert found.converted is not None
+    assert decode(found.converted).t.tolist() == [0, 1, 2, 4, 5]
+
+
 def test_dat_before_version_2_is_refused_by_its_version():
     data = WRITERS["dat"](few(0, 10))
     assert read("a.dat", data)[0].x.tolist() == [0, 1]
@@ -326,5 +348,7 @@ def test_times_that_are_too_coarse_for_microseconds_are_refused_with_the_cure():
     assert said.endswith("; float32 may be too coarse for µs at such times: subtract the first one before you save")
     halves = npz_of(t=np.array([0.0, 1.5e-6]), x=x, y=x, p=x)
     assert refusal("a.npz", halves, Settings(sensor=(34, 34), time_unit="s")).startswith("t holds values that are no")
+    fine = npz_of(t=np.array([0, 200_000.015625], np.float32), x=x, y=x, p=x)
+    assert refusal("a.npz", fine).startswith("t holds values that are no whole numbers of µs; --time-unit says")
     exact = npz_of(t=np.array([16_000_000, 16_000_002], np.float32), x=x, y=x, p=x)
     assert read("a.npz", exact)[0].t.tolist() == [0, 2]
