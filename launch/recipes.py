@@ -46,10 +46,10 @@ def digits_dvs() -> Config:
     deepspeed --num_accelerators 2 launch/train.py --recipe digits_dvs
 
     The sensor's 24 x 24 pixels are summed into 12 x 12 cells, and 0.2 s are cut into frames of 25 ms. Neurons leak:
-    what a pixel showed before the digit moved on must fade. The 1,438 recordings are few: up to 30 % of their events are
+    what a pixel showed before the digit moved on must fade. Recordings are few: of each up to 30 % of the events are
     dropped while training.
-    91.1 to 91.4 % of the 359 recordings of the validation split over three seeds. `make train RECIPE=digits_dvs` takes
-    one to three minutes on two cores of an AMD EPYC, packing and report included.
+    About 91 % of the 359 recordings of the validation split, 91.1 to 91.4 over three seeds. `make train
+    RECIPE=digits_dvs` takes one to three minutes on two cores of an AMD EPYC, packing and report included.
     """
     return Config(
         recipe="digits_dvs",
