@@ -62,6 +62,7 @@ def test_a_terminal_shows_our_lines_alone_and_ctrl_c_stops_with_a_checkpoint_on_
     known = (
         r"digits: 2 ranks on \w+, starting DeepSpeed",
         rf"metrics at http://127\.0\.0\.1:\d+/metrics \(port {USUAL_PORT} is taken\)",
+        r"widths start at .*, with a coverage of .* training samples",
         r"step +\d+/14  epoch .*",
         r"step +\d+: rank \d is .*",
         r"SIGINT received: the ranks save and stop",
