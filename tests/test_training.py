@@ -81,9 +81,8 @@ def test_the_console_shows_progress_and_the_layers(digits, straight):
         assert part in line
     assert re.search("^step 13/.*  16²  ", straight.output, re.MULTILINE)
     start = np.exp(decisions(straight.run_dir)[0]["decision_log_width"])
-    said = (
-        f"widths start at {start.min():.3g} to {start.max():.3g}, where the first images' coverage is at its target\n"
-    )
+    said = f"widths start at {start.min():.3g} to {start.max():.3g}"
+    said += ", with a coverage of 0.50 to 0.50 on 16 training samples\n"
     assert said in straight.output
     assert start.min() < start.max()
     training = [r for r in read_journal(straight.run_dir / "metrics.jsonl") if "train_loss" in r]

@@ -388,6 +388,7 @@ def test_info_of_a_set_without_shards_says_so(whole, tmp_path):
     assert run.stdout.splitlines()[1].split() == ["train", "3", "0", "0", "0", "0", "B", "-", "-"]
 
 
+@pytest.mark.parametrize("ending", ["tar", "idx", "npy"])
 def test_verify_tells_of_a_missing_file_once(whole, tmp_path, ending):
     shutil.copytree(whole, tmp_path / "set")
     (tmp_path / f"set/train/train-000000.{ending}").unlink()
