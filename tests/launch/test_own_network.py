@@ -230,7 +230,11 @@ def accuracy(run_dir: Path) -> float:
 
 @pytest.mark.parametrize(
     ("example", "least"),  # of 30 epochs, 99.7, 98.9 and 98.9 %
-    [("vgg.py:network", 0.9), ("spikformer.py:network", 0.7), ("psn.py:sliding", 0.9)],
+    [
+        ("vgg.py:network", 0.9),
+        pytest.param("spikformer.py:network", 0.7, marks=pytest.mark.faults),  # long
+        pytest.param("psn.py:sliding", 0.9, marks=pytest.mark.faults),
+    ],
 )
 def test_the_examples_learn_the_digits(example, least, digits, tmp_path):
     done = launch("launch/train.py", *learning(digits, tmp_path / "run", example))
