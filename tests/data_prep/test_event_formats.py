@@ -8,7 +8,6 @@ import zipfile
 import numpy as np
 import pytest
 
-from data_prep.images import RefusedError
 from data_prep.info import _events_tile
 from data_prep.shard_writer import Record
 from data_prep.sources import event_formats
@@ -16,7 +15,6 @@ from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, 
 from data_prep.sources.gesture import _convert
 from pipeline.data.decode.events import Events, decode, encode
 from tests.support.event_files import (
-    EXTENSION,
     WRITERS,
     packet,
     recording,
@@ -25,26 +23,8 @@ from tests.support.event_files import (
     write_evt2,
     write_npz,
 )
+from tests.support.event_reading import ON_34, name_of, read, refusal
 from tests.support.prep_runs import prepare, write_folder
-
-ON_34 = Settings(sensor=(34, 34))
-
-
-def read(name: str, data: bytes, settings: Settings = ON_34) -> tuple[Events, tuple[str, ...]]:
-    found = convert(name, memoryview(data), settings)
-    assert found.converted is not None
-    return decode(found.converted), found.warnings
-
-
-def refusal(name: str, data: bytes, settings: Settings = ON_34) -> str:
-    with pytest.raises(RefusedError) as caught:
-        convert(name, memoryview(data), settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def name_of(format: str) -> str:
-    return f"one.{EXTENSION.get(format, format)}"
 
 
 def test_aedat2_of_another_camera_than_a_dvs128_is_refused():

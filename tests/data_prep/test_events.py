@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from data_prep.images import RefusedError
-from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, convert
+from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings
 from data_prep.sources.events import Recordings
 from pipeline.data.decode.events import Events, decode
 from pipeline.data.manifest import EVENTS, Manifest, Sensor
 from pipeline.errors import DataError
 from tests.support.event_files import (
     AEDAT3_HEAD,
-    EXTENSION,
     FORMATS,
     OTHER_PACKET,
     WRITERS,
@@ -36,26 +35,8 @@ from tests.support.event_files import (
     write_gesture,
     write_npz,
 )
+from tests.support.event_reading import name_of, read, refusal
 from tests.support.prep_runs import indexed, prepare, samples_of, shards_of, write_tar, write_zip
-
-ON_34 = Settings(sensor=(34, 34))
-
-
-def read(name: str, data: bytes, settings: Settings = ON_34) -> tuple[Events, tuple[str, ...]]:
-    found = convert(name, memoryview(data), settings)
-    assert found.converted is not None
-    return decode(found.converted), found.warnings
-
-
-def refusal(name: str, data: bytes, settings: Settings = ON_34) -> str:
-    with pytest.raises(RefusedError) as caught:
-        convert(name, memoryview(data), settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def name_of(format: str) -> str:
-    return f"one.{EXTENSION.get(format, format)}"
 
 
 def same(one: Events, other: Events) -> bool:
