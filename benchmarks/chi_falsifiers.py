@@ -8,6 +8,7 @@
              times     do widths that differ by time step give a better gradient?
              gap       how far does training accuracy run ahead of held-out accuracy?
              soft      do soft spikes at a share of the neurons, while training, narrow this gap?
+             again     do they gain on new seeds, and more than a longer run with hard spikes?
 
 DIR holds cifar10, cifar100 and digits as shards, as for `benchmarks.chi_regret`. Every finished run is a line of
 benchmarks/results/chi_falsifiers.jsonl: the setting, its accuracies, and what was measured on its way (`looks`).
@@ -60,7 +61,7 @@ PLACES = {
         "CIFAR-100, 10,000 images, 8 epochs": {"data": "cifar100", "num_images": 10_000, "epochs": 8, "T": 2},
     },
 }
-TRIALS = (*PLACES, chi_soft_spikes.TRIAL)
+TRIALS = (*PLACES, chi_soft_spikes.TRIAL, chi_soft_spikes.AGAIN)
 WHEN = {"stages": (0, EARLY, MIDDLE, LATE), "noise": (MIDDLE,), "times": (MIDDLE,), "gap": ()}
 
 
@@ -68,6 +69,9 @@ def settings(trial: str) -> Iterator[Elsewhere]:
     """Every run of a trial, seed by seed. All train at width 1, the best of the sweeps."""
     if trial == chi_soft_spikes.TRIAL:
         yield from chi_soft_spikes.settings()
+        return
+    if trial == chi_soft_spikes.AGAIN:
+        yield from chi_soft_spikes.settings_again()
         return
     for seed in SEEDS:
         for where, place in PLACES[trial].items():

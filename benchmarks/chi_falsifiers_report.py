@@ -23,7 +23,8 @@ def show(records: Sequence[dict]) -> None:
     softened = [record for record in records if "budget" in record]
     others = [record for record in records if "budget" not in record]
     gaps(others)
-    soft_spikes(softened)
+    soft_spikes([record for record in softened if record["arm"] == "soft"])
+    soft_again([record for record in softened if record["arm"] == "again"])
     for (trial, where, when), looks in by_place(others).items():
         print(f"\n{trial}: {where}, {when}, {len({look['seed'] for look in looks})} seeds")
         if trial == "noise":
@@ -110,6 +111,28 @@ def soft_spikes(records: Sequence[dict]) -> None:
             if len(gain) > 1:
                 print(f"  {name:13} against 0, {len(gain)} pairs: held out {said(gain, digits=2)}, "
                       f"one-sided 95 % bound {one_sided(gain):+.2f}; gap {said(gap, digits=2)}")  # fmt: skip
+
+
+def gains_again(records: Sequence[dict], statistics: str) -> dict[str, np.ndarray]:
+    """Of the second trial: what soft spikes gain over hard ones, and over hard ones for longer; points, a seed each."""
+    found: dict[str, dict[int, float]] = {"soft": {}, "hard": {}, "longer": {}}
+    shortest = min((record["epochs"] for record in records), default=0)
+    for record in records:
+        arm = "soft" if record["budget"] else "hard" if record["epochs"] == shortest else "longer"
+        found[arm][record["seed"]] = 100 * record[f"{STATISTICS[statistics]}accuracy"]
+    soft = found.pop("soft")
+    names = {"hard": "hard spikes", "longer": "hard spikes, longer"}
+    gains = {names[arm]: np.array([soft[s] - by_seed[s] for s in sorted(soft) if s in by_seed])
+             for arm, by_seed in found.items()}  # fmt: skip
+    return {name: values for name, values in gains.items() if len(values) > 1}
+
+
+def soft_again(records: Sequence[dict]) -> None:
+    """What soft spikes gain on new seeds."""
+    for statistics in STATISTICS:
+        for name, gain in gains_again(records, statistics).items():
+            print(f"soft spikes again, statistics {statistics}, against {name}, {len(gain)} pairs: held out "
+                  f"{said(gain, digits=2)}, one-sided 95 % bound {one_sided(gain):+.2f}")  # fmt: skip
 
 
 def profiles(looks: Sequence[dict]) -> None:

@@ -24,9 +24,13 @@ from pipeline.snn import surrogate
 from pipeline.snn.networks.network import Network
 from pipeline.snn.neurons import Neuron
 
-TRIAL = "soft"
+TRIAL, AGAIN = "soft", "again"
 BUDGETS = (0.0, 0.05, 0.2)
 SEEDS = range(6)
+AGAIN_SEEDS = range(6, 14)
+"""None of them had a part in what was found in the first trial."""
+LONGER = 18
+"""Epochs of the hard runs that have the time of a soft one, if a soft step took half as long again as a hard one."""
 PLACE = {"where": "CIFAR-10, 5,000 images, 12 epochs", "num_images": 5_000, "epochs": 12, "T": 2}
 
 
@@ -43,7 +47,19 @@ def settings() -> Iterator[Softened]:
     for budgets in ((BUDGETS[0], BUDGETS[-1]), BUDGETS[1:-1]):
         for seed in SEEDS:
             for budget in budgets:
-                yield Softened(arm=TRIAL, lr=0.2, seed=seed, policy=FIXED, budget=budget, **PLACE)
+                yield softened(TRIAL, seed, budget)
+
+
+def settings_again() -> Iterator[Softened]:
+    """Every run of the second trial: on each new seed hard spikes, the largest budget, and hard spikes for longer."""
+    for seed in AGAIN_SEEDS:
+        yield softened(AGAIN, seed, 0.0)
+        yield softened(AGAIN, seed, BUDGETS[-1])
+        yield softened(AGAIN, seed, 0.0, where=f"CIFAR-10, 5,000 images, {LONGER} epochs", epochs=LONGER)
+
+
+def softened(arm: str, seed: int, budget: float, **place) -> Softened:
+    return Softened(arm=arm, lr=0.2, seed=seed, policy=FIXED, budget=budget, **{**PLACE, **place})
 
 
 def integral(u: Tensor, width: Tensor) -> Tensor:

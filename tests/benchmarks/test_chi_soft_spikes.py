@@ -203,3 +203,31 @@ def test_gains_are_paired_by_seed(capsys):
     report.show(records)
     shown = capsys.readouterr().out
     assert "budget 0.2    against 0, 2 pairs: held out -2.00 ± 12.71, one-sided 95 % bound -8.31; gap +2.00" in shown
+
+
+def test_on_new_seeds_soft_spikes_meet_hard_ones_of_both_lengths(capsys):
+    def record(budget, epochs, seed, accuracy):
+        fields = {"accuracy": accuracy, "hard_accuracy": 0.5, "train_accuracy": 0.5, "hard_train_accuracy": 0.5}
+        return {"arm": "again", "budget": budget, "epochs": epochs, "seed": seed, **fields}
+
+    records = [record(0.0, 12, seed, 0.40) for seed in (6, 7, 8)]
+    records += [record(0.2, 12, seed, 0.41 + 0.01 * (seed - 6)) for seed in (6, 7)]
+    records += [record(0.0, 18, seed, 0.43) for seed in (6, 7)]
+    gains = report.gains_again(records, "as training left them")
+    assert {name: values.tolist() for name, values in gains.items()} == {
+        "hard spikes": pytest.approx([1, 2]),
+        "hard spikes, longer": pytest.approx([-2, -1]),
+    }
+    assert report.gains_again(records[:3], "as training left them") == {}
+    report.show(records)
+    shown = capsys.readouterr().out
+    assert "as training left them, against hard spikes, longer, 2 pairs: held out -1.50" in shown
+    assert "soft spikes, statistics" not in shown
+
+
+def test_the_second_trial_has_its_own_seeds():
+    settings = list(soft.settings_again())
+    assert {setting.seed for setting in settings}.isdisjoint(setting.seed for setting in soft.settings())
+    arms = {(setting.budget, setting.epochs) for setting in settings}
+    assert arms == {(0.0, 12), (0.2, 12), (0.0, 18)}
+    assert len(settings) == len(arms) * len(soft.AGAIN_SEEDS)

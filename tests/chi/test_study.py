@@ -84,6 +84,23 @@ def test_what_the_page_says_of_soft_spikes_is_what_their_runs_say():
         assert f"**Soft spikes: {'a lead' if max(bounds) > 0 else 'no lead'}" in page
 
 
+def test_what_the_page_says_of_soft_spikes_on_new_seeds_is_what_their_runs_say():
+    page = re.sub(r"\s+", " ", PAGE.read_text(encoding="utf-8"))
+    records = [record for record in study_runs.finished(chi_falsifiers.RUNS) if record["arm"] == "again"]
+    if len(records) < len(list(chi_falsifiers.settings("again"))):
+        assert "**Soft spikes on new seeds" not in page, "a verdict before all runs are done"
+        return
+    for statistics in chi_falsifiers_report.STATISTICS:
+        for name, gain in chi_falsifiers_report.gains_again(records, statistics).items():
+            bound = chi_falsifiers_report.one_sided(gain)
+            said = chi_falsifiers_report.said(gain, digits=2)
+            row = f"| {name}, statistics {statistics} | {len(gain)} | {said} | {bound:+.2f} |"
+            assert row.replace("-", "−") in page
+    decides = chi_falsifiers_report.gains_again(records, "as training left them")
+    confirmed = chi_falsifiers_report.one_sided(decides["hard spikes"]) > 0
+    assert f"**Soft spikes on new seeds: {'confirmed' if confirmed else 'not confirmed'}" in page
+
+
 def test_the_deep_table_is_that_of_the_runs():
     page = PAGE.read_text(encoding="utf-8")
     records = study_runs.finished(chi_long.RUNS)
