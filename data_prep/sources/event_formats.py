@@ -395,7 +395,10 @@ def _evt3_slice(words: np.ndarray, state: _Evt3State) -> tuple[tuple[np.ndarray,
     marks = np.concatenate((np.array([first & 0xFFF]), low[kind == 8]))
     highs[kind == 8] = _unwrapped(marks, 12, jitter=0)[1:] + (first >> 12 << 12)
     high = _held(highs, kind == 8, state.high)
-    clock, row = _held(low, kind == 6, state.clock), _held(low & 0x7FF, kind == 0, state.row)
+    # Another high part starts the low one at 0, as in Prophesee's OpenEB, if any was read so far.
+    is_low, before = kind == 6, np.concatenate((np.array([state.high]), high[:-1]))
+    restarts = (high != before) & ((_last(is_low) >= 0) | (state.clock >= 0))
+    clock, row = _held(low * is_low, is_low | restarts, state.clock), _held(low & 0x7FF, kind == 0, state.row)
     widths = 12 * is_12 + 8 * is_8
     # A vector begins where the last base says, moved by the vectors in between.
     moved = np.cumsum(widths) - widths

@@ -124,8 +124,9 @@ def evt3_word_by_word(words: list[int]) -> tuple[list[tuple[int, int, int, int]]
         columns = []
         if kind == 8:
             turns += high is not None and value < mark - 2048
-            mark = value
+            mark, last = value, high
             high = turns << 12 | value
+            low = low if high == last or low is None else 0
         elif kind == 6:
             low = value
         elif kind == 0:
