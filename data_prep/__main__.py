@@ -15,7 +15,7 @@ from data_prep.pool import StopRequestedError
 from data_prep.prepare import AllowedBad, Source, prepare
 from data_prep.sources.digits import SHARD_BYTES, Digits
 from data_prep.sources.digits_dvs import DigitsDvs
-from data_prep.sources.event_formats import TIME_UNITS, Settings
+from data_prep.sources.event_raw import TIME_UNITS, Settings
 from data_prep.sources.events import Recordings
 from data_prep.sources.imagefolder import ImageFolder
 from data_prep.sources.imagenet import ImageNet

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from data_prep.collection import Convert, Reader, Split
 from data_prep.images import Inspected
-from data_prep.sources.event_formats import EXTENSIONS, Settings, convert
+from data_prep.sources.event_formats import EXTENSIONS, convert
+from data_prep.sources.event_raw import Settings
 from data_prep.sources.files import existing, open_collection, path_fingerprint
 from data_prep.sources.gesture import TRIALS, index_gesture
 from data_prep.sources.imagefolder import ImageFolder

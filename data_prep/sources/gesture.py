@@ -19,7 +19,9 @@ import numpy as np
 
 from data_prep.collection import Reader, Split, SplitBuilder
 from data_prep.images import Inspected, RefusedError
-from data_prep.sources.event_formats import DVS128, Settings, inspected, read_packets, text_header, walk_packets
+from data_prep.sources.aedat import read_packets, walk_packets
+from data_prep.sources.event_formats import inspected
+from data_prep.sources.event_raw import DVS128, Settings, text_header
 from data_prep.sources.readers import FileReader
 from data_prep.sources.tars import Member
 from pipeline.errors import DataError

@@ -10,9 +10,11 @@ import pytest
 
 from data_prep.info import _events_tile
 from data_prep.shard_writer import Record
-from data_prep.sources import event_formats
-from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings, _read_evt3, convert
+from data_prep.sources import prophesee
+from data_prep.sources.event_formats import convert
+from data_prep.sources.event_raw import INVALID, SORTED, UNTIMED, Settings
 from data_prep.sources.gesture import _convert
+from data_prep.sources.prophesee import _read_evt3
 from pipeline.data.decode.events import Events, decode, encode
 from tests.support.event_files import (
     WRITERS,
@@ -179,7 +181,7 @@ def test_evt3_takes_little_more_memory_than_its_events():
 
 
 def test_an_evt3_of_more_events_than_a_worker_can_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(event_formats, "MAX_EVENTS", 50_000)
+    monkeypatch.setattr(prophesee, "MAX_EVENTS", 50_000)
     assert refusal("a.raw", dense_evt3(1 << 16)) == "more than 50000 events; cut the recording into shorter ones"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.images import RefusedError
-from data_prep.sources.event_formats import INVALID, SORTED, UNTIMED, Settings
+from data_prep.sources.event_raw import INVALID, SORTED, UNTIMED, Settings
 from data_prep.sources.events import Recordings
 from pipeline.data.decode.events import Events, decode
 from pipeline.data.manifest import EVENTS, Manifest, Sensor

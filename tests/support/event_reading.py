@@ -3,7 +3,8 @@
 import pytest
 
 from data_prep.images import RefusedError
-from data_prep.sources.event_formats import Settings, convert
+from data_prep.sources.event_formats import convert
+from data_prep.sources.event_raw import Settings
 from pipeline.data.decode.events import Events, decode
 from tests.support.event_files import EXTENSION
 
