@@ -241,6 +241,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, straight, tmp_path):
     assert ours[11] == pytest.approx(theirs[11], rel=1e-6)
 
 
+@pytest.mark.faults
 def test_potentials_are_looked_at_before_each_decision_and_after_a_resume(digits, tmp_path):
     """ds_atgo's widths and the amplitudes of scale rms, through the loop; step 3 lies between two decisions."""
     run_dir = tmp_path / "run"

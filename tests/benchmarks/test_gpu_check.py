@@ -36,6 +36,7 @@ def of(report: dict, step: str) -> dict:
     return next(found for found in report["steps"] if found["name"] == step)
 
 
+@pytest.mark.faults
 def test_all_steps_of_tier_1_are_done_without_deepspeed_and_dali(simulated):
     done, report = simulated
     assert done.returncode == 0, done.stdout + done.stderr
@@ -48,6 +49,7 @@ def test_all_steps_of_tier_1_are_done_without_deepspeed_and_dali(simulated):
     assert "torch" in report["machine"]["versions"]
 
 
+@pytest.mark.faults
 def test_a_simulated_run_says_so_and_has_no_figures(simulated):
     done, report = simulated
     assert report["simulated"] is True
@@ -59,6 +61,7 @@ def test_a_simulated_run_says_so_and_has_no_figures(simulated):
     assert any(line.startswith("a plain copy") and line.endswith("simulated, not measured") for line in table)
 
 
+@pytest.mark.faults
 def test_every_side_of_the_step_ran(simulated):
     _, report = simulated
     names = {row["name"] for row in of(report, "speed")["rows"]}
@@ -69,6 +72,7 @@ def test_every_side_of_the_step_ran(simulated):
     assert compared or any(row["name"] == "SpikingJelly" and row["absent"] for row in of(report, "speed")["rows"])
 
 
+@pytest.mark.faults
 def test_tier_2_trains_through_the_launcher_and_resumes_after_a_kill(tmp_path):
     path = tmp_path / "found.json"
     assert gpu_check.main(["--simulate", "--tier", "2", "--json", str(path)]) == 0

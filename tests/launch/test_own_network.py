@@ -251,6 +251,7 @@ def psn(digits, tmp_path_factory) -> Path:
     return run_dir
 
 
+@pytest.mark.faults
 def test_parallel_spiking_neurons_learn_the_digits_with_steered_widths(psn):
     assert accuracy(psn) > 0.9
     layers = json.loads((psn / "run.json").read_text())["layers"]
@@ -262,6 +263,7 @@ def test_parallel_spiking_neurons_learn_the_digits_with_steered_widths(psn):
     assert len(set(last["layer_surrogate_width"])) == len(layers)
 
 
+@pytest.mark.faults
 def test_a_run_of_parallel_spiking_neurons_is_resumed_bit_for_bit(digits, psn, tmp_path):
     run_dir = shutil.copytree(psn, tmp_path / "run")
     (run_dir / "summary.json").unlink()

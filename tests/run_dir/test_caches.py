@@ -108,6 +108,7 @@ def open_folder():
         yield Path(folder)
 
 
+@pytest.mark.faults
 def test_a_user_id_that_nobody_knows_trains_reports_and_evaluates(digits, open_folder):
     """The checkout and the working folder are read-only for it, and it may not read the folders of PATH."""
     python, packages = python_for_nobody(), sysconfig.get_path("purelib")

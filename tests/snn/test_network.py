@@ -298,6 +298,7 @@ def test_energy_counts_every_connection_of_every_spike(arch, analog):
     assert net.training
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("arch", ["sew_tiny", "ms_tiny"])
 def test_the_small_network_learns_the_digits(arch):
     pixels, target = load_digits(return_X_y=True)
