@@ -137,7 +137,7 @@ class _DecoderThread:
         dtype: torch.dtype,
     ) -> None:
         self._data, self._kind, self._samples = data, kind, samples
-        self._copies = DeviceCopies(device, dtype)
+        self._device, self._copies = device, DeviceCopies(device, dtype)
         self._prepare, self._reader, self._indices = prepare, reader, indices
         self._ahead = min(data.prefetch, GRAPH_AHEAD)
         self._reading: deque[Future[Request]] = deque()
@@ -175,6 +175,8 @@ class _DecoderThread:
 
     def _work(self) -> None:
         try:
+            if self._device.index:  # a new thread has the first GPU, and would put a context there
+                torch.cuda.set_device(self._device)
             for _ in range(2 * self._data.prefetch):
                 self._read_on()
             decoder = self._decoder()

@@ -51,6 +51,13 @@ class Replay(Protocol):
         ...
 
 
+def first_of(error: BaseException) -> BaseException:
+    """What was raised first: the end of a capture that an error broke off raises another one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 class CudaReplay:
     """Two CUDA graphs in one memory pool.
 
@@ -71,8 +78,11 @@ class CudaReplay:
                 grads = torch.autograd.grad(logits, inputs, self.grad_logits, allow_unused=True)
                 self.grads: list[Tensor | None] = [laid_out(*pair) for pair in zip(grads, inputs, strict=True)]
         except RuntimeError as error:
+            cause = first_of(error)
+            if "captur" not in str(cause):  # out of memory, or a broken GPU
+                raise cause from None
             raise ConfigError(
-                f"train.cuda_graph=True: this network's pass cannot be captured ({first_line(error)}); use "
+                f"train.cuda_graph=True: this network's pass cannot be captured ({first_line(cause)}); use "
                 "train.cuda_graph false"
             ) from error
         self.logits = logits.detach()

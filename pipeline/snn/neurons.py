@@ -239,6 +239,17 @@ class NeuronState:
         self.amplitudes.copy_(torch.where(self.has_rms, wanted, self.amplitudes))
 
 
+def listed_layers(model: nn.Module) -> list | None:
+    """What the model's method `spiking_layers()` lists, as our networks have it.
+
+    None without one, or where a model of others has something else by this name.
+    """
+    if not callable(getattr(type(model), "spiking_layers", None)):
+        return None
+    listed = list(model.spiking_layers())  # pyright: ignore
+    return listed if all(hasattr(layer, "neuron") and hasattr(layer, "weight") for layer in listed) else None
+
+
 def bind(model: nn.Module) -> NeuronState:
     """Give every spiking layer of `model` its element of vectors on the model's device.
 
@@ -251,8 +262,8 @@ def bind(model: nn.Module) -> NeuronState:
     Raises:
         ValueError: the model has no spiking layer.
     """
-    if hasattr(model, "spiking_layers"):
-        layers = [(layer.name, layer.neuron) for layer in model.spiking_layers()]  # pyright: ignore
+    if (listed := listed_layers(model)) is not None:
+        layers = [(layer.name, layer.neuron) for layer in listed]
     else:
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, (Neuron, Surrogate))]
     if not layers:

@@ -278,3 +278,55 @@ def test_a_network_learns_which_weights_feed_a_layer_by_a_functional_convolution
     assert pilot.layers[0].parameters == ("filters",)
     assert pilot.indicators is not None
     assert pilot.indicators.chi.item() > 0
+
+
+def test_a_state_of_other_layers_is_refused_and_changes_nothing():
+    net, optimizer, pilot = pair()
+    train(net, optimizer, 2)
+    whole, before = pilot.state_dict(), pilot.neurons.widths.clone()
+    fewer = {**whole, "layers": whole["layers"][:1]}
+    renamed = {**whole, "layers": ["other", *whole["layers"][1:]]}
+    widths = {name: value[..., :1] if torch.is_tensor(value) else value for name, value in whole["widths"].items()}
+    unnamed = {"widths": widths, "step": 2}
+    for state, said in (
+        (fewer, f"none where the model has {whole['layers'][1]}"),
+        (renamed, f"other where the model has {whole['layers'][0]}"),
+        (unnamed, "1 layers where the model has"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            pilot.load_state_dict(state)
+    assert (pilot.step, pilot.neurons.widths.tolist()) == (2, before.tolist())
+    del whole["layers"]  # as states were saved before they had names
+    pilot.load_state_dict(whole)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "method"])
+def test_what_a_model_of_others_calls_spiking_layers_is_not_taken_for_ours(kind):
+    class Listing(Net):
+        if kind == "method":
+
+            def spiking_layers(self):
+                return [module for module in self.modules() if isinstance(module, chi.Surrogate)]
+
+    net = Listing("hand-written")
+    if kind == "attribute":
+        net.spiking_layers = nn.ModuleList([nn.ReLU()])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    pilot = chi.attach(net, optimizer, **MILD)
+    train(net, optimizer, 1)
+    assert pilot.step == 1
+    assert len(pilot.layers) == 2
+
+
+def test_ddp_s_join_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Net("ours"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        chi.attach(model, optimizer, **MILD)
+        with model.join():
+            backward(model)
+            with pytest.raises(ConfigError, match=r"join\(\) lets ranks stop before others"):
+                optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import queue
 import resource
 import struct
 import subprocess
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import DataConfig
-from pipeline.data.decode.dali_pipeline import Graph
+from pipeline.data import prefetcher
+from pipeline.data.decode.dali_pipeline import DeviceCopies, Graph
 from pipeline.data.loader import Batch, Loader, evaluation_batches
 from pipeline.errors import ConfigError, DataError
 from tests.support.data_sets import ROOT, drawn_jpeg, real_jpegs, same, write_set
@@ -256,3 +258,20 @@ def test_a_crash_that_forgets_to_close_ends_with_its_code(drawn):
         timeout=150,  # a busy machine takes long to start it
     )
     assert process.returncode == 7, process.stderr.decode()
+
+
+def test_the_decoder_s_thread_takes_the_gpu_of_its_rank(monkeypatch):
+    """A new thread has the first GPU: seven other ranks would open contexts there."""
+    taken = []
+
+    def set_device(device):
+        taken.append(device)
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    thread = object.__new__(prefetcher._DecoderThread)
+    thread._device, thread._done = torch.device("cuda", 3), queue.SimpleQueue()
+    thread._copies = DeviceCopies(torch.device("cpu"), torch.float32)
+    thread._work()
+    assert taken == [torch.device("cuda", 3)]
+    assert str(thread._done.get_nowait()) == "no GPU"

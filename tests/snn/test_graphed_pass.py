@@ -186,16 +186,36 @@ def test_settings_that_exchange_data_within_a_pass_are_refused(inside):
         TrainConfig(cuda_graph=True, **inside)
 
 
-def test_a_pass_that_cannot_be_captured_is_refused_in_one_line(monkeypatch):
-    class Refused:
-        def __init__(self, *_, **__) -> None: ...
+class Capturing:
+    """A capture whose end fails once something in it has failed, as CUDA's does."""
 
-        def __enter__(self) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    def __init__(self, *_, **__) -> None: ...
 
-        def __exit__(self, *_) -> None: ...
+    def __enter__(self) -> None: ...
 
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def failing(error: Exception):
+    def run(_images):
+        raise error
+
+    return run
+
+
+def test_a_lack_of_memory_while_capturing_stays_what_it_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", Refused)
+    monkeypatch.setattr(torch.cuda, "graph", Capturing)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("uncorrectable ECC error")):
+        with pytest.raises(type(error), match=str(error)):
+            CudaReplay(failing(error), torch.zeros(1), [])
+
+
+def test_a_pass_that_cannot_be_captured_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Capturing)
+    refused = failing(RuntimeError("operation not permitted when stream is capturing\nmore"))
     with pytest.raises(ConfigError, match=r"cannot be captured \(operation not permitted when stream is capturing\)"):
-        CudaReplay(lambda images: images, torch.zeros(1), [])
+        CudaReplay(refused, torch.zeros(1), [])

@@ -1,6 +1,7 @@
 """What `chi.attach` cannot measure right, refused with the cure, and what it makes of the model that it is given."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -175,6 +176,18 @@ def optimizer_fits(optimizer: object, network: nn.Module) -> torch.optim.Optimiz
         raise ConfigError("chi.attach: the optimizer holds none of the model's parameters; make it from "
                           "model.parameters() of this model, after wrapping or moving it")  # fmt: skip
     return optimizer
+
+
+def of_these_layers(state: dict, names: tuple[str, ...]) -> None:
+    """Raises ConfigError for a pilot's state of other layers; older states have no names, only their number."""
+    theirs = state.get("layers")
+    if theirs is None:
+        count = len((state["widths"] if "widths" in state else state["controller"])["log_width"])
+        theirs = list(names) if count == len(names) else [f"{count} layers"]
+    if list(theirs) != list(names):
+        differ = [(a, b) for a, b in itertools.zip_longest(theirs, names, fillvalue="none") if a != b]
+        raise ConfigError(f"chi.attach: this state is of other spiking layers: {differ[0][0]} where the model has "
+                          f"{differ[0][1]}; load it into the model that it was saved from")  # fmt: skip
 
 
 def still_fits(network: nn.Module, neurons: NeuronState, parameters: dict[str, nn.Parameter], known: set[str]) -> None:

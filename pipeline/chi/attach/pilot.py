@@ -75,10 +75,15 @@ class Pilot:
 
     def state_dict(self) -> dict:
         """What the script has to save in its checkpoint, for `load_state_dict`."""
-        return {"widths": self.widths.state_dict(), "step": self.step}
+        return {"widths": self.widths.state_dict(), "step": self.step, "layers": list(self.neurons.names)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from another pilot's `state_dict()`: same widths, same next decision."""
+        """Go on from another pilot's `state_dict()`: same widths, same next decision.
+
+        Raises:
+            ConfigError: it is of other layers; nothing has changed then.
+        """
+        checks.of_these_layers(state, self.neurons.names)
         self.widths.load_state_dict(state["widths"] if "widths" in state else state["controller"] | state["neurons"])
         self.step = int(state["step"])
 
@@ -137,6 +142,8 @@ class Pilot:
         checks.still_fits(self._network, self.neurons, parameters, self._known)
         if type(self._ranks) is OneRank:
             checks.alone_or_refuse()
+        if isinstance(self._ranks, DdpRanks):
+            self._ranks.refuse_join()
         if self._was_compiled() and self.config.policy == "ds_atgo":
             raise ConfigError("chi.attach: policy ds_atgo looks into the neurons, which a compiled model does not "
                               "allow; use another policy, or no torch.compile")  # fmt: skip

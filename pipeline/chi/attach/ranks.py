@@ -8,6 +8,7 @@
 All ranks get the same numbers.
 """
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -78,6 +79,7 @@ class DdpRanks(GroupRanks):
         """What this rank counted; None: nothing is measured."""
         self.may_be_early: Callable[[], bool] = lambda: False
         """Whether a bucket may be reduced before all layers have counted; the same on every rank."""
+        self._model = weakref.ref(model)
         self._tail: Tensor | None = None
         self._was_reduced = False
         self._has_hook = not model._comm_hooks and self.count <= MAX_RANKS
@@ -95,6 +97,13 @@ class DdpRanks(GroupRanks):
             return super().total(sums, share)
         size = self._limbs.per_count * len(share.counts)
         return sums, Share(counts=self._limbs.unpack(tail[:size]), floats=tail[size:].float())
+
+    def refuse_join(self) -> None:
+        """Raises ConfigError within DDP's `join()`: a rank that ran out of batches steps no more, nor do its widths."""
+        model = self._model()
+        if model is not None and model._join_config.enable:
+            raise ConfigError("chi.attach: DDP's join() lets ranks stop before others, and their widths with them; "
+                              "give every rank the same number of batches (DistributedSampler does)")  # fmt: skip
 
     def forget(self) -> None:
         self._tail, self._was_reduced = None, False

@@ -2,10 +2,12 @@
 
 import functools
 import logging
+import subprocess
 from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.errors import first_line
 from pipeline.snn.kernels import compiled, reference
 from pipeline.snn.kernels.chunked import in_chunks
 from pipeline.snn.kernels.reference import Rule
@@ -26,12 +28,21 @@ _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def _triton():
-    """The GPU kernels; None, with one warning, if Triton is not installed."""
+    """The GPU kernels; None, with one warning, if Triton is not installed or cannot compile what launches them."""
+    slower = "spiking layers run the slower reference on the GPU: %s; %s"
     try:
         from pipeline.snn.kernels import fused_triton
     except ImportError as error:
-        log.warning("spiking layers run the slower reference on the GPU: %s; install triton", error)
+        log.warning(slower, error, "install triton")
         return None
+    if not compiled.gives_way():
+        import triton
+
+        try:
+            hasattr(triton.runtime.driver.active, "utils")  # compiles, at the first use
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            log.warning(slower, first_line(error), "install gcc and Python's headers (python3-dev)")
+            return None
     return fused_triton
 
 

@@ -260,9 +260,10 @@ def normalise(
     mean, rstd = batch_statistics(y)
     C, into = y.shape[1], (bn.running_mean, bn.running_var, bn.num_batches_tracked)
     out = torch.empty((3, C), dtype=torch.float32, device=y.device)
-    _scales[(triton.cdiv(C, _TILE),)](
-        mean, rstd, gamma, beta, *into, out, bn.eps, bn.momentum, count / (count - 1), C, _TILE
-    )
+    with on_device_of(y):
+        _scales[(triton.cdiv(C, _TILE),)](
+            mean, rstd, gamma, beta, *into, out, bn.eps, bn.momentum, count / (count - 1), C, _TILE
+        )
     torch.autograd.graph.increment_version(into)
     return mean, *out.unbind()
 
@@ -273,8 +274,14 @@ def norm_gradients(
     """As `norm.gradients`: of gamma and beta, and b and d of `Call.affine`."""
     C = scale.numel()
     out = torch.empty((4, C), dtype=torch.float32, device=sums.device)
-    _norm_gradients[(triton.cdiv(C, _TILE),)](sums, joint, mean, rstd, scale, out, count, C, _TILE)
+    with on_device_of(sums):
+        _norm_gradients[(triton.cdiv(C, _TILE),)](sums, joint, mean, rstd, scale, out, count, C, _TILE)
     return out.unbind()
+
+
+def on_device_of(x: torch.Tensor) -> torch.cuda.device_of:
+    """For launches: Triton takes the thread's current GPU, which need not be the one where x lies; none on the CPU."""
+    return torch.cuda.device_of(x)
 
 
 def batch_statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,11 +319,13 @@ class Call:
         rule = self.rule
         out = x.new_empty((self.num_steps, *x.shape[1:])) if out is None else out
         state = x.new_empty(x.shape[1:], dtype=torch.float32) if want_state else None
-        _forward[grid](
-            x, scale, shift, shortcut, v, out, state, self.leak, rule.v_th, rule.v_reset, R, C,
-            T=self.num_steps, STATIC=self.static, NORM=scale is not None, ADD=shortcut is not None, LEAKY=rule.leaky,
-            HARD=rule.hard, FROM_STATE=v is not None, TO_STATE=want_state, BLOCK_R=block_r, BLOCK_C=block_c,
-        )  # fmt: skip
+        with on_device_of(x):
+            _forward[grid](
+                x, scale, shift, shortcut, v, out, state, self.leak, rule.v_th, rule.v_reset, R, C,
+                T=self.num_steps, STATIC=self.static, NORM=scale is not None, ADD=shortcut is not None,
+                LEAKY=rule.leaky, HARD=rule.hard, FROM_STATE=v is not None, TO_STATE=want_state,
+                BLOCK_R=block_r, BLOCK_C=block_c,
+            )  # fmt: skip
         return out, state
 
     def backward(self, grad_s, grad_last, x, scale, shift, mean, v, counted: bool, grad_x: torch.Tensor | None = None):
@@ -329,14 +338,15 @@ class Call:
             sums = x.new_empty((2, triton.cdiv(R, block_r), C), dtype=torch.float32)
         grad_x = torch.empty_like(x) if grad_x is None else grad_x
         grad_first = None if v is None else torch.empty_like(v)
-        _backward[grid](
-            x, scale, shift, mean, grad_s, grad_last, v, grad_x, grad_first,
-            partial, sums[0], sums[1], self.leak, self.width, self.amplitude, rule.v_th, rule.v_reset, R, C,
-            T=self.num_steps, STATIC=self.static, NORM=scale is not None, LEAKY=rule.leaky, HARD=rule.hard,
-            DETACH=rule.detach, SHAPE=surrogate.IN_KERNELS.index(rule.shape), PEAK=rule.scale == "peak",
-            FROM_STATE=v is not None, TO_STATE=grad_last is not None, COUNT=counted,
-            BLOCK_R=block_r, BLOCK_C=block_c,
-        )  # fmt: skip
+        with on_device_of(x):
+            _backward[grid](
+                x, scale, shift, mean, grad_s, grad_last, v, grad_x, grad_first,
+                partial, sums[0], sums[1], self.leak, self.width, self.amplitude, rule.v_th, rule.v_reset, R, C,
+                T=self.num_steps, STATIC=self.static, NORM=scale is not None, LEAKY=rule.leaky, HARD=rule.hard,
+                DETACH=rule.detach, SHAPE=surrogate.IN_KERNELS.index(rule.shape), PEAK=rule.scale == "peak",
+                FROM_STATE=v is not None, TO_STATE=grad_last is not None, COUNT=counted,
+                BLOCK_R=block_r, BLOCK_C=block_c,
+            )  # fmt: skip
         wanted = counted or self.leak is not None
         totals = partial.sum(1, dtype=torch.float64) if wanted else partial[:, 0]
         counts = totals[: len(COUNTED)] if counted else None
@@ -356,4 +366,5 @@ class Call:
         """grad <- a grad + b y + d by channel, in place."""
         C = a.numel()
         block_r, block_c, grid = tiles(grad.numel() // C, C)
-        _affine[grid](y, grad, a, b, d, grad.numel() // C, C, block_r, block_c)
+        with on_device_of(y):
+            _affine[grid](y, grad, a, b, d, grad.numel() // C, C, block_r, block_c)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pipeline.snn.external_neurons import Steered
-from pipeline.snn.neurons import NeuronState
+from pipeline.snn.neurons import NeuronState, listed_layers
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 _WITHIN = ".parametrizations."
@@ -44,9 +44,8 @@ class FedLayer:
 def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
     """The spiking layers in forward order. Their `parameters` may change in the first training pass."""
     owners = {id(module): name for name, module in network.named_modules()}
-    if hasattr(network, "spiking_layers"):
+    if (listed := listed_layers(network)) is not None:
         names = {id(parameter): name for name, parameter in network.named_parameters()}
-        listed = network.spiking_layers()  # pyright: ignore
         feeds = [() if layer.weight is None else (names[id(layer.weight)],) for layer in listed]
         return [
             FedLayer(layer.name, layer.neuron, feed, True, layer.norm, network)

@@ -46,7 +46,7 @@ from pipeline.snn.networks import foreign, own_source
 from pipeline.snn.networks.feeding import FedLayer, fed_layers
 from pipeline.snn.networks.network import Network, SpikingLayer
 from pipeline.snn.networks.own_source import Source
-from pipeline.snn.neurons import NeuronState, bind
+from pipeline.snn.neurons import NeuronState, bind, listed_layers
 
 TRIED = 2
 """Images in a trial pass: batch normalisation may need more than one."""
@@ -317,7 +317,7 @@ def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: in
     if replaced:
         raise _refused(source, f"{replaced[0]} is a buffer in whose place a pass puts another tensor, which averages "
                        "and a skipped step would miss; write into it (copy_, lerp_, …)")  # fmt: skip
-    if hidden and not hasattr(module, "spiking_layers"):
+    if hidden and listed_layers(module) is None:
         raise _refused(source, f"torch.compile hides which weights feed the neurons {hidden[0]}; return the network "
                        "uncompiled, or give it a method spiking_layers()")  # fmt: skip
     if lost:
