@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from benchmarks import chi_falsifiers, chi_falsifiers_report, chi_long, chi_study, chi_study_report, study_runs
@@ -123,3 +124,24 @@ def test_the_deep_table_is_that_of_the_runs():
     assert {len(places) * 10 for _, places in settings} == {10, 30}
     for text in (PAGE.with_name("chi.md"), ROOT / "README.md"):
         assert f"{mean:+.2f}"[1:] + " ± 0.65" in text.read_text(encoding="utf-8"), "of all pairs"
+
+
+def test_the_table_of_long_runs_is_that_of_the_runs():
+    page = PAGE.read_text(encoding="utf-8").replace("−", "-")
+    records = [record for record in study_runs.finished(chi_long.RUNS) if record["where"] in chi_long.LONG]
+    assert len(records) == len(chi_long.LONG) * len(chi_long.LONG_SEEDS) * 3
+    pooled = {chi_long.ATAN: [], chi_long.BEST: []}
+    for where, arms in chi_long.accuracies(records).items():
+        here = [record for record in records if record["where"] == where]
+        means = [np.mean(list(arms[arm].values())) for arm in (chi_long.ATAN, chi_long.BEST, chi_long.CALIBRATED)]
+        gains = [chi_long.gain(here, chi_long.CALIBRATED, other) for other in pooled]
+        for kept, gain in zip(pooled.values(), gains, strict=True):
+            kept += gain
+        cells = [*(f"{mean:.2f}" for mean in means), *(shown(gain) for gain in gains)]
+        assert f"| {' | '.join(cells)} |" in page, where
+    assert f"| {' | '.join(shown(gain) for gain in pooled.values())} |" in page
+
+
+def shown(gains: list[float]) -> str:
+    row = chi_long.compared("", gains)[0]
+    return f"{row['value']:+.2f} {row['unit'].removesuffix(' points')}"
