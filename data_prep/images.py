@@ -270,7 +270,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _as_png(image: Image.Image, kinds: tuple[str, ...]) -> Inspected:
-    image = _upright(_eight_bit(image))
+    image = _eight_bit(_upright(image))
     stream = io.BytesIO()
     # A fresh image: else its metadata (EXIF, ICC profile, transparency) would be written too.
     Image.fromarray(np.asarray(image)).save(stream, "PNG")
@@ -284,7 +284,7 @@ def _resized(data: memoryview, header: Header | None, kinds: tuple[str, ...], si
         image = _decoded(data, header, (round(header.width * scale), round(header.height * scale)))
     else:
         image = _decoded(data, header)
-    image = _upright(_eight_bit(image))
+    image = _eight_bit(_upright(image))
     ratio = side / min(image.size)
     size = tuple(side if edge == min(image.size) else max(1, round(edge * ratio)) for edge in image.size)
     if max(size) > _MAX_JPEG_SIDE:

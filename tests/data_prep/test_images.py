@@ -324,3 +324,16 @@ def test_a_jpeg_without_its_end_must_need_its_last_bytes():
                 inspect(memoryview(data[:-2] + tail))
     for half in (b"", b"\xff", b"\xff\xc4", b"\xff\xc4\0"):  # the start of a marker, of the end or of another one
         assert inspect(memoryview(flat[:-2] + half)).converted == flat
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_turned_as_eight_are(format):
+    values = (np.arange(20 * 30).reshape(20, 30) * 100).astype(np.uint16)
+    turned = Image.Exif()
+    turned[0x112] = 6
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, format, exif=turned)
+    found = inspect(memoryview(stream.getvalue()))
+    assert found.converted
+    stored = np.asarray(Image.open(io.BytesIO(found.converted)))
+    assert np.array_equal(stored, np.rot90(values >> 8, -1))
