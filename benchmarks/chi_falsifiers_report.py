@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
+from benchmarks import chi_soft_spikes
 from benchmarks.chi_study_report import interval
 
 AS_IT_IS = "as it is"
@@ -116,9 +117,8 @@ def soft_spikes(records: Sequence[dict]) -> None:
 def gains_again(records: Sequence[dict], statistics: str) -> dict[str, np.ndarray]:
     """Of the second trial: what soft spikes gain over hard ones, and over hard ones for longer; points, a seed each."""
     found: dict[str, dict[int, float]] = {"soft": {}, "hard": {}, "longer": {}}
-    shortest = min((record["epochs"] for record in records), default=0)
     for record in records:
-        arm = "soft" if record["budget"] else "hard" if record["epochs"] == shortest else "longer"
+        arm = "soft" if record["budget"] else "longer" if record["epochs"] == chi_soft_spikes.LONGER else "hard"
         found[arm][record["seed"]] = 100 * record[f"{STATISTICS[statistics]}accuracy"]
     soft = found.pop("soft")
     names = {"hard": "hard spikes", "longer": "hard spikes, longer"}

@@ -4,6 +4,7 @@ A tensor is (T, R, C): R positions of C channels, channels-last. A program holds
 the potentials of all T steps in fp32 registers; the backward pass recomputes them from the convolution's output.
 Width, amplitude and leak are read from device memory: they can change without a recompile or a host synchronisation,
 and the launches can be captured in a CUDA graph. Equations: reference.py, compiled.py, norm.py.
+Each launch is under `torch.cuda.device_of`: Triton takes the thread's current GPU, which need not be the tensors'.
 
 Counts and sums have one partial sum for each program: they are the same in every run. Without a GPU the kernels run in
 Triton's interpreter (TRITON_INTERPRET=1, set before this is imported).
@@ -260,7 +261,7 @@ def normalise(
     mean, rstd = batch_statistics(y)
     C, into = y.shape[1], (bn.running_mean, bn.running_var, bn.num_batches_tracked)
     out = torch.empty((3, C), dtype=torch.float32, device=y.device)
-    with on_device_of(y):
+    with torch.cuda.device_of(y):
         _scales[(triton.cdiv(C, _TILE),)](
             mean, rstd, gamma, beta, *into, out, bn.eps, bn.momentum, count / (count - 1), C, _TILE
         )
@@ -274,14 +275,9 @@ def norm_gradients(
     """As `norm.gradients`: of gamma and beta, and b and d of `Call.affine`."""
     C = scale.numel()
     out = torch.empty((4, C), dtype=torch.float32, device=sums.device)
-    with on_device_of(sums):
+    with torch.cuda.device_of(sums):
         _norm_gradients[(triton.cdiv(C, _TILE),)](sums, joint, mean, rstd, scale, out, count, C, _TILE)
     return out.unbind()
-
-
-def on_device_of(x: torch.Tensor) -> torch.cuda.device_of:
-    """For launches: Triton takes the thread's current GPU, which need not be the one where x lies; none on the CPU."""
-    return torch.cuda.device_of(x)
 
 
 def batch_statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -319,7 +315,7 @@ class Call:
         rule = self.rule
         out = x.new_empty((self.num_steps, *x.shape[1:])) if out is None else out
         state = x.new_empty(x.shape[1:], dtype=torch.float32) if want_state else None
-        with on_device_of(x):
+        with torch.cuda.device_of(x):
             _forward[grid](
                 x, scale, shift, shortcut, v, out, state, self.leak, rule.v_th, rule.v_reset, R, C,
                 T=self.num_steps, STATIC=self.static, NORM=scale is not None, ADD=shortcut is not None,
@@ -338,7 +334,7 @@ class Call:
             sums = x.new_empty((2, triton.cdiv(R, block_r), C), dtype=torch.float32)
         grad_x = torch.empty_like(x) if grad_x is None else grad_x
         grad_first = None if v is None else torch.empty_like(v)
-        with on_device_of(x):
+        with torch.cuda.device_of(x):
             _backward[grid](
                 x, scale, shift, mean, grad_s, grad_last, v, grad_x, grad_first,
                 partial, sums[0], sums[1], self.leak, self.width, self.amplitude, rule.v_th, rule.v_reset, R, C,
@@ -366,5 +362,5 @@ class Call:
         """grad <- a grad + b y + d by channel, in place."""
         C = a.numel()
         block_r, block_c, grid = tiles(grad.numel() // C, C)
-        with on_device_of(y):
+        with torch.cuda.device_of(y):
             _affine[grid](y, grad, a, b, d, grad.numel() // C, C, block_r, block_c)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pipeline.snn.kernels.fused_triton import on_device_of, tile_of, tiles
+from pipeline.snn.kernels.fused_triton import tile_of, tiles
 
 _BLOCK = 512
 """Elements that a program packs."""
@@ -91,13 +91,13 @@ def _pool_gradient(
 
 def pack(x: torch.Tensor, out: torch.Tensor, bits: int) -> None:
     """As `pack` in cpu.cpp: dense x of n 8/bits elements into n bytes."""
-    with on_device_of(x):
+    with torch.cuda.device_of(x):
         _pack[(triton.cdiv(out.numel(), _BLOCK),)](x, out, out.numel(), bits, _BLOCK)
 
 
 def unpack(packed: torch.Tensor, out: torch.Tensor, bits: int) -> None:
     """The inverse of `pack`, into the dense `out`."""
-    with on_device_of(packed):
+    with torch.cuda.device_of(packed):
         _unpack[(triton.cdiv(packed.numel(), _BLOCK),)](packed, out, packed.numel(), bits, _BLOCK)
 
 
@@ -111,7 +111,7 @@ def pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> tuple[torch
     h, w = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
     out, place = (_last(x, (n, c, h, w), dtype) for dtype in (x.dtype, torch.uint8))
     block_r, block_c, grid = tiles(n * h * w, c)
-    with on_device_of(x):
+    with torch.cuda.device_of(x):
         _pool[grid](x, out, place, n * h * w, c, height, width, h, w, kernel, stride, padding, block_r, block_c)
     return out, place
 
@@ -124,7 +124,7 @@ def pool_gradient(
     total = _last(grad, (n, c, *size), grad.dtype)
     rows = n * size[0] * size[1]
     block_r, block_c, grid = tiles(rows, c)
-    with on_device_of(grad):
+    with torch.cuda.device_of(grad):
         _pool_gradient[grid](grad, place, total, rows, c, *size, h, w, kernel, stride, padding, block_r, block_c)
     return total
 

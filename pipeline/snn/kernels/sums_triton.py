@@ -103,7 +103,7 @@ def run(gradients: list[torch.Tensor]) -> torch.Tensor:
     where = _offsets(offsets, device)
     of_tiles = torch.empty(len(table.owner), 3, dtype=torch.float64, device=device)
     sums = torch.empty(len(gradients), 3, dtype=torch.float64, device=device)
-    with torch.cuda.device_of(base):  # where Triton launches
+    with torch.cuda.device_of(base):
         _sum_tiles[(len(table.owner),)](base, where, table.numel, table.first, table.owner, of_tiles, TILE, _BLOCK)
         _fold[(len(gradients),)](of_tiles, table.first, sums, _FOLD)
     return sums
