@@ -21,6 +21,8 @@ MARK = "CHISPIKE_GPU_CHECK_STEP"
 """A variable that every process of a step inherits, also in a session of its own."""
 INTERPRETER = {"TRITON_INTERPRET": "1", "CHISPIKE_TEST_INTERPRETER": "1"}
 FINE = ("done", "skipped")
+QUIET_LOOKS = 3
+"""Looks in a row that find no process of a step before it counts as ended: within execve(2) one has no environment."""
 
 
 class Report:
@@ -126,7 +128,10 @@ def end(process: subprocess.Popen, mark: str) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    while left := marked(mark):
+    quiet = 0
+    while quiet < QUIET_LOOKS:
+        left = marked(mark)
+        quiet = 0 if left else quiet + 1
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
