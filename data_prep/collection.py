@@ -167,7 +167,11 @@ class SplitBuilder:
         """
         if not self._names:
             what = "image" if convert is None else "recording"
-            raise DataError(f"the split {self.name} holds no {what}; check the source's layout in docs/data_prep.md")
+            why = "; check the source's layout in docs/data_prep.md"
+            if self.refusals:
+                first, num = self.refusals[0], len(self.refusals)
+                why = f": {num:,} {'are' if num > 1 else 'is'} refused, first {first.name} ({first.reason})"
+            raise DataError(f"the split {self.name} holds no {what}{why}")
         order = sorted(range(len(self._names)), key=self._names.__getitem__)
         kept, refusals = [], list(self.refusals)
         for number in order:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.data.decode.image_headers import JPEG_MAGIC, PNG_MAGIC, Header, HeaderError, jpeg_segments, read_header
 
@@ -30,6 +31,8 @@ _MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 _LOOK_AHEAD = bytes(16)
 _OTHER_LOOK_AHEAD = b"\xfe" * 16  # differs from the first bit on: a single missing bit shows
 _NEEDED = 8  # without so many bytes at the end of the image data, the pixels must differ
+_BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
+_NEARLY_BLACK = 16  # 16-bit files of 12-bit sensors end here
 _END_OF_JPEG = b"\xff\xd9"
 _DAMAGED_METADATA = (OSError, ValueError, SyntaxError, KeyError, TypeError, IndexError, EOFError, struct.error)
 """What Pillow raises where it cannot read an EXIF block."""
@@ -236,21 +239,39 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """`image` as 8-bit L or RGB; 16-bit values lose their low byte, transparency is dropped, as in DALI."""
+def _plain(image: Image.Image) -> Image.Image:
+    """`image` upright, as 8-bit L or RGB: of deeper values the high bits, as in DALI, which drops transparency too."""
+    depth = _depth(image)
+    image = _upright(image)
     if image.mode in ("L", "RGB"):
         return image
     if image.mode == "F":
         raise RefusedError("floating-point pixels have no agreed range; convert the image to 8 bits first")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 0xFFFF:
-            raise RefusedError("32-bit pixels have no agreed range; convert the image to 8 bits first")
-        return Image.fromarray((values >> 8).astype(np.uint8))
+        return Image.fromarray(_high_bits(np.asarray(image), depth))
     try:
         return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
     except ValueError:
         raise RefusedError(f"pixels of the kind {image.mode} are not read; convert the image to RGB first") from None
+
+
+def _depth(image: Image.Image) -> int:
+    """Bits of a grey value. Pillow holds 9 to 16 of a TIFF in 16, unscaled; it scales those of other formats."""
+    stated = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if isinstance(image, TiffImageFile) else 16
+    return stated if 8 < stated < 16 else 16
+
+
+def _high_bits(values: np.ndarray, depth: int) -> np.ndarray:
+    """The high 8 of `depth` bits, uint8."""
+    values = values.astype(np.int64)
+    if values.min(initial=0) < 0 or (most := values.max(initial=0)) > 0xFFFF:
+        raise RefusedError("32-bit pixels have no agreed range; convert the image to 8 bits first")
+    high = values >> depth - 8
+    if most > 0 and high.max() < _NEARLY_BLACK:
+        warnings.warn(
+            f"16-bit grey values up to {most} are nearly black in 8 bits; scale the images first", stacklevel=2
+        )
+    return high.astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -270,7 +291,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _as_png(image: Image.Image, kinds: tuple[str, ...]) -> Inspected:
-    image = _eight_bit(_upright(image))
+    image = _plain(image)
     stream = io.BytesIO()
     # A fresh image: else its metadata (EXIF, ICC profile, transparency) would be written too.
     Image.fromarray(np.asarray(image)).save(stream, "PNG")
@@ -284,7 +305,7 @@ def _resized(data: memoryview, header: Header | None, kinds: tuple[str, ...], si
         image = _decoded(data, header, (round(header.width * scale), round(header.height * scale)))
     else:
         image = _decoded(data, header)
-    image = _eight_bit(_upright(image))
+    image = _plain(image)
     ratio = side / min(image.size)
     size = tuple(side if edge == min(image.size) else max(1, round(edge * ratio)) for edge in image.size)
     if max(size) > _MAX_JPEG_SIDE:

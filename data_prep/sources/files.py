@@ -149,7 +149,7 @@ def open_collection(path: Path, work: Path, say: Callable[[str], None]) -> tuple
     with open(path, "rb") as file:
         magic = file.read(8)
     if magic[:4] in (b"PK\3\4", b"PK\5\6"):
-        return walk_zip(path), ZipReader(path)
+        return walk_zip(path, say), ZipReader(path)
     if is_compressed(magic):
         path = _unpack(path, work, say)
     return walk_tar(path, say=say), FileReader(path)

@@ -1,5 +1,6 @@
 """Class folders, loose or in a tar, tar.gz or zip, with or without folders of splits above them."""
 
+import hashlib
 import sys
 import unicodedata
 from collections import Counter
@@ -7,7 +8,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data_prep.collection import Convert, Reader, Refusal, Split, SplitBuilder
-from data_prep.plan import shuffled
 from data_prep.sources.files import ARCHIVE_KINDS, HIDDEN, PassedOver, existing, open_collection, path_fingerprint
 from data_prep.sources.layout import LAYOUT, Layout, Tree, find_layout, is_in, join
 from data_prep.sources.lists import Lists
@@ -56,7 +56,7 @@ class ImageFolder:
         classes = _classes(builders, found, layout, str(self._path), say)
         _say_notes(outside, layout, lists if list(builders) == ["train"] else None, say)
         if self._val_ratio and list(builders) == ["train"]:
-            builders = _held_out(builders["train"], self._val_ratio, self._seed)
+            builders = _held_out(builders["train"], self._val_ratio, self._seed, say)
         elif self._val_ratio:
             say(f"--val-ratio is not used: the source has the splits {', '.join(builders)}")
         shown, convert = lists.words(classes), self._converter()
@@ -253,18 +253,27 @@ def _say_notes(outside: list[Member], layout: Layout, lists: Lists | None, say: 
         )
 
 
-def _held_out(train: SplitBuilder, ratio: float, seed: int) -> dict[str, SplitBuilder]:
-    """Moves `ratio` of every class of `train` to val."""
-    by_class: dict[str, list[int]] = {}
-    for number in sorted(range(len(train)), key=train.name_of):
-        by_class.setdefault(train.class_of(number), []).append(number)
+def _held_out(train: SplitBuilder, ratio: float, seed: int, say: Callable[[str], None]) -> dict[str, SplitBuilder]:
+    """Moves `ratio` of every class of `train` to val: those whose names have the lowest hashes, so that a file that is
+    added later leaves nearly all others where they are. One image of each class stays in train."""
+    by_class: dict[str, list[tuple[bytes, int]]] = {}
+    for number in range(len(train)):
+        label = train.class_of(number)
+        base = train.name_of(number).rpartition(b"/")[2]  # the same in a folder and in an archive of it
+        drawn = hashlib.blake2b(b"%d/%s/%s" % (seed, label.encode(), base), digest_size=8).digest()
+        by_class.setdefault(label, []).append((drawn, number))
     builders = {
         "train": SplitBuilder("train", train.readers, train.refusals),
         "val": SplitBuilder("val", train.readers),
     }
+    num_val = {label: min(round(ratio * len(drawn)), len(drawn) - 1) for label, drawn in by_class.items()}
+    if not any(num_val.values()):
+        most = max(map(len, by_class.values()))
+        cure = f"give {0.5 / most + 0.005:.2f} or more" if most > 1 else "a class needs two or more"
+        raise DataError(f"--val-ratio {ratio:g} holds out nothing, for the largest class has {most}; {cure}")
+    if none := sorted(label for label, num in num_val.items() if not num):
+        say(f"warning: --val-ratio {ratio:g} holds out nothing of {len(none)} small classes, first {none[0]}")
     for label in sorted(by_class):
-        numbers = by_class[label]
-        num_val = round(ratio * len(numbers))
-        for place, drawn in enumerate(shuffled(len(numbers), seed)):
-            train.copy(numbers[drawn], builders["val" if place < num_val else "train"])
+        for place, (_, number) in enumerate(sorted(by_class[label], key=lambda one: (one[0], train.name_of(one[1])))):
+            train.copy(number, builders["val" if place < num_val[label] else "train"])
     return builders

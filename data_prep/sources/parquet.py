@@ -6,6 +6,7 @@ Labels are looked at first: a set that cannot be packed is refused before its im
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 from data_prep.collection import Split, SplitBuilder
 from data_prep.progress import size
-from data_prep.sources.files import existing, is_hidden, path_fingerprint
+from data_prep.sources.files import existing, is_hidden, path_fingerprint, walk_folder
 from data_prep.sources.parquet_columns import UNLABELLED, Columns, classes_of, find_columns
 from data_prep.sources.readers import FileReader
 from data_prep.sources.splits import SPLITS, is_exactly_split, part_base, split_of, split_words
@@ -24,6 +25,7 @@ from data_prep.stores import SCRATCH
 from pipeline.errors import ConfigError, DataError
 
 _BATCH = 32
+_TOTAL = re.compile(r"-of-0*(\d+)(?!\d)")  # train-00000-of-00002: how many files the split has
 
 
 @dataclass(slots=True)
@@ -88,8 +90,7 @@ class Parquet:
         target = work / f"{SCRATCH}parquet.unpacked"
         total = sum(file.path.stat().st_size for file in files)
         for split, group in groupby(order, key=lambda file: file.split):
-            names_of = [file.path.name for file in group]
-            say(f"{split}: {names_of[0]}{f' to {names_of[-1]}, {len(names_of)} files' if names_of[1:] else ''}")
+            _say_files(split, [*group], say)
         say(f"copying the images of {len(files)} files ({size(total)}) once, to {target}, removed at the end")
         reader, builders = FileReader(target), []
         number_of = {label: str(number) for number, label in enumerate(names)}
@@ -111,12 +112,22 @@ def _files_of(given: list[Path]) -> list[_File]:
         above = split_of(top.name) if apart or is_exactly_split(top.name) else None
         inner = [path]
         if path.is_dir():
-            inner = [one for one in path.rglob("*") if one.suffix.lower() == ".parquet" and one.is_file()]
-            inner = [one for one in inner if not is_hidden(os.fsencode(one.relative_to(path)))]
+            inner = [*_below(path)]
             if not inner:
                 raise ConfigError(f"parquet: no *.parquet below {path}; check the path")
         files += [_File(one, one.relative_to(path).parts or (one.name,), above, top.name) for one in inner]
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The parquet files below `folder`; links are followed. `ConfigError` for a link that leads nowhere."""
+    for found in walk_folder(folder):
+        path = folder / os.fsdecode(found.name)
+        kind = path.suffix.lower()
+        if found.refused and not is_hidden(found.name) and kind in ("", ".parquet"):  # perhaps a folder of them
+            raise ConfigError(f"parquet: {str(path)!a}: {found.refused}; mend or remove it")
+        if kind == ".parquet" and not found.folder and not is_hidden(found.name):
+            yield path
 
 
 def _set_splits(files: list[_File]) -> None:
@@ -139,14 +150,39 @@ def _set_splits(files: list[_File]) -> None:
         )
     for file, split in zip(files, found, strict=True):
         file.split = split or "train"
-    first: dict[tuple[str, str], _File] = {}
+    _refuse_mixtures(files)
+
+
+def _refuse_mixtures(files: list[_File]) -> None:
+    """`ConfigError` where a split has files of several configurations, or copies, of one data set."""
+    first: dict[str, _File] = {}
     for file in files:
-        other = first.setdefault((file.split, file.path.name), file)
-        if [*map(part_base, other.parts)] != [*map(part_base, file.parts)]:
+        other = first.setdefault(file.split, file)
+        if [*map(part_base, other.parts[:-1])] != [*map(part_base, file.parts[:-1])]:
             raise ConfigError(
-                f"parquet: two files of {file.split} are called {file.path.name}, {other.path} and {file.path}; if "
-                "these are configurations of one data set, give the folder of one"
+                f"parquet: {file.split} has files in several folders, {other.path} and {file.path}; if these are "
+                "configurations of one data set, give the folder of one, else give each of the folders"
             )
+    counted: dict[str, _File] = {}
+    for file in files:
+        if _total(file) and _total(file) != _total(other := counted.setdefault(file.split, file)):
+            raise ConfigError(
+                f"parquet: {other.path} is one of {_total(other)} files of {file.split}, {file.path} one of "
+                f"{_total(file)}; these are copies or configurations of one data set: give the files of one"
+            )
+
+
+def _total(file: _File) -> int:
+    """How many files the split of `file` has by its name; 0 where that does not say."""
+    found = _TOTAL.search(file.path.stem)
+    return int(found[1]) if found else 0
+
+
+def _say_files(split: str, files: list[_File], say: Callable[[str], None]) -> None:
+    first, last, num = files[0].path.name, files[-1].path.name, len(files)
+    say(f"{split}: {first}{f' to {last}, {num} files' if num > 1 else ''}")
+    if (total := max(map(_total, files))) > num:
+        say(f"warning: {split} has {total} files by their names, and {num} are given: the others are not packed")
 
 
 def _set_places(files: list[_File]) -> None:

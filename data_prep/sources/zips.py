@@ -1,4 +1,4 @@
-"""Where the members of a zip lie. PKWARE APPNOTE 6.3.10, sections 4.3 and 4.5.3.
+"""Where the members of a zip lie. PKWARE APPNOTE 6.3.10, sections 4.3, 4.5.3 and 4.6.9.
 
 Our own reading of the central directory, for the reason that `tars.py` gives: `zipfile` keeps a kilobyte a member.
 """
@@ -7,8 +7,9 @@ import mmap
 import os
 import stat
 import struct
+import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 
@@ -26,12 +27,14 @@ _END64_HEAD = 12  # bytes of that record that its own length does not count
 _CHUNK = 1 << 20
 _SLACK = 96  # gaps up to so many bytes are not searched: extra fields and descriptors, too small for an image
 _DEFLATE_RATIO = 1032  # most bytes that one deflated byte can stand for
+_UTF8 = 0x800  # flag bit 11
+_ZIP64, _UNICODE_PATH = 1, 0x7075
 _FULL_16, _FULL_32 = 0xFFFF, 0xFFFFFFFF
 _AGAIN = "download it again"
 
 
-def walk_zip(path: Path) -> Iterator[Member]:
-    """The members of the zip `path`.
+def walk_zip(path: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[Member]:
+    """The members of the zip `path`; says where the encoding of their names is not known.
 
     Raises:
         DataError: it is damaged or cut off, or has something before or behind it, such as a second zip.
@@ -40,11 +43,18 @@ def walk_zip(path: Path) -> Iterator[Member]:
         total = os.fstat(file.fileno()).st_size
         at, size, num_entries = _directory(file.fileno(), path, total)
         places, listed = array("q"), set()  # where each member begins, and where it ends at the earliest
+        guessed = b""
         for entry in _entries(file, at, size, path):
-            found, end = _member(entry, path, at)
+            found, end, is_guessed = _member(entry, path, at)
+            guessed = guessed or (found.name if is_guessed else b"")
             places.extend((found.offset, end))
             listed.add(hash(found.name))
             yield found
+        if guessed:
+            say(
+                f"warning: the names in {path} are neither marked as UTF-8 nor are it, and are read as code page 437, "
+                f"such as {guessed.decode()}; where that is wrong, unpack it and give the folder"
+            )
         if (num_found := len(places) // 2) % (_FULL_16 + 1) != num_entries % (_FULL_16 + 1):
             raise DataError(f"{path} is damaged: its directory lists {num_found} members of {num_entries}; {_AGAIN}")
         yield from _unlisted(file, np.array(places, dtype=np.int64).reshape(-1, 2), at, listed)
@@ -122,16 +132,19 @@ def _unlisted(file: BufferedReader, places: np.ndarray, directory: int, listed: 
         for gap in gaps:
             at, end = int(ends[gap]), int(starts[gap])
             while 0 <= (at := mapped.find(b"PK\3\4", at, end)) <= end - LOCAL_HEADER:
-                packed, name_length, extra_length = struct.unpack_from("<L4x2H", mapped, at + 18)
-                name = mapped[at + LOCAL_HEADER : at + LOCAL_HEADER + name_length].replace(b"\\", b"/")
+                flags, packed, name_length, extra_length = struct.unpack_from("<6xH10xL4x2H", mapped, at)
+                name_end = at + LOCAL_HEADER + name_length
+                name, extra = mapped[at + LOCAL_HEADER : name_end], mapped[name_end : name_end + extra_length]
+                name = _in_utf8(name, flags, extra)[0].replace(b"\\", b"/")
                 found = member(name, at, 0, folder=name.endswith(b"/"), kind="not listed in the zip's directory")
                 if hash(found.name) not in listed:
                     yield found
                 at += LOCAL_HEADER + name_length + extra_length + packed
 
 
-def _member(entry: bytes, path: Path, limit: int) -> tuple[Member, int]:
-    """What an entry of the directory says, and the earliest that its member can end; members lie before `limit`."""
+def _member(entry: bytes, path: Path, limit: int) -> tuple[Member, int, bool]:
+    """What an entry of the directory says, the earliest that its member can end, and whether its name is a guess;
+    members lie before `limit`."""
     fields = _ENTRY.unpack_from(entry)
     flags, method, packed, length = fields[3], fields[4], fields[8], fields[9]
     name_length, extra_length, external, offset = fields[10], fields[11], fields[15], fields[16]
@@ -141,8 +154,7 @@ def _member(entry: bytes, path: Path, limit: int) -> tuple[Member, int]:
     end = offset + LOCAL_HEADER + name_length + packed
     if end > limit:
         raise DataError(f"{path} is damaged: a member lies behind the end of the file; {_AGAIN}")
-    if not flags & 0x800:  # names without the UTF-8 flag are in the code page of the first PC
-        name = name if name.isascii() else name.decode("cp437").encode()
+    name, is_guessed = _in_utf8(name, flags, extra)
     mode = external >> 16
     kind = ""
     if stat.S_ISLNK(mode):
@@ -156,17 +168,38 @@ def _member(entry: bytes, path: Path, limit: int) -> tuple[Member, int]:
     elif length > packed * (_DEFLATE_RATIO if method else 1):
         kind = f"said to hold {length} bytes, more than its {packed} packed bytes can"
     name = name.replace(b"\\", b"/")
-    return member(name, offset, length, folder=name.endswith(b"/"), kind=kind), end
+    return member(name, offset, length, folder=name.endswith(b"/"), kind=kind), end, is_guessed
+
+
+def _in_utf8(name: bytes, flags: int, extra: bytes) -> tuple[bytes, bool]:
+    """`name` in UTF-8, and whether that is a guess. Without the flag of it, a field may hold it so; some programs
+    write UTF-8 all the same; in the others' code pages, of which 437 is the format's own, it is a guess."""
+    if flags & _UTF8 or name.isascii():
+        return name, False
+    for kind, value in _extra_fields(extra):
+        if kind == _UNICODE_PATH and value[1:5] == zlib.crc32(name).to_bytes(4, "little"):
+            return value[5:], False
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return name.decode("cp437").encode(), True
+    return name, False
+
+
+def _extra_fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    """The kind and the value of each field."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<2H", extra, at)
+        yield kind, extra[at + 4 : at + 4 + size]
+        at += 4 + size
 
 
 def _widen(extra: bytes, length: int, packed: int, offset: int) -> tuple[int, int, int]:
     """Length, packed length and offset with the 64-bit values that the zip64 field holds for full ones."""
-    at = 0
-    while at + 4 <= len(extra):
-        kind, size = struct.unpack_from("<2H", extra, at)
-        if kind == 1:
-            values = [int.from_bytes(extra[i : i + 8], "little") for i in range(at + 4, at + 4 + size - 7, 8)]
+    for kind, value in _extra_fields(extra):
+        if kind == _ZIP64:
+            values = [int.from_bytes(value[at : at + 8], "little") for at in range(0, len(value) - 7, 8)]
             wide = [values.pop(0) if narrow == _FULL_32 and values else narrow for narrow in (length, packed, offset)]
             return wide[0], wide[1], wide[2]
-        at += 4 + size
     return length, packed, offset

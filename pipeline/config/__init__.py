@@ -9,7 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from pipeline.config.checks import INTEGER_MAX, checked, one_of, positive, require
+from pipeline.config.checks import INTEGER_MAX, checked, one_of, positive, require, without_secrets
 from pipeline.config.policy import rand_augment
 from pipeline.config.sections import SURROGATES, ChiConfig, ModelConfig, OptimConfig, TrainConfig
 from pipeline.errors import ConfigError
@@ -123,6 +123,7 @@ class DataConfig:
 
     def check(self) -> None:
         """Checks the section's own rules; raises ConfigError."""
+        without_secrets("data.path", self.path)
         for name in ("image_size", "image_size_step", "global_batch", "micro_batch", "prefetch"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer of at least 1")
         for name in ("window_shards", "eval_resize", "threads", "cache_bytes", "retries"):

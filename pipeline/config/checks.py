@@ -7,6 +7,7 @@ hold, and they must still hold when every number is rounded to fp32, in which th
 import copy
 import dataclasses
 import math
+import re
 import struct
 import unicodedata
 from collections.abc import Callable
@@ -37,6 +38,23 @@ def require(ok: bool, name: str, got: object, allowed: str) -> None:
 
 def one_of(name: str, got: str, allowed: tuple[str, ...]) -> None:
     require(got in allowed, name, got, "one of " + ", ".join(allowed))
+
+
+def without_secrets(name: str, got: str) -> None:
+    """Refuses a URL that holds a password or a query. Paths are shown in logs and files; names are put behind them."""
+    protocol, is_url, rest = got.partition("://")
+    credentials, at, host = rest.partition("/")[0].rpartition("@")
+    if is_url and at and ":" in credentials:
+        shown = f"{protocol}://…@{host}/…"
+        raise ConfigError(
+            f"{name}={shown!r} holds a password; leave it to the protocol's client: for http(s), ~/.netrc"
+        )
+    if protocol in ("http", "https") and is_url and ("?" in rest or "#" in rest):
+        got = f"{protocol}://{re.split('[?#]', rest)[0]}"
+        raise ConfigError(
+            f"{name}={got!r} is followed by a query or fragment, and names of files are put behind it; use the URL "
+            "of a folder, without ? and #"
+        )
 
 
 def positive(name: str, got: float) -> None:

@@ -1,7 +1,7 @@
 """Files behind URLs: http(s)://, s3:// and all other protocols of fsspec, with retries. Errors name the URL and cause.
 
 Credentials and endpoints are not configured here: each protocol's client finds them itself (for s3 in the AWS
-environment variables, such as `AWS_ENDPOINT_URL`).
+environment variables, such as `AWS_ENDPOINT_URL`; for http in ~/.netrc and HTTPS_PROXY).
 """
 
 import errno
@@ -94,7 +94,7 @@ class Remote:
             except (FileNotFoundError, ClosedError):
                 raise
             except Exception as error:  # each protocol's client has its own errors; all are retried or raised
-                status = getattr(error, "status", 0)
+                status = _status(error)
                 if isinstance(error, PermissionError) or status in _FORBIDDEN:
                     raise DataError(f"{url} may not be read ({error}); check the credentials") from None
                 if isinstance(error, OSError) and error.errno in _LOCAL:
@@ -109,6 +109,15 @@ class Remote:
                 raise ClosedError
             delay = min(2 * delay, LONGEST_DELAY_S)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _status(error: Exception) -> int:
+    """The HTTP status that a client's error holds, under the name that this client has for it; 0 for none."""
+    for holder in (error, getattr(error, "response", None)):
+        for name in ("status", "status_code", "code"):
+            if isinstance(found := getattr(holder, name, None), int):
+                return found
+    return 403 if str(error).startswith("Forbidden") else 0  # gcsfs tells it by its text
 
 
 def _stopper(stopped: threading.Event):
@@ -131,6 +140,7 @@ def _file_system(url: str, timeout_s: float):
         from aiohttp import ClientTimeout
 
         options["client_kwargs"] = {
+            "trust_env": True,  # proxies of the environment, and ~/.netrc
             "timeout": ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s),
         }
     elif protocol == "s3":

@@ -62,6 +62,28 @@ def refused(name: str, value: object) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://me:secret@host/sets", "'https://…@host/…' holds a password; leave it to the protocol's client"),
+        ("s3://key:secret@bucket", "holds a password"),
+        ("https://host/sets?sig=secret", "'https://host/sets' is followed by a query or fragment"),
+        ("http://host/sets#secret", "use the URL of a folder, without ? and #"),
+    ],
+)
+def test_a_url_holds_no_secret_and_no_query(url, said):
+    told = refused("data.path", url)
+    assert said in told
+    assert "secret" not in told
+
+
+@pytest.mark.parametrize(
+    "url", ["abfs://sets@account.dfs.core.windows.net/x", "s3://bucket/a#b?", "C://odd@a:b", "a#b"]
+)
+def test_other_urls_and_paths_may_have_such_letters(url):
+    changed("data.path", url)
+
+
 @given(name=st.sampled_from(FLOATS), value=NUMBERS)
 @example(name="model.width", value=1e-46)
 @example(name="chi.width_max", value=1e39)

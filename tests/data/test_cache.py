@@ -20,7 +20,7 @@ from pipeline.data.loader import Loader, evaluation_batches
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Order
 from pipeline.data.remote import ClosedError, Remote
-from pipeline.errors import EXIT_DATA, EXIT_INTERNAL, ConfigError, DataError
+from pipeline.errors import EXIT_DATA, EXIT_INTERNAL, ConfigError, DataError, StoreError
 from tests.support.data_servers import FaultyServer, serve, serve_s3
 from tests.support.data_sets import ROOT, drawn_jpeg, write_set
 
@@ -166,6 +166,54 @@ def test_missing_things_are_named(origin, server, tmp_path):
         Manifest.load("gs://x")
     with pytest.raises(ConfigError, match=r"data\.path='gopher://x' cannot be opened"):
         Manifest.load("gopher://x")
+
+
+def test_credentials_come_from_netrc_and_proxies_from_the_environment(server, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password it's\n")
+    server.credentials = "me:it's"
+    with pytest.raises(DataError, match=r"may not be read \(401.*check the credentials"):
+        Manifest.load(f"{server.url}/train")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert len(Manifest.load(f"{server.url}/train").shards) == 6
+    server.credentials = ""
+    monkeypatch.setenv("http_proxy", server.url)
+    assert len(Manifest.load("http://elsewhere.invalid/train").shards) == 6
+
+
+def test_a_hub_s_refusal_is_not_asked_again(server, monkeypatch):
+    """Clients have their own names for the status; Hugging Face's is within `response`."""
+    pytest.importorskip("huggingface_hub")
+    from huggingface_hub import HfFileSystem
+
+    HfFileSystem.clear_instance_cache()
+    server.credentials = "nobody:knows"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    with pytest.raises(DataError, match="check the credentials"):
+        Remote("hf://datasets/someone/numbers/train", retries=3).read("manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("error", "denied"),
+    [
+        (OSError("Forbidden: https://storage.googleapis.com/b/x"), True),  # gcsfs
+        (type("HttpResponseError", (Exception,), {"status_code": 403})("denied"), True),  # Azure
+        (type("HttpError", (Exception,), {"code": 403})("denied"), True),
+        (OSError("Bad gateway"), False),
+    ],
+)
+def test_what_is_denied_is_told_whatever_the_client_calls_it(server, monkeypatch, error, denied):
+    remote = Remote(server.url, retries=1)
+    monkeypatch.setattr("pipeline.data.remote.FIRST_DELAY_S", 0.01)
+    asked = []
+
+    def cat_file(url: str) -> bytes:
+        asked.append(url)
+        raise error
+
+    monkeypatch.setattr(remote, "_files", type("Files", (), {"cat_file": staticmethod(cat_file)}))
+    with pytest.raises(DataError if denied else StoreError):
+        remote.read("manifest.json")
+    assert len(asked) == (1 if denied else 2)
 
 
 def test_the_cap_holds_and_the_least_recently_used_goes_first(server, tmp_path):

@@ -27,7 +27,7 @@ CONVERTED = {
     "cmyk", "arithmetic", "rgb_by_adobe", "rgb_by_component_names", "jfif_and_adobe_rgb",
     "png_16_bit", "png_16_bit_grey", "png_16_bit_alpha", "png_16_bit_grey_alpha",
     "png_exif_before", "png_exif_behind", "png_exif_as_text", "png_xmp", "png_exif_twice", "png_exif_long",
-    "png_exif_damaged",
+    "png_exif_damaged", "apng", "apng_own_default",
 }  # fmt: skip
 REWRITTEN = {
     "exif_6_long", "exif_6_long_big_endian", "exif_6_byte", "exif_6_undefined", "exif_6_signed", "exif_6_text",

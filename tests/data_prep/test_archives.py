@@ -295,6 +295,31 @@ def test_zips_with_zip64_records_comments_and_padding_are_read(tmp_path):
     assert sorted(pack(path.read_bytes(), "zip").images) == sorted(images("x").values())
 
 
+@pytest.mark.parametrize(
+    ("raw", "field", "name"),
+    [
+        ("é".encode(), b"", "é"),
+        (b"\xe9", "é".encode(), "é"),
+        (b"\x82", b"", "é"),
+    ],
+    ids=["UTF-8 without its flag", "field 0x7075", "code page 437"],
+)
+def test_names_of_a_zip_are_those_of_the_folder_that_it_was_made_of(tmp_path, raw, field, name):
+    stand_in = b"Q" * len(raw)
+    path = tmp_path / "in.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        info = zipfile.ZipInfo(f"{stand_in.decode()}/1.jpg")
+        if field:
+            value = b"\1" + struct.pack("<L", zlib.crc32(raw + b"/1.jpg")) + field + b"/1.jpg"
+            info.extra = struct.pack("<2H", 0x7075, len(value)) + value
+        archive.writestr(info, b"1")
+    path.write_bytes(path.read_bytes().replace(stand_in + b"/1.jpg", raw + b"/1.jpg"))
+    said = []
+    assert [found.name.decode() for found in walk_zip(path, said.append)] == [f"{name}/1.jpg"]
+    assert len(said) == (raw == b"\x82")
+    assert not said or said[0].endswith("such as é/1.jpg; where that is wrong, unpack it and give the folder")
+
+
 def with_size(header: bytes, kind: bytes, size: int) -> bytes:
     """A tar header of another type and size, with the checksum that fits."""
     changed = header[:124] + b"%011o\0" % size + header[136:148] + b" " * 8 + kind + header[157:]

@@ -70,6 +70,7 @@ ODD = {
     "a/deep_colour.png": deep_colour_png(),
     "b/alpha.png": saved(drawn(5, "RGBA"), "PNG"),
     "b/palette.png": saved(palette(), "PNG"),
+    "b/several.png": saved(drawn(13), "PNG", save_all=True, append_images=[drawn(14), drawn(15)], default_image=True),
     "b/progressive.jpg": saved(drawn(7), "JPEG", progressive=True),
     "b/picture.webp": saved(drawn(8), "WEBP", lossless=True),
     "b/picture.bmp": saved(drawn(9), "BMP"),
@@ -85,8 +86,8 @@ SIZES |= {"turned": (64, 48), "turned_png": (64, 48)}
 KEPT = {"really_png", "grey", "turned", "alpha", "palette", "progressive", "behind_the_end"}
 KEPT |= {f"held_{value}" for value in range(1, 9)}
 KINDS = {
-    "16-bit": 2, "alpha": 1, "bmp": 1, "cmyk": 1, "converted to png": 7, "end marker added": 2, "exif-rotated": 9,
-    "gif": 1, "greyscale": 2, "jpeg": 15, "no end marker": 2, "png": 6, "webp": 1,
+    "16-bit": 2, "alpha": 1, "bmp": 1, "cmyk": 1, "converted to png": 8, "end marker added": 2, "exif-rotated": 9,
+    "gif": 1, "greyscale": 2, "jpeg": 15, "no end marker": 2, "png": 7, "unusual coding": 1, "webp": 1,
 }  # fmt: skip
 
 
@@ -107,6 +108,7 @@ def test_unusual_images_are_kept_or_converted_and_counted(odd):
         assert (sample.image == data) == (sample.stem in KEPT), name
         assert (sample.height, sample.width) == SIZES.get(sample.stem, (48, 64)), name
     assert found["no_end"].image == ODD["b/no_end.jpg"] + b"\xff\xd9"
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found["several"].image))), np.asarray(drawn(13)))
     assert found["half_end"].image == drawn_jpeg(12)
     cmyk = np.asarray(Image.open(io.BytesIO(ODD["a/cmyk.jpg"])).convert("RGB"))
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found["cmyk"].image))), cmyk)
@@ -337,3 +339,25 @@ def test_sixteen_bits_are_turned_as_eight_are(format):
     assert found.converted
     stored = np.asarray(Image.open(io.BytesIO(found.converted)))
     assert np.array_equal(stored, np.rot90(values >> 8, -1))
+
+
+def tiff_12(values: np.ndarray) -> bytes:
+    """A grey TIFF of 12 bits a pixel; Pillow reads it, and writes none."""
+    height, width = values.shape  # an even width: two pixels are three bytes
+    first, second = values[:, ::2].astype(int), values[:, 1::2].astype(int)
+    rows = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8).tobytes()
+    short, long, num_rows = 3, 4, height
+    tags = [(256, short, width), (257, short, height), (258, short, 12), (259, short, 1), (262, short, 1)]
+    tags += [(273, long, 8), (277, short, 1), (278, short, num_rows), (279, long, len(rows))]
+    entries = b"".join(struct.pack("<2H2L", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<L", 8 + len(rows)) + rows + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_twelve_bits_keep_their_high_eight_and_dark_sixteen_are_warned_of():
+    values = (np.arange(20 * 30).reshape(20, 30) * 6).astype(np.uint16)
+    found = inspect(memoryview(tiff_12(values)))
+    assert found.converted
+    assert not found.warnings
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(found.converted))), values >> 4)
+    dark = inspect(memoryview(saved(Image.fromarray(values), "TIFF")))
+    assert dark.warnings == ("N-bit grey values up to N are nearly black in N bits; scale the images first",)

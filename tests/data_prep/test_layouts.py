@@ -377,6 +377,29 @@ def test_a_ratio_that_has_no_use_is_said(tmp_path):
     assert "--val-ratio is not used: the source has the splits train, val" in said
 
 
+def test_what_is_held_out_stays_so_when_files_are_added(tmp_path):
+    files = filled("", num=40)
+    first, _ = look(tmp_path / "first", files, val_ratio=0.25)
+    more, _ = look(tmp_path / "more", files | {"cat/new.jpg": b"image"}, val_ratio=0.25)
+    assert counted(first)["val"] == {"cat": 10, "dog": 10}
+    names, others = ([split["val"].names[number] for number in range(20)] for split in (first, more))
+    assert len({*names} & {*others}) >= 19
+    packed = write_tar(tmp_path / "in.tar", {f"pictures/{name}": data for name, data in files.items()})
+    archived, _ = indexed(ImageFolder(str(packed), 0.25, 0), tmp_path / "work")
+    assert [archived["val"].names[number] for number in range(20)] == [f"pictures/{name}" for name in names]
+
+
+def test_small_classes_keep_an_image_in_train_and_a_ratio_that_holds_out_nothing_is_refused(tmp_path):
+    files = filled("", num=3) | {"cat/3.jpg": b"image", "cat/4.jpg": b"image"}
+    with pytest.raises(DataError, match=r"nothing, for the largest class has 5; give 0[.]1"):
+        look(tmp_path / "none", files, val_ratio=0.05)
+    splits, said = look(tmp_path / "some", files, val_ratio=0.13)
+    assert counted(splits) == {"train": {"cat": 4, "dog": 3}, "val": {"cat": 1, "dog": 0}}
+    assert "warning: --val-ratio 0.13 holds out nothing of 1 small classes, first dog" in said
+    splits, _ = look(tmp_path / "most", filled("", num=1) | {"cat/2.jpg": b"image"}, val_ratio=0.9)
+    assert counted(splits) == {"train": {"cat": 1, "dog": 1}, "val": {"cat": 1, "dog": 0}}
+
+
 def test_the_summary_names_splits_and_classes_before_anything_is_packed(tmp_path):
     classes = tuple(f"c{number}" for number in range(7))
     files = {f"Train/{name}/{i}.jpg": drawn_jpeg(i) for name in classes for i in range(2)}

@@ -80,7 +80,12 @@ def test_the_folders_that_are_given_count(tmp_path, one, other, as_files):
         (["train-0", "extra"], "extra.parquet names no split, while others do; leave it out"),
         (["train-test"], "names the splits test and train; rename it"),
         (["train/val-0"], "names the splits train and val; rename it"),
-        (["160px/train-0", "320px/train-0"], "two files of train are called train-0.parquet"),
+        (["160px/train-0", "320px/train-0"], "train has files in several folders, "),
+        (
+            ["160px/train-0-of-1", "320px/train-0-of-2"],
+            "if these are configurations of one data set, give the folder of",
+        ),
+        (["data/train-0-of-2-aa", "data/train-1-of-2-bb", "data/train-0-of-3-cc"], "is one of 2 files of train, "),
     ],
 )
 def test_a_split_that_cannot_be_told_is_asked_for(tmp_path, names, message):
@@ -89,6 +94,25 @@ def test_a_split_that_cannot_be_told_is_asked_for(tmp_path, names, message):
     with pytest.raises(ConfigError) as error:
         look(tmp_path, tmp_path / "in")
     assert message in str(error.value)
+
+
+def test_folders_given_by_name_are_one_set_and_parts_that_lack_are_told(tmp_path):
+    folders = [labelled(tmp_path / f"in/{name}.parquet").parent for name in ("a/train-0-of-4", "b/train-1-of-4")]
+    splits, said = look(tmp_path, *folders)
+    assert counted(splits) == {"train": {"0": 2, "1": 4}}
+    assert said[1] == "warning: train has 4 files by their names, and 2 are given: the others are not packed"
+
+
+def test_links_are_followed(tmp_path):
+    labelled(tmp_path / "elsewhere/0000.parquet")
+    labelled(tmp_path / "in/train/0000.parquet")
+    labelled(tmp_path / "in/.cache/0000.parquet")
+    (tmp_path / "in/val").symlink_to(tmp_path / "elsewhere")
+    assert counted(look(tmp_path, tmp_path / "in")[0]) == dict.fromkeys(("train", "val"), LABELLED)
+    (tmp_path / "in/val").unlink()
+    (tmp_path / "in/val").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="in/val': a link to nothing; mend or remove it"):
+        look(tmp_path, tmp_path / "in")
 
 
 @pytest.mark.parametrize("labels", [[-1, -1], [None, None], None])
@@ -149,6 +173,15 @@ def test_a_class_of_val_that_train_has_not_is_one_line(tmp_path):
     labelled(tmp_path / "in/val-0.parquet", ["a", "c"])
     with pytest.raises(DataError, match=r"val-0.parquet has the class c in label, which train has not"):
         look(tmp_path, tmp_path / "in")
+
+
+def test_rows_of_paths_alone_are_named_as_such(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.array([{"bytes": None, "path": "1.jpg"}, {"bytes": None, "path": "2.jpg"}], kind)
+    with pytest.raises(
+        DataError, match=r"train holds no image: 2 are refused, first .*1.jpg \(no bytes in its row, only"
+    ):
+        look(tmp_path, write(tmp_path / "train.parquet", image=rows, label=[0, 1]))
 
 
 def test_columns_are_found_by_their_type_or_named(tmp_path):

@@ -2,12 +2,14 @@
 
 import os
 import threading
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 class FaultyServer(ThreadingHTTPServer):
@@ -25,6 +27,8 @@ class FaultyServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.release = threading.Event()
         """Ends a stall."""
+        self.credentials = ""
+        """Of Basic authentication, NAME:PASSWORD; empty: anybody may read."""
         self.pace_s = 0.002
 
     @property
@@ -39,8 +43,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultyServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / urlsplit(self.path).path.lstrip("/")  # a proxy gets the whole URL
         self.server.requests[path.name] += 1
+        expected = self.server.credentials and f"Basic {b64encode(self.server.credentials.encode()).decode()}"
+        if expected and self.headers.get("Authorization") != expected:
+            return self.send_error(401)
         if not path.is_file():
             return self.send_error(404)
         planned = self.server.faults.get(path.name, [])

@@ -52,7 +52,8 @@ class Header:
     noted_elsewhere: bool = False
     """No EXIF block states an orientation, but XMP or a PNG text may; some readers follow it."""
     unusual: bool = False
-    """JPEG with arithmetic, lossless or hierarchical coding: few decoders can read it."""
+    """JPEG with arithmetic, lossless or hierarchical coding, which few decoders can read; a PNG with several images, of
+    which decoders show different ones."""
     rgb: bool = False
     """JPEG whose three components are red, green and blue, which some decoders take for YCbCr."""
     truncated: bool = False
@@ -240,7 +241,7 @@ def read_png(data: bytes | memoryview) -> Header:
     width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
     if not height or not width or colour not in _PNG_COMPONENTS:
         raise HeaderError(f"broken PNG header: {width}x{height} pixels, colour type {colour}")
-    seen, at, ended, damage = _Orientation(), 8, False, ""
+    seen, at, ended, damage, several = _Orientation(), 8, False, "", False
     while at + 12 <= len(data) and not ended and not damage:
         (length,) = struct.unpack(">I", data[at : at + 4])
         kind, end = bytes(data[at + 4 : at + 8]), at + 12 + length
@@ -254,6 +255,7 @@ def read_png(data: bytes | memoryview) -> Header:
             seen.see_exif(data[at + 8 : end - 4])
         elif kind in _PNG_TEXTS:
             seen.see_text(data[at + 8 : end - 4])
+        several |= kind == b"acTL"
         ended = kind == b"IEND"
         at = end
     return Header(
@@ -265,6 +267,7 @@ def read_png(data: bytes | memoryview) -> Header:
         orientation=seen.value,
         doubtful=seen.doubtful,
         noted_elsewhere=seen.noted_elsewhere,
+        unusual=several,
         truncated=not ended and not damage,
         damage=damage,
         end=at if ended else len(data),
