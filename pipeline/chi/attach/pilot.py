@@ -198,6 +198,7 @@ class Pilot:
         """`zero_grad` that throws away the counts of the gradient too: that of a step which a GradScaler left out."""
 
         def forgetting(*args, **kwargs) -> None:
+            self._stepping = False  # of a step that has ended in an error
             self.neurons.zero_counts()
             self._ranks.forget()
             zero_grad(*args, **kwargs)

@@ -69,46 +69,55 @@ def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
 def _look(layer: FedLayer, network: nn.Module, neurons: NeuronState) -> Callable[[Tensor, nn.Module | None], None]:
     def look(x: Tensor, norm: nn.Module | None) -> None:
         layer.neuron.on_input = None
-        found, before = nearest(x, network, layer.name, neurons)
-        layer.parameters, layer.known = found or layer.parameters, bool(found)
-        if found:
-            layer.norm = norm or before
+        found, before, layer.known = nearest(x, network, layer.name, neurons)
+        if layer.known:
+            layer.parameters, layer.norm = found, norm or before
 
     return look
 
 
-def nearest(x: Tensor, network: nn.Module, name: str, neurons: NeuronState) -> tuple[tuple[str, ...], nn.Module | None]:
+def nearest(
+    x: Tensor, network: nn.Module, name: str, neurons: NeuronState
+) -> tuple[tuple[str, ...], nn.Module | None, bool]:
     """Names of the parameters of `network` that make the weight nearest behind `x`, the input of the neurons `name`,
-    and the batch normalisation between the two.
+    the batch normalisation between the two, and whether the graph tells them.
 
     Convolutions and linear layers come before other parameters of two dimensions, and these before what belongs to the
-    neurons themselves (recurrent weights). Empty where no such parameter is behind x.
+    neurons themselves (recurrent weights). None where only other layers' spikes are behind x. The graph does not
+    tell where it ends nearer than a weight in a part that is compiled or a parameter that is none of the network's
+    (FSDP2's gathered ones), or in a tensor alone, as a checkpoint's input.
     """
     names = {id(parameter): path for path, parameter in network.named_parameters()}
     modules = dict(network.named_modules())
     holder = name.rpartition(".")[0]
     recurrent = holder + "." if type(modules[holder]).__module__.split(".")[0] in LIBRARIES else name + "."
-    reached, norms = [], []
-    for distance, parameter in _behind(x, {id(tally.meter) for tally in neurons.tallies}):
-        path = names.get(id(parameter))
-        if path is None:
+    meters = {id(tally.meter) for tally in neurons.tallies}
+    reached, norms, hidden, of_spikes = [], [], [], []
+    for distance, leaf in _behind(x, meters):
+        path = names.get(id(leaf))
+        if leaf is None or path is None:
+            of_spikes.append(id(leaf) in meters)
+            hidden += [distance] * (leaf is None or isinstance(leaf, nn.Parameter))
             continue
         owner = _owner(path)
         if isinstance(modules[owner], nn.modules.batchnorm._BatchNorm):
             norms.append((distance, owner))
-        elif parameter.dim() >= 2:
+        elif leaf.dim() >= 2:
             weighted = isinstance(modules[owner], _WEIGHTED)
             reached.append((path.startswith(recurrent), not weighted, distance, owner, path))
     if not reached:
-        return (), None
+        return (), None, bool(of_spikes) and all(of_spikes)
     _, _, away, owner, path = min(reached)
+    if any(distance <= away for distance in hidden):
+        return (), None, False
     parameters = _weight_of(network, owner) if isinstance(modules[owner], _WEIGHTED) else (path,)
     between = min((one for one in norms if one[0] < away), default=None)
-    return parameters, None if between is None else modules[between[1]]
+    return parameters, None if between is None else modules[between[1]], True
 
 
-def _behind(x: Tensor, meters: set[int]) -> Iterator[tuple[int, Tensor]]:
-    """The leaves of the graph behind x, with their distance, up to the spiking layers before it."""
+def _behind(x: Tensor, meters: set[int]) -> Iterator[tuple[int, Tensor | None]]:
+    """The leaves of the graph behind x, with their distance, up to the spiking layers before it: of these the meter, of
+    a part that is compiled None, since it hides what it does with its leaves."""
     level, seen, distance = [x.grad_fn], set(), 0
     while level:
         following = []
@@ -120,8 +129,11 @@ def _behind(x: Tensor, meters: set[int]) -> Iterator[tuple[int, Tensor]]:
                 yield distance, node.variable  # pyright: ignore
                 continue
             inputs = [function for function, _ in node.next_functions]
-            if not any(id(getattr(function, "variable", None)) in meters for function in inputs):
-                following += inputs
+            of_spikes = [one for one in inputs if id(getattr(one, "variable", None)) in meters]
+            if node.name().startswith("CompiledFunction") and not of_spikes:
+                yield distance, None
+            else:
+                following += of_spikes or inputs
         level, distance = following, distance + 1
 
 
