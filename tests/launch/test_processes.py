@@ -84,6 +84,7 @@ class Tree:
     def _when_up(self, ranks: Processes, body) -> None:
         while not all(Path(f"{pipe}.up").exists() for pipe in self.pipes):
             time.sleep(0.01)
+        ranks.living()  # seen alive, as real ranks are long before they stop
         body(self)
 
     def pids(self, pattern: str) -> list[int]:
