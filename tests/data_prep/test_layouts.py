@@ -380,7 +380,7 @@ def test_a_ratio_that_has_no_use_is_said(tmp_path):
 def test_what_is_held_out_stays_so_when_files_are_added(tmp_path):
     files = filled("", num=40)
     first, _ = look(tmp_path / "first", files, val_ratio=0.25)
-    more, _ = look(tmp_path / "more", files | {"cat/new.jpg": b"image"}, val_ratio=0.25)
+    more, _ = look(tmp_path / "more", files | {"cat/!first.jpg": b"image"}, val_ratio=0.25)
     assert counted(first)["val"] == {"cat": 10, "dog": 10}
     names, others = ([split["val"].names[number] for number in range(20)] for split in (first, more))
     assert len({*names} & {*others}) >= 19
