@@ -30,6 +30,9 @@ class Steered(nn.Module):
         ConfigError: unknown shape or scale.
     """
 
+    amplitude = 1.0
+    """a of the surrogate until `bind`; another where scale rms had set it before `release`."""
+
     def __init__(self, rule: Rule, width: float) -> None:
         super().__init__()
         surrogate.check(rule.shape, rule.scale)
@@ -40,6 +43,8 @@ class Steered(nn.Module):
         self.on_input: Callable[[torch.Tensor, nn.Module | None], None] | None = None
         """Called with the input of a training pass through which a gradient will flow, and the batch normalisation that
         the layer applies to it itself; not in a compiled model."""
+        self.on_pass: Callable[[], None] | None = None
+        """Called at the start of a pass in training mode while the tally holds counts; not in a compiled model."""
         self.traced = False
         """Whether a pass of this layer was compiled by torch.compile."""
         self._scalars: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -49,16 +54,21 @@ class Steered(nn.Module):
         self._scalars, self.tally = (width, amplitude), tally
 
     def release(self) -> None:
-        """Keep the present width as the layer's own, and count no longer."""
-        if self._scalars is not None:
-            self.width = self._scalars[0].item()
-        self._scalars, self.tally, self.probe, self.on_input = None, None, None, None
+        """Keep the present width and amplitude as the layer's own, and count no longer."""
+        self.width, self.amplitude = self._own()
+        self._scalars, self.tally, self.probe, self.on_input, self.on_pass = None, None, None, None, None
 
     def __getstate__(self) -> dict:
-        """A copy has the present width as its own, and counts for nobody."""
-        copied = {"tally": None, "probe": None, "on_input": None, "_scalars": None}
-        width = self.width if self._scalars is None else self._scalars[0].item()
-        return {**self.__dict__, **copied, "width": width}
+        """A copy has the present width and amplitude as its own, and counts for nobody."""
+        copied = dict.fromkeys(("tally", "probe", "on_input", "on_pass", "_scalars"))
+        width, amplitude = self._own()
+        return {**self.__dict__, **copied, "width": width, "amplitude": amplitude}
+
+    def _own(self) -> tuple[float, float]:
+        """The present width and amplitude; the host waits."""
+        if self._scalars is None:
+            return self.width, self.amplitude
+        return self._scalars[0].item(), self._scalars[1].item()
 
     @property
     def counted(self) -> int:
@@ -77,8 +87,8 @@ class Steered(nn.Module):
         """
         if self._scalars is None:
             dtype = potential_dtype(x)
-            width = torch.tensor(self.width, dtype=dtype, device=x.device)
-            return width, torch.ones((), dtype=dtype, device=x.device)
+            width, amplitude = torch.tensor((self.width, self.amplitude), dtype=dtype, device=x.device)
+            return width, amplitude
         if self._scalars[0].device != x.device:
             raise ConfigError(f"the model was moved: its widths are on {self._scalars[0].device} and its input is on "
                               f"{x.device}; move it first, then chi.attach (or bind) again")  # fmt: skip
@@ -88,8 +98,11 @@ class Steered(nn.Module):
         """At the start of a pass with input x, before `norm`: the tally to count into, in training mode."""
         if torch.compiler.is_compiling():
             self.traced = True
-        elif self.on_input is not None and self.training and torch.is_grad_enabled() and x.requires_grad:
-            self.on_input(x, norm)
+        elif self.training:
+            if self.on_pass is not None and self.tally is not None and self.tally.any:
+                self.on_pass()
+            if self.on_input is not None and torch.is_grad_enabled() and x.requires_grad:
+                self.on_input(x, norm)
         return self.tally if self.training else None
 
 

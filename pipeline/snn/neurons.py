@@ -276,7 +276,7 @@ def bind(model: nn.Module) -> NeuronState:
         names=tuple(name for name, _ in layers),
         neurons=tuple(neuron for _, neuron in layers),
         widths=torch.tensor([neuron.width for _, neuron in layers], dtype=torch.float32, device=device),
-        amplitudes=torch.ones(L, dtype=torch.float32, device=device),
+        amplitudes=torch.tensor([neuron.amplitude for _, neuron in layers], dtype=torch.float32, device=device),
         tallies=tuple(Tally(device) for _ in layers),
         rms_targets=torch.full((L,), float("nan"), dtype=torch.float64, device=device),
         has_rms=torch.tensor([neuron.rule.scale == "rms" for _, neuron in layers], device=device),

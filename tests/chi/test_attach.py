@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline import chi
 from pipeline.chi import widths
@@ -15,12 +15,9 @@ from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 from pipeline.snn import losses
 from pipeline.snn.external_neurons import Surrogate
-from pipeline.snn.kernels.reference import Rule
 from pipeline.snn.membrane_probe import by_time_step
 from pipeline.snn.networks import sew_resnet
-from pipeline.snn.networks.feeding import fed_layers
-from pipeline.snn.networks.network import Network
-from pipeline.snn.neurons import Neuron, bind
+from pipeline.snn.neurons import bind
 from tests.chi import attach_nets
 
 ROOT = Path(__file__).parents[2]
@@ -309,56 +306,6 @@ def test_a_neuron_of_another_library_gets_our_gradient_and_counts():
     assert pilot.indicators.coverage.item() * neuron_steps == pytest.approx(counted.covered.item())
     assert pilot.indicators.firing_rate.item() * neuron_steps == pytest.approx(counted.spikes.item())
     assert pilot.neurons.widths.item() != pytest.approx(0.8)
-
-
-def test_the_nearest_weight_before_a_neuron_feeds_it(monkeypatch):
-    model = network()
-    state = bind(model)
-    expected = fed_layers(model, state)
-    monkeypatch.delattr(sew_resnet.SEWResNet, "spiking_layers")
-    monkeypatch.delattr(Network, "spiking_layers")
-    found = {id(layer.neuron): layer for layer in fed_layers(model, state)}
-    for layer in expected:
-        same = found[id(layer.neuron)]
-        assert (same.parameters, same.norm) == (layer.parameters, layer.norm)
-
-
-class Product(nn.Module):
-    """Two layers whose spikes, multiplied, feed a third, as in attention; the third is registered last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(5, 6), nn.Linear(5, 6)
-        self.of_q, self.of_k, self.of_both = (Neuron(Rule(shape="triangle"), width=2.0) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.of_both(3 * self.of_q(self.q(x)) * self.of_k(self.k(x))).mean(0)
-
-
-def one_step(model: nn.Module) -> chi.Pilot:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pilot = chi.attach(model, optimizer, steps=3)
-    model(torch.randn(2, 7, 5)).square().sum().backward()
-    optimizer.step()
-    return pilot
-
-
-def test_neurons_fed_by_products_of_spikes_have_no_weight_and_no_chi():
-    torch.manual_seed(0)
-    pilot = one_step(Product())
-    assert [(layer.parameters, layer.known) for layer in pilot.layers] == [
-        (("q.weight",), True), (("k.weight",), True), ((), True)]  # fmt: skip
-    assert pilot.indicators is not None
-    assert pilot.indicators.chi.isnan().tolist() == [False, False, True]
-
-
-def test_of_a_compiled_part_no_weight_is_taken_as_known():
-    torch.manual_seed(0)
-    model = Product()
-    model.q = nn.Sequential(nn.Linear(5, 5), torch.compile(nn.Linear(5, 6), backend="aot_eager"))  # pyright: ignore
-    layers = {layer.name: layer for layer in one_step(model).layers}
-    assert not layers["of_q"].known
-    assert layers["of_k"].known
 
 
 @pytest.mark.parametrize(

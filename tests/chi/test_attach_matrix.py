@@ -51,10 +51,13 @@ class Script:
         self.gradients.append({name: p.grad.double() / self.scale for name, p in named if p.grad is not None})
 
     def step(self, step: int) -> None:
-        self.optimizer.zero_grad()
+        self.clear()
         self.backward(step)
         self.keep()
         self.optimizer.step()
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad()
 
     def backward(self, step: int) -> None:
         loss_of(self.net, step).backward()
@@ -64,6 +67,20 @@ class Accumulation(Script):
     def backward(self, step: int) -> None:
         for part in range(3):
             (loss_of(self.net, step, part) / 3).backward()
+
+
+class ClearedByTheModel(Accumulation):
+    """A gradient of other losses is thrown away before each step, by the model's own way; blocks are checkpointed."""
+
+    def clear(self) -> None:
+        loss_of(self.net, 70).backward()
+        self.plain.take()
+        self.net.zero_grad()
+
+    def backward(self, step: int) -> None:
+        x, y = batch(step)
+        for _ in range(2):
+            functional.cross_entropy(checkpoint(self.net, x.requires_grad_(), use_reentrant=False), y).backward()  # pyright: ignore
 
 
 class Checkpointed(Script):
@@ -100,7 +117,7 @@ class Scaled(Script):
             self.plain.take()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad()
+        self.clear()
         self.scaler.scale(loss_of(self.net, step)).backward()
         self.scale = self.scaler.get_scale()
         self.keep()
@@ -111,6 +128,12 @@ class Scaled(Script):
 class ScaledFused(Scaled):
     def __init__(self, kind: str) -> None:
         super().__init__(kind, fused=True)
+
+
+class ScaledByTheModel(Scaled):
+    def clear(self) -> None:
+        for parameter in self.net.parameters():
+            parameter.grad = None
 
 
 class Closure(Script):
@@ -229,11 +252,13 @@ class Groups(Script):
 SCRIPTS: dict[str, Callable[[str], Script]] = {
     "plain": Script,
     "accumulation": Accumulation,
+    "model.zero_grad": ClearedByTheModel,
     "checkpoint": Checkpointed,
     "checkpoint, reentrant": CheckpointedReentrant,
     "autocast bf16": Autocast,
     "GradScaler": Scaled,
     "GradScaler, fused": ScaledFused,
+    "GradScaler, grad = None": ScaledByTheModel,
     "fused": functools.partial(Script, fused=True),
     "closure": Closure,
     "closure by name": ClosureByName,

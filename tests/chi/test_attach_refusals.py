@@ -330,3 +330,38 @@ def test_ddp_s_join_is_refused(tmp_path):
                 optimizer.step()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("error:chi.attach. no reading")
+def test_a_step_that_a_fused_optimizer_leaves_out_measures_nothing():
+    torch.manual_seed(0)
+    net = Net("ours")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
+    pilot, scaler = chi.attach(net, optimizer, **MILD), torch.amp.GradScaler("cpu")
+    for factor in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        before = pilot.neurons.widths.clone()
+        scaler.scale(factor * net(torch.randn(8, 32)).square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert pilot.indicators is not None
+        for values in (pilot.indicators.chi, pilot.indicators.coverage, pilot.indicators.firing_rate):
+            assert values.isfinite().tolist() == [factor == 1.0] * 2
+        assert torch.equal(pilot.neurons.widths, before) == (factor != 1.0)
+
+
+def test_after_a_step_that_ended_in_an_error_other_optimizers_are_watched_again():
+    net, optimizer, _ = pair()
+    other = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def fails() -> float:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(fails)
+    optimizer.zero_grad()
+    backward(net)
+    for _ in range(2):
+        other.step()
+    with pytest.raises(RuntimeError, match="attach to the optimizer that makes the steps"):
+        other.step()

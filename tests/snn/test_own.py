@@ -354,6 +354,11 @@ CASES = {
                "the same images give other logits the second time"),
     "weight_norm": (("nn.Conv2d(3, 4, 3)", "nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))"),
                     r"the weight before the neurons sn is made of .*original0"),
+    "several places": (("self.fc = nn", "self.c2, self.b2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4); self.fc = nn"),
+                       ("        return self.fc(s",
+                        "        s = self.sn(self.b2(self.c2(s.flatten(0, 1))).unflatten(0, (self.T, -1)))\n"
+                        "        return self.fc(s"),
+                       "the neurons sn are used behind several weights, of conv, c2; give each place neurons"),
     "nothing returned": (("return Net(model, num_classes)", "Net(model, num_classes)"),
                          "network returned NoneType; return a"),
     "another parameter": (("network(model, num_classes)", "network(model, num_classes, depth)"),

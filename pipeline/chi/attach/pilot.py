@@ -50,14 +50,16 @@ class Pilot:
         self._network, self._optimizer, self._ranks = network, optimizer, ranks
         self._known = set(dict(network.named_parameters()))
         self._weights, self._rows = (Constants(self.neurons.widths.device) for _ in range(2))
-        self._measured = False
-        self._stepping = False
+        self._measured = self._told = self._stepping = False
         self._missed = 0
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         optimizer.zero_grad = self._forgetting(optimizer.zero_grad)
+        if not ranks.sharded:  # FSDP2's gradients are those of other tensors within a pass
+            for neuron in self.neurons.neurons:
+                neuron.on_pass = self._forget_cleared
         if isinstance(ranks, DdpRanks):
             ranks.share, ranks.may_be_early = self._share, self._was_compiled
 
@@ -127,7 +129,7 @@ class Pilot:
         self.step += 1
         assert self.indicators is not None
         self.widths.step(self.indicators, min(1.0, self.step / self.num_steps))
-        if self.step == 1:
+        if not self._told:
             self._tell_unread()
 
     @torch.no_grad()
@@ -150,6 +152,8 @@ class Pilot:
         checks.weights_are_known(self.layers, self.neurons)
         sums, share = self._ranks.total(self._gradient(trained), self._share())
         neuron_steps, spikes, covered = share.counts.view(3, -1).double()
+        # A step that a fused optimizer leaves out measures nothing. Only the device knows.
+        neuron_steps = torch.where(sums[-1, 0].isnan(), float("nan"), neuron_steps)
         # Neurons that got no gradient: nor did their weights by them, whichever they are.
         sums[:-1] = torch.where(neuron_steps[:, None] > 0, sums[:-1], float("nan"))
         weights = [sum(parameters[name].numel() for name in layer.parameters) for layer in self.layers]
@@ -163,6 +167,9 @@ class Pilot:
             neuron_steps=neuron_steps,
         )
         self.widths.stats.take(share.floats.double(), num_ranks=self._ranks.count, neuron_steps=neuron_steps)
+        for layer, tally in zip(self.layers, self.neurons.tallies, strict=True):
+            if tally.any:
+                layer.settle()
         self.neurons.zero_counts()
         self._measured = True
 
@@ -199,11 +206,20 @@ class Pilot:
 
         def forgetting(*args, **kwargs) -> None:
             self._stepping = False  # of a step that has ended in an error
-            self.neurons.zero_counts()
-            self._ranks.forget()
+            self._forget()
             zero_grad(*args, **kwargs)
 
         return forgetting
+
+    def _forget_cleared(self) -> None:
+        """At the start of a pass: throws away the counts of a gradient that was cleared by `model.zero_grad()`."""
+        is_repeated = torch._C._current_graph_task_id() != -1  # by a checkpoint, within a backward pass
+        if not is_repeated and all(parameter.grad is None for parameter in self._network.parameters()):
+            self._forget()
+
+    def _forget(self) -> None:
+        self.neurons.zero_counts()
+        self._ranks.forget()
 
     def notice(self, other: torch.optim.Optimizer) -> None:
         """Before a step of any optimizer: raises RuntimeError if others train our parameters in the place of ours."""
@@ -222,6 +238,9 @@ class Pilot:
     def _tell_unread(self) -> None:
         """Says once which layers will not be steered; the host waits for it."""
         assert self.indicators is not None
+        if self.indicators.network_chi.isnan():
+            return  # the step was left out
+        self._told = True
         without = getattr(self.indicators, self.config.indicator).isnan().tolist()
         names = [layer.name for layer, missing in zip(self.layers, without, strict=True) if missing]
         if names and self.config.policy == "chi":

@@ -24,6 +24,8 @@ class OneRank:
     """A model that is trained by one process."""
 
     count = 1
+    sharded = False
+    """Each rank has a part of every gradient, so their sums are summed too. Else every rank has all of it."""
 
     def total(self, sums: Tensor, share: Share) -> tuple[Tensor, Share]:
         """Over ranks, of one step: the gradient's sums `(L + 1, 3)` and what the layers counted."""
@@ -41,21 +43,21 @@ class GroupRanks(OneRank):
 
     Args:
         group: the ranks; None: all.
-        sharded: each rank has a part of every gradient, so their sums are summed too. Else every rank has all of it.
+        sharded: see `OneRank`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, *, sharded: bool) -> None:
-        self._group, self._sharded, self.count = group, sharded, dist.get_world_size(group)
+        self._group, self.sharded, self.count = group, sharded, dist.get_world_size(group)
         if self.count > MAX_RANKS_FP64:
             raise ConfigError(f"chi.attach: {self.count} ranks; counts are exact up to {MAX_RANKS_FP64:,}, use fewer")
 
     def total(self, sums: Tensor, share: Share) -> tuple[Tensor, Share]:
-        parts = ([sums.flatten()] if self._sharded else []) + [share.counts.double(), share.floats.double()]
+        parts = ([sums.flatten()] if self.sharded else []) + [share.counts.double(), share.floats.double()]
         vector = torch.cat(parts)
         dist.all_reduce(vector, group=self._group)
-        summed, counts, floats = vector.split([sums.numel() if self._sharded else 0, *map(len, parts[-2:])])
+        summed, counts, floats = vector.split([sums.numel() if self.sharded else 0, *map(len, parts[-2:])])
         return (
-            summed.view_as(sums) if self._sharded else sums,
+            summed.view_as(sums) if self.sharded else sums,
             Share(counts=counts.round().long(), floats=floats.float()),
         )
 

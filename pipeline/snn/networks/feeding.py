@@ -1,11 +1,13 @@
 """Which weights feed a spiking layer, in any network.
 
-The network's own list (`spiking_layers()`) where it has one. Else autograd's graph tells, in the first training pass:
-the nearest convolution or linear layer behind the input of the neurons, without passing through another spiking layer.
+The network's own list (`spiking_layers()`) where it has one. Else autograd's graph tells, in the first training passes:
+the nearest convolution or linear layer behind the input of the neurons, without passing through another spiking layer;
+of neurons that are used in several places, those of all places.
 Where there is no graph to look at (a compiled model, weights outside a checkpointed block, FSDP2), it is the one that
 is registered last before the neurons.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,7 +30,8 @@ class FedLayer:
     """Dotted name of the neurons' module."""
     neuron: Steered
     parameters: tuple[str, ...]
-    """Names of the parameters that make its weight: one, or those of a parametrisation; empty where none is known."""
+    """Names of the parameters that make its weight: one, or those of a parametrisation or of several places; empty
+    where none is known."""
     known: bool
     """The network or the graph says so; else it is a guess from the order of registration."""
     norm: nn.Module | None
@@ -40,9 +43,27 @@ class FedLayer:
         """The weight, or the first of the parameters that make it; None where none is known."""
         return self.network.get_parameter(self.parameters[0]) if self.parameters else None
 
+    def settle(self) -> None:
+        """After a training step in which the neurons got a gradient: looks no longer, unless the weight is a guess that
+        the graph could not show because it is frozen."""
+        if self.known or not self._is_frozen():
+            self.neuron.on_input = None
+
+    def see(self, found: tuple[str, ...], norm: nn.Module | None, known: bool) -> None:
+        """Takes in what `nearest` found behind one input."""
+        if not known or (not found and self._is_frozen()):
+            return
+        if not self.known or not self.parameters:
+            self.parameters, self.norm, self.known = found, norm, True
+        else:
+            self.parameters = tuple(dict.fromkeys((*self.parameters, *found)))
+
+    def _is_frozen(self) -> bool:
+        return self.weight is not None and not self.weight.requires_grad
+
 
 def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
-    """The spiking layers in forward order. Their `parameters` may change in the first training pass."""
+    """The spiking layers in forward order. Their `parameters` may change in training passes until `settle`."""
     owners = {id(module): name for name, module in network.named_modules()}
     if (listed := listed_layers(network)) is not None:
         names = {id(parameter): name for name, parameter in network.named_parameters()}
@@ -68,10 +89,8 @@ def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
 
 def _look(layer: FedLayer, network: nn.Module, neurons: NeuronState) -> Callable[[Tensor, nn.Module | None], None]:
     def look(x: Tensor, norm: nn.Module | None) -> None:
-        layer.neuron.on_input = None
-        found, before, layer.known = nearest(x, network, layer.name, neurons)
-        if layer.known:
-            layer.parameters, layer.norm = found, norm or before
+        found, before, known = nearest(x, network, layer.name, neurons)
+        layer.see(found, norm or before, known)
 
     return look
 
@@ -92,19 +111,23 @@ def nearest(
     holder = name.rpartition(".")[0]
     recurrent = holder + "." if type(modules[holder]).__module__.split(".")[0] in LIBRARIES else name + "."
     meters = {id(tally.meter) for tally in neurons.tallies}
-    reached, norms, hidden, of_spikes = [], [], [], []
+    reached, norms, hidden, of_spikes, nearest_at = [], [], [], [], math.inf
     for distance, leaf in _behind(x, meters):
+        if distance > nearest_at:
+            break
         path = names.get(id(leaf))
         if leaf is None or path is None:
             of_spikes.append(id(leaf) in meters)
             hidden += [distance] * (leaf is None or isinstance(leaf, nn.Parameter))
             continue
-        owner = _owner(path)
+        owner = owner_of(path)
         if isinstance(modules[owner], nn.modules.batchnorm._BatchNorm):
             norms.append((distance, owner))
         elif leaf.dim() >= 2:
-            weighted = isinstance(modules[owner], _WEIGHTED)
-            reached.append((path.startswith(recurrent), not weighted, distance, owner, path))
+            is_recurrent, is_weighted = path.startswith(recurrent), isinstance(modules[owner], _WEIGHTED)
+            reached.append((is_recurrent, not is_weighted, distance, owner, path))
+            if is_weighted and not is_recurrent:
+                nearest_at = distance
     if not reached:
         return (), None, bool(of_spikes) and all(of_spikes)
     _, _, away, owner, path = min(reached)
@@ -116,8 +139,8 @@ def nearest(
 
 
 def _behind(x: Tensor, meters: set[int]) -> Iterator[tuple[int, Tensor | None]]:
-    """The leaves of the graph behind x, with their distance, up to the spiking layers before it: of these the meter, of
-    a part that is compiled None, since it hides what it does with its leaves."""
+    """The leaves of the graph behind x with their distance, nearest first, up to the spiking layers before it: of these
+    the meter, of a part that is compiled None, since it hides what it does with its leaves."""
     level, seen, distance = [x.grad_fn], set(), 0
     while level:
         following = []
@@ -130,14 +153,14 @@ def _behind(x: Tensor, meters: set[int]) -> Iterator[tuple[int, Tensor | None]]:
                 continue
             inputs = [function for function, _ in node.next_functions]
             of_spikes = [one for one in inputs if id(getattr(one, "variable", None)) in meters]
-            if node.name().startswith("CompiledFunction") and not of_spikes:
+            if node.name().startswith("CompiledFunction"):
                 yield distance, None
             else:
                 following += of_spikes or inputs
         level, distance = following, distance + 1
 
 
-def _owner(path: str) -> str:
+def owner_of(path: str) -> str:
     """Name of the module whose weight the parameter `path` is, or is a part of."""
     return path.split(_WITHIN)[0] if _WITHIN in path else path.rpartition(".")[0]
 

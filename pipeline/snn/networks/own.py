@@ -18,6 +18,7 @@ The module
     starts every pass from rest: the same images give the same logits again. Neurons of these libraries are reset here;
     draws random numbers (dropout) from torch's default generator alone, and in training mode alone;
     uses and trains every parameter, each under one name;
+    has other neurons behind each weight, since each get a width of their own;
     may say by a method `spiking_layers()` which weight feeds which neurons (see network.py). Without it, a trial pass
     tells: the nearest convolution or linear layer behind a neuron's input, without passing through other neurons.
 
@@ -43,7 +44,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.snn.external_neurons import Steered
 from pipeline.snn.networks import foreign, own_source
-from pipeline.snn.networks.feeding import FedLayer, fed_layers
+from pipeline.snn.networks.feeding import FedLayer, fed_layers, owner_of
 from pipeline.snn.networks.network import Network, SpikingLayer
 from pipeline.snn.networks.own_source import Source
 from pipeline.snn.neurons import NeuronState, bind, listed_layers
@@ -337,7 +338,8 @@ def _order_of_use(fed: list[FedLayer]) -> list[FedLayer]:
             continue
 
         def noted(x: Tensor, norm: nn.Module | None, layer: FedLayer = layer, look=look) -> None:
-            order.append(layer)
+            if layer not in order:
+                order.append(layer)
             look(x, norm)
 
         layer.neuron.on_input = noted
@@ -355,6 +357,10 @@ def _check_logits(source: Source, logits: object, size: str, N: int, K: int) -> 
 def _layer(source: Source, layer: FedLayer) -> SpikingLayer:
     if not layer.known:  # a product of other layers' spikes
         return SpikingLayer(layer.name, layer.neuron, None)
+    owners = dict.fromkeys(map(owner_of, layer.parameters))
+    if len(owners) > 1:
+        raise _refused(source, f"the neurons {layer.name} are used behind several weights, of {', '.join(owners)}; "
+                       "give each place neurons of its own, which then have a width of their own")  # fmt: skip
     if len(layer.parameters) > 1:
         raise _refused(source, f"the weight before the neurons {layer.name} is made of {', '.join(layer.parameters)}; "
                        "use a layer without weight_norm or spectral_norm")  # fmt: skip
