@@ -82,14 +82,24 @@ class NirNetwork(Network):
         self._named = named
 
     def spiking_layers(self) -> list[SpikingLayer]:
-        """The neuron layers that a convolution or linear layer feeds, alone, in forward order."""
-        layers = []
+        """The neuron layers in forward order, each with the convolution or linear layer behind it: of a sum, the one
+        that ends the longest path from the input. Without those that get spikes alone, such as a maximum of spikes."""
+        layers: list[SpikingLayer] = []
+        # Of each node: length of the longest path of weights and neurons to it, and the weight at its end.
+        paths: dict[str, tuple[int, nn.Parameter | None]] = {self.input: (0, None)}
         for name, sources in self.order:
-            neuron, *fed_by = (self._module(node) for node in (name, *sources))
-            if isinstance(neuron, Neuron) and len(fed_by) == 1 and isinstance(fed_by[0], (nn.Conv2d, nn.Linear)):
-                weight = fed_by[0].weight
-                assert isinstance(weight, nn.Parameter)
-                layers.append(SpikingLayer(name, neuron, weight))
+            if not sources:
+                continue
+            length, weight = max((paths[source] for source in sources), key=lambda path: path[0])
+            module = self._module(name)
+            if isinstance(module, Neuron):
+                if weight is not None:
+                    layers.append(SpikingLayer(name, module, weight))
+                length, weight = length + 1, None
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                assert isinstance(module.weight, nn.Parameter)
+                length, weight = length + 1, module.weight
+            paths[name] = length, weight
         return layers
 
     def _module(self, node: str) -> nn.Module | None:

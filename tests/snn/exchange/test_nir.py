@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.snn import losses, neurons
 from pipeline.snn.exchange import nir_graph, nir_network
 from pipeline.snn.kernels.reference import Rule
+from pipeline.snn.networks.network import Network
 from pipeline.snn.neurons import Neuron
 from tests.snn.exchange.nets import K, digits, frames, handed_on, network
 from tests.support import peers
@@ -48,9 +49,23 @@ def test_a_round_trip_by_a_file_gives_the_same_spikes_in_every_layer(arch, size,
         torch.testing.assert_close(theirs[name], x, rtol=0, atol=1e-12, msg=name)
         assert x.count_nonzero() > 0, f"{name} would be the same whatever happened before"
     torch.testing.assert_close(their_logits, logits, rtol=0, atol=1e-12)
-    # Of MS-ResNet's layers, those that get a sum are run, and not steered.
-    assert {layer.name for layer in back.spiking_layers()} <= {layer.name for layer in net.spiking_layers()}
-    assert arch.startswith("ms") or len(back.spiking_layers()) == len(net.spiking_layers())
+    assert fed(back) == fed(net)
+
+
+def fed(network: Network) -> dict[str, str]:
+    """Each layer of neurons with the convolution or linear layer that feeds it, by the names of nodes."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    found = {layer.name: names[id(layer.weight)].removeprefix("steps.") for layer in network.spiking_layers()}
+    return {name: node.removesuffix(".weight").replace(".", "_") for name, node in found.items()}
+
+
+def test_neurons_that_only_other_neurons_spikes_feed_are_not_steered():
+    one = {"r": np.ones(3), "v_threshold": np.ones(3), "v_reset": np.zeros(3)}
+    nodes = {"input": nir.Input(np.array([3])), "w": nir.Linear(np.eye(3)), "first": nir.IF(**one),
+             "second": nir.IF(**one), "output": nir.Output(np.array([3]))}  # fmt: skip
+    graph = nir.NIRGraph(nodes, list(pairwise(nodes)))
+    layers = nir_network.load(graph, T=2).spiking_layers()
+    assert [layer.name for layer in layers] == ["first"]
 
 
 @pytest.mark.parametrize(
