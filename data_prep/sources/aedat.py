@@ -1,5 +1,8 @@
-"""AEDAT: 2.0 of a DVS128, as CIFAR10-DVS has it, and 3.1, as DVS128 Gesture has it (inivation's specifications)."""
+"""AEDAT: 2.0 of a DVS128, as CIFAR10-DVS has it, 3.1, as DVS128 Gesture has it (inivation's specifications), and 4, of
+DV, by the package aedat.
+"""
 
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -25,7 +28,40 @@ def read_aedat(data: memoryview) -> Raw:
         if end < len(data):
             raise RefusedError(f"truncated: {len(data) - end} bytes behind the last whole packet")
         return read_packets(data, packets, sensor=found[0] if found else None)
-    raise RefusedError("not AEDAT 2.0 or 3.1, the versions that are read; convert it, for instance to .npz")
+    if start.startswith(b"#!AER-DAT4"):
+        return _read_aedat4(data)
+    raise RefusedError("not AEDAT 2.0, 3.1 or 4, the versions that are read; convert it, for instance to .npz")
+
+
+def _read_aedat4(data: memoryview) -> Raw:
+    """The one stream of events in it; frames, motion and triggers are left out."""
+    try:
+        import aedat
+    except ImportError:
+        raise RefusedError(
+            "AEDAT 4 needs the package aedat, which is not installed; run: python -m pip install 'chispike[events]'"
+        ) from None
+    # The package opens paths alone: a file in memory has one, and is gone whatever happens.
+    with os.fdopen(os.memfd_create("aedat4"), "wb") as file:
+        file.write(data)
+        file.flush()
+        try:
+            decoder = aedat.Decoder(f"/proc/self/fd/{file.fileno()}")
+            streams = {number: one for number, one in decoder.id_to_stream().items() if one["type"] == "events"}
+            if len(streams) != 1:
+                raise RefusedError(f"holds {len(streams)} streams of events; write one to a file of its own")
+            parts = [packet["events"] for packet in decoder if "events" in packet]
+        except BaseException as error:
+            # What its Rust code did not expect is no Exception.
+            if isinstance(error, RuntimeError) or type(error).__name__ == "PanicException":
+                raise RefusedError(f"damaged or cut: {error}") from None
+            raise
+    if not parts:
+        raise RefusedError("holds no event")
+    events, (stream,) = np.concatenate(parts), streams.values()
+    sensor = int(stream["width"]), int(stream["height"])
+    t = events["t"].astype(np.int64)
+    return Raw(t=t, x=events["x"], y=events["y"], p=events["on"], format="AEDAT 4", sensor=sensor)
 
 
 def _read_aedat2(data: memoryview) -> Raw:

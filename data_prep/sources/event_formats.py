@@ -1,13 +1,13 @@
 """The formats of event cameras: the bytes of a file → its events.
 
     .bin    N-MNIST, N-Caltech101: 40 bits an event, big-endian (Orchard et al. 2015)
-    .aedat  AEDAT 2.0 and 3.1 (aedat.py)
+    .aedat  AEDAT 2.0 and 3.1, also .aedat4: AEDAT 4 (aedat.py)
     .dat    Prophesee DAT (prophesee.py)
     .raw    Prophesee EVT 2.0 and 3.0 (prophesee.py)
     .npz    arrays named x, y, t, p, or one structured array; .npy: a structured array (event_arrays.py)
 
-All are read by numpy without a loop over events. tonic's readers check nothing and need librosa to install;
-expelliarmus does not return from a .dat that was cut. The tests compare with both on whole files.
+All but AEDAT 4 are read by numpy without a loop over events. tonic's readers check nothing and need librosa to install;
+expelliarmus does not return from a .dat that was cut. The tests compare with it and with faery on whole files.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,9 @@ from data_prep.sources.event_raw import SORTED, Raw, Settings, unwrapped, whole
 from data_prep.sources.prophesee import read_dat, read_evt
 from pipeline.data.decode.events import EXTENSION, Events, encode
 
-EXTENSIONS = frozenset(("bin", "aedat", "dat", "raw", "npz", "npy"))
-"""Of the files that are recordings."""
+_UNREAD = frozenset(("es", "h5", "hdf5", "mat", "bag"))
+EXTENSIONS = frozenset(("bin", "aedat", "aedat4", "dat", "raw", "npz", "npy")) | _UNREAD
+"""Of the files that are recordings; of formats that are not read too, so that nobody misses them in silence."""
 
 
 def convert(name: str, data: memoryview, settings: Settings) -> Inspected:
@@ -33,7 +34,10 @@ def convert(name: str, data: memoryview, settings: Settings) -> Inspected:
     """
     if not len(data):
         raise RefusedError("empty file")
-    return inspected(_READERS[name.rsplit(".", 1)[-1].casefold()](data, settings), settings)
+    extension = name.rsplit(".", 1)[-1].casefold()
+    if extension in _UNREAD:
+        raise RefusedError(f".{extension} is not read; convert it, for instance to .npz with arrays x, y, t and p")
+    return inspected(_READERS[extension](data, settings), settings)
 
 
 def inspected(raw: Raw, settings: Settings) -> Inspected:
@@ -91,6 +95,7 @@ def _read_bin(data: memoryview, settings: Settings) -> Raw:
 _READERS: dict[str, Callable[[memoryview, Settings], Raw]] = {
     "bin": _read_bin,
     "aedat": lambda data, _: read_aedat(data),
+    "aedat4": lambda data, _: read_aedat(data),
     "dat": lambda data, _: read_dat(data),
     "raw": lambda data, _: read_evt(data),
     "npz": lambda data, settings: read_npz(data, settings.time_unit),

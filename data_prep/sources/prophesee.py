@@ -24,18 +24,19 @@ def _size_in(header: bytes) -> tuple[int, int] | None:
 def read_dat(data: memoryview) -> Raw:
     header, at = text_header(data, b"%")
     version = re.search(rb"^% *Version +([0-9]{1,9})", header, re.MULTILINE | re.IGNORECASE)
-    if version and int(version[1]) < 2:
-        raise RefusedError(
-            f"DAT of version {int(version[1])}, which packs coordinates in other bits than version 2; convert it, for "
-            "instance to .npz"
-        )
+    number = int(version[1]) if version else 2
+    if number not in (1, 2):
+        raise RefusedError(f"DAT of version {number}; 1 and 2 are read; convert it, for instance to .npz")
     kind = bytes(data[at : at + 2])
     if len(kind) < 2 or kind[0] not in (0x00, 0x0C) or kind[1] != 8:
         raise RefusedError("not a DAT of change detection events of 8 bytes")
     events = whole(data, at + 2, np.dtype([("t", "<u4"), ("word", "<u4")]), "event")
     word = events["word"].astype(np.int64)
-    x, y, p = word & 0x3FFF, word >> 14 & 0x3FFF, word >> 28
-    return Raw(t=unwrapped(events["t"], 32), x=x, y=y, p=p, format="DAT", sensor=_size_in(header))
+    if number == 1:
+        x, y, p = word & 0x1FF, word >> 9 & 0xFF, word >> 17 & 1
+    else:
+        x, y, p = word & 0x3FFF, word >> 14 & 0x3FFF, word >> 28
+    return Raw(t=unwrapped(events["t"], 32), x=x, y=y, p=p, format=f"DAT {number}", sensor=_size_in(header))
 
 
 def _evt_header(data: memoryview) -> tuple[bytes, int]:

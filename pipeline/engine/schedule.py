@@ -35,7 +35,8 @@ class Schedule:
         if optim.schedule == "constant":
             return optim.lr
         if optim.schedule == "step":
-            passed = sum(position * global_batch >= milestone * self._num_samples for milestone in optim.milestones)
+            samples = began if optim.by_epoch else before * global_batch  # whole numbers: no quotient is rounded
+            passed = sum(samples >= milestone * self._num_samples for milestone in optim.milestones)
             return optim.lr * optim.gamma**passed
         rest = max(1.0, self.num_steps - warmup)
         return 0.5 * optim.lr * (1 + math.cos(math.pi * max(0.0, position - warmup) / rest))

@@ -287,11 +287,11 @@ def test_a_gesture_warns_of_its_own_events_only():
     assert decode(found.converted).t.tolist() == [0, 1, 2, 4, 5]
 
 
-def test_dat_before_version_2_is_refused_by_its_version():
+def test_dat_of_other_versions_than_1_and_2_is_refused():
     data = WRITERS["dat"](few(0, 10))
     assert read("a.dat", data)[0].x.tolist() == [0, 1]
-    for version in (b"0", b"1"):
-        said = f"DAT of version {version.decode()}, which packs coordinates in other bits than version 2; convert it"
+    for version in (b"0", b"3"):
+        said = f"DAT of version {version.decode()}; 1 and 2 are read; convert it"
         assert refusal("a.dat", data.replace(b"% Version 2", b"% Version " + version)).startswith(said)
 
 

@@ -64,6 +64,21 @@ def test_a_milestone_acts_at_the_first_step_that_lies_behind_it():
     assert rates(4, samples=100, schedule="step", milestones=(1.28,), by_epoch=True)[1] == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize("milestone", [9, 50, 82, 100, 200])
+@pytest.mark.parametrize("global_batch", [100, 120, 224, 448])
+def test_by_epoch_a_milestone_acts_from_the_first_step_that_begins_in_its_epoch(global_batch, milestone):
+    for samples in (1_437, 50_000, 1_281_167):
+        config = Config(
+            recipe="rates",
+            data=DataConfig(global_batch=global_batch),
+            optim=OptimConfig(lr=1.0, schedule="step", milestones=(float(milestone),), by_epoch=True),
+            train=TrainConfig(epochs=300),
+        )
+        schedule = Schedule(config, samples)
+        first = -(-milestone * samples // global_batch) + 1
+        assert [schedule.learning_rate(step) for step in (first - 1, first)] == pytest.approx([1.0, 0.1])
+
+
 @pytest.mark.parametrize("optim", [{}, {"schedule": "constant"}, {"schedule": "step", "milestones": (3.0,)}])
 def test_warm_up_rises_evenly_to_the_peak_whatever_follows(optim):
     seen = rates(4, warmup_epochs=1, **optim)
