@@ -70,7 +70,7 @@ def test_by_epoch_a_milestone_acts_from_the_first_step_that_begins_in_its_epoch(
     for samples in (1_437, 50_000, 1_281_167):
         config = Config(
             recipe="rates",
-            data=DataConfig(global_batch=global_batch),
+            data=DataConfig(global_batch=global_batch, micro_batch=4),
             optim=OptimConfig(lr=1.0, schedule="step", milestones=(float(milestone),), by_epoch=True),
             train=TrainConfig(epochs=300),
         )
