@@ -163,6 +163,67 @@ def test_neurons_in_several_places_have_the_chi_of_all_their_weights():
     assert all(neuron.on_input is None for neuron in pilot.neurons.neurons), "a graph is not walked in every pass"
 
 
+class Sums(nn.Module):
+    """A sum of a branch of two layers, with a gate on its end or long, and of a shortcut that is nearer or as near."""
+
+    def __init__(self, branch_end: str) -> None:
+        super().__init__()
+        self.stem, self.norm, self.of_stem = nn.Linear(5, 6), nn.BatchNorm1d(6), neurons()
+        self.a, self.of_a, self.b, self.b_norm = nn.Linear(6, 6), neurons(), nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.shortcut, self.gate, self.of_sum = nn.Linear(6, 6), nn.Linear(6, 6), neurons()
+        self.branch_end = branch_end
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.of_stem(self.norm(self.stem(x[0]))[None])
+        shortcut = self.shortcut(s)
+        y = self.b_norm(self.b(self.of_a(self.a(s)))[0])[None]
+        match self.branch_end:
+            case "gate":
+                y = y * self.gate(y.mean(1, keepdim=True)).sigmoid()
+            case "long":
+                y = (y * 2).clone().transpose(1, 2).contiguous().transpose(1, 2) + 0 * self.gate(s)
+        return self.of_sum(y + shortcut)
+
+
+@pytest.mark.parametrize("branch_end", ["gate", "long"])
+def test_of_a_sum_the_weight_with_the_most_layers_behind_it_counts_and_no_shortcut_or_gate(branch_end):
+    torch.manual_seed(0)
+    model = Sums(branch_end)
+    layers = {layer.name: layer for layer in one_step(model).layers}
+    assert layers["of_stem"].parameters == ("stem.weight",)
+    assert layers["of_stem"].norm is model.norm
+    assert layers["of_a"].parameters == ("a.weight",)
+    assert layers["of_a"].norm is None, "the norm before the spikes behind"
+    assert layers["of_sum"].parameters == ("b.weight",)
+    assert layers["of_sum"].norm is None, "b_norm normalises one term of the sum alone"
+
+
+class Recurrent(nn.Module):
+    """Recurrent neurons, norse's and of a weight outside them; spikes of the later also return to the earlier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = peers.norse().LIFRecurrentCell(5, 6)
+        self.fc, self.again, self.back = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 5, bias=False)
+        self.of_fc = chi.Surrogate(width=2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, s, out = None, torch.zeros(7, 6), []
+        for x_t in (*x, *x):
+            z, state = self.cell(x_t + self.back(s), state)
+            s = self.of_fc(self.fc(z) + self.again(s) - 0.1)
+            out.append(s)
+        return torch.stack(out)
+
+
+def test_recurrent_neurons_have_the_chi_of_what_comes_in():
+    torch.manual_seed(0)
+    model = Recurrent()
+    chi.prepare(model, width=2.0)
+    pilot = one_step(model)
+    assert [layer.parameters for layer in pilot.layers] == [("cell.input_weights",), ("fc.weight",)]
+
+
 def test_an_amplitude_that_scale_rms_has_set_stays_with_the_neurons():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), Neuron(Rule(shape="triangle", scale="rms"), width=2.0))

@@ -2,22 +2,27 @@
 
 The network's own list (`spiking_layers()`) where it has one. Else autograd's graph tells, in the first training passes:
 the nearest convolution or linear layer behind the input of the neurons, without passing through another spiking layer;
-of neurons that are used in several places, those of all places.
+of the terms of a sum, that with the most spiking layers behind it; of neurons that are used in several places, those of
+all places.
 Where there is no graph to look at (a compiled model, weights outside a checkpointed block, FSDP2), it is the one that
 is registered last before the neurons.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from pipeline.snn.external_neurons import Steered
+from pipeline.snn.networks.input_graph import InputGraph
 from pipeline.snn.neurons import NeuronState, listed_layers
 
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 _WITHIN = ".parametrizations."
+_OF_INPUT = ".input_weights"
+"""norse's name of the weights before recurrent neurons, beside those of the spikes of the step before."""
 LIBRARIES = ("spikingjelly", "snntorch", "norse")
 """Libraries whose neurons hold a surrogate, and perhaps recurrent weights beside it."""
 
@@ -82,27 +87,41 @@ def fed_layers(network: nn.Module, neurons: NeuronState) -> list[FedLayer]:
         elif id(module) in of_neuron:
             assert isinstance(module, Steered)
             layers.append(FedLayer(of_neuron[id(module)], module, parameters, False, norm, network))
+    depths: dict[int, int] = {}
     for layer in layers:
-        layer.neuron.on_input = _look(layer, network, neurons)
+        layer.neuron.on_input = _look(layer, network, neurons, depths)
     return layers
 
 
-def _look(layer: FedLayer, network: nn.Module, neurons: NeuronState) -> Callable[[Tensor, nn.Module | None], None]:
+def _look(
+    layer: FedLayer, network: nn.Module, neurons: NeuronState, depths: dict[int, int]
+) -> Callable[[Tensor, nn.Module | None], None]:
+    end = None
+    """The input of the call before: the state of the neurons leads from a time step to all before it."""
+
     def look(x: Tensor, norm: nn.Module | None) -> None:
-        found, before, known = nearest(x, network, layer.name, neurons)
+        nonlocal end
+        meters = [id(tally.meter) for tally in neurons.tallies]
+        meter = id(layer.neuron.tally and layer.neuron.tally.meter)
+        own = depths.get(meter, math.inf)
+        # Spikes of the layer itself, or of a later one, come from the step before.
+        graph = InputGraph(x, {one: depth if (depth := depths.get(one, 0)) < own else 0 for one in meters}, end)
+        depths.setdefault(meter, graph.depth[graph.root] + 1)
+        found, before, known = nearest(graph, network, layer.name)
         layer.see(found, norm or before, known)
+        end = graph.root
 
     return look
 
 
-def nearest(
-    x: Tensor, network: nn.Module, name: str, neurons: NeuronState
-) -> tuple[tuple[str, ...], nn.Module | None, bool]:
-    """Names of the parameters of `network` that make the weight nearest behind `x`, the input of the neurons `name`,
-    the batch normalisation between the two, and whether the graph tells them.
+def nearest(graph: InputGraph, network: nn.Module, name: str) -> tuple[tuple[str, ...], nn.Module | None, bool]:
+    """Names of the parameters of `network` that make the weight behind the input of the neurons `name`, the batch
+    normalisation between the two, and whether the graph tells them.
 
     Convolutions and linear layers come before other parameters of two dimensions, and these before what belongs to the
-    neurons themselves (recurrent weights). None where only other layers' spikes are behind x. The graph does not
+    neurons themselves (recurrent weights). Of several, as of the terms of a sum, it is the one with the most spiking
+    layers behind it, so no shortcut's; of these the nearest, but no gate's that is computed from another's output. None
+    where only other layers' spikes are behind x. What gets a sum has no normalisation of its own. The graph does not
     tell where it ends nearer than a weight in a part that is compiled or a parameter that is none of the network's
     (FSDP2's gathered ones), or in a tensor alone, as a checkpoint's input.
     """
@@ -110,54 +129,34 @@ def nearest(
     modules = dict(network.named_modules())
     holder = name.rpartition(".")[0]
     recurrent = holder + "." if type(modules[holder]).__module__.split(".")[0] in LIBRARIES else name + "."
-    meters = {id(tally.meter) for tally in neurons.tallies}
-    reached, norms, hidden, of_spikes, nearest_at = [], [], [], [], math.inf
-    for distance, leaf in _behind(x, meters):
-        if distance > nearest_at:
-            break
+    reached, hidden, of_spikes = [], [], []
+    for node, distance in graph.distance.items():
+        leaf: Any = getattr(node, "variable", None)
         path = names.get(id(leaf))
-        if leaf is None or path is None:
-            of_spikes.append(id(leaf) in meters)
-            hidden += [distance] * (leaf is None or isinstance(leaf, nn.Parameter))
+        if path is None:
+            compiled = node.name().startswith("CompiledFunction")
+            if compiled or leaf is not None:
+                of_spikes.append(graph.is_meter(node))
+                hidden += [distance] * (compiled or isinstance(leaf, nn.Parameter))
             continue
         owner = owner_of(path)
-        if isinstance(modules[owner], nn.modules.batchnorm._BatchNorm):
-            norms.append((distance, owner))
-        elif leaf.dim() >= 2:
-            is_recurrent, is_weighted = path.startswith(recurrent), isinstance(modules[owner], _WEIGHTED)
-            reached.append((is_recurrent, not is_weighted, distance, owner, path))
-            if is_weighted and not is_recurrent:
-                nearest_at = distance
+        if leaf.dim() >= 2 and not isinstance(modules[owner], nn.modules.batchnorm._BatchNorm):
+            is_of_input, product = path.endswith(_OF_INPUT), graph.product_of(node)
+            is_recurrent = path.startswith(recurrent) and not is_of_input
+            is_weighted = isinstance(modules[owner], _WEIGHTED) or is_of_input
+            kind = (is_recurrent, not is_weighted, -graph.depth[product])
+            reached.append((kind, product, distance, owner, path))
     if not reached:
         return (), None, bool(of_spikes) and all(of_spikes)
-    _, _, away, owner, path = min(reached)
+    best = min(kind for kind, *_ in reached)
+    first = graph.first({product for kind, product, *_ in reached if kind == best})
+    away, owner, path = min(rest for kind, product, *rest in reached if kind == best and product in first)
     if any(distance <= away for distance in hidden):
         return (), None, False
     parameters = _weight_of(network, owner) if isinstance(modules[owner], _WEIGHTED) else (path,)
-    between = min((one for one in norms if one[0] < away), default=None)
-    return parameters, None if between is None else modules[between[1]], True
-
-
-def _behind(x: Tensor, meters: set[int]) -> Iterator[tuple[int, Tensor | None]]:
-    """The leaves of the graph behind x with their distance, nearest first, up to the spiking layers before it: of these
-    the meter, of a part that is compiled None, since it hides what it does with its leaves."""
-    level, seen, distance = [x.grad_fn], set(), 0
-    while level:
-        following = []
-        for node in level:
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                yield distance, node.variable  # pyright: ignore
-                continue
-            inputs = [function for function, _ in node.next_functions]
-            of_spikes = [one for one in inputs if id(getattr(one, "variable", None)) in meters]
-            if node.name().startswith("CompiledFunction"):
-                yield distance, None
-            else:
-                following += of_spikes or inputs
-        level, distance = following, distance + 1
+    used = (names.get(id(leaf)) for node in graph.on_the_way() for leaf in graph.leaves_of(node))
+    owners = (modules[owner_of(path)] for path in used if path is not None)
+    return parameters, next((one for one in owners if isinstance(one, nn.modules.batchnorm._BatchNorm)), None), True
 
 
 def owner_of(path: str) -> str:

@@ -20,7 +20,7 @@ The module
     uses and trains every parameter, each under one name;
     has other neurons behind each weight, since each get a width of their own;
     may say by a method `spiking_layers()` which weight feeds which neurons (see network.py). Without it, a trial pass
-    tells: the nearest convolution or linear layer behind a neuron's input, without passing through other neurons.
+    tells (see feeding.py): the nearest convolution or linear layer behind the input, without passing other neurons.
 
 What breaks this is refused at the start. χ, widths, energy (of Conv2d and Linear), checkpoints, evaluation, export and
 resume then work as for the networks of this package. The run's folder keeps the hashes of the file and of what it
