@@ -14,7 +14,7 @@ are from Horowitz, "Computing's energy problem (and what we can do about it)", I
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -125,6 +125,8 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
     found: dict[str, LayerEnergy] = {}
     rates: dict[str, float] = {}
     calls: dict[str, int] = {}
+    undecided: set[str] = set()
+    """Layers that got nothing but zeros, before any spike."""
     seen: dict[str, list[float]] = {}
     averaged: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
     """Means over positions, by their place in memory: what went in, and what came out."""
@@ -135,12 +137,19 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
             x = before.double()
             with torch.autocast(x.device.type, enabled=False):  # bf16 would round counts above 256
                 connections = _connections(module, x.float()).double()
-            analog = name in found and found[name].input_rate is None  # also counts of events, at every time step
+            silent = not rates and not x.any()  # such as the recurrent input of a first layer, before its first spike
+            analog = name in found and name not in undecided and found[name].input_rate is None  # also counts of events
             is_spikes = not analog and bool(rates) and bool((x >= 0).all()) and torch.equal(x, x.round())
             operations = (x * connections if is_spikes else torch.ones_like(x) * connections).sum().item() / N
             rate = x.mean().item() if is_spikes else None
             macs, acs = (0.0, operations) if is_spikes else (operations, 0.0)
             now = LayerEnergy(name=name, macs=macs, acs=acs, input_rate=rate)
+            if is_spikes and name in undecided:
+                found[name] = replace(found[name], macs=0.0, input_rate=0.0)
+            if silent and (name in undecided or name not in found):
+                undecided.add(name)
+            else:
+                undecided.discard(name)
             calls[name] = calls.get(name, 0) + 1
             found[name] = _sum(found[name], now, calls[name]) if name in found else now
 

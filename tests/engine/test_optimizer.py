@@ -11,7 +11,8 @@ from pipeline.config import Config, DataConfig, ModelConfig, OptimConfig, TrainC
 from pipeline.engine.optimizer import optimizer_of, parameter_groups
 from pipeline.engine.schedule import Schedule
 from pipeline.errors import ConfigError
-from pipeline.snn.networks import sew_resnet
+from pipeline.snn.networks import own, own_source, sew_resnet
+from tests.conftest import ROOT
 
 SAMPLES, STEPS_AN_EPOCH = 1280, 10
 
@@ -139,6 +140,16 @@ def test_filters_and_matrices_decay_and_nothing_else():
     assert kept == {name for name in names.values() if name.rpartition(".")[2] in ("bias", "w") or "bn" in name
                     or "downsample.1" in name}  # fmt: skip
     assert {"sn1.w", "bn1.weight", "fc.bias"} <= kept
+
+
+def test_what_neurons_learn_over_time_does_not_decay():
+    source = own_source.find(f"{ROOT}/docs/network_psn.py:network")
+    network = own.build(source, ModelConfig(), num_classes=10, in_channels=3, image_sizes=(16,), micro_batch=2)  # pyright: ignore
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    decaying, others = parameter_groups(OptimConfig(weight_decay=0.01), network)
+    assert {names[id(p)].rpartition(".")[2] for p in decaying["params"]} == {"weight"}
+    assert all(not names[id(p)].endswith("neurons.weight") for p in decaying["params"])
+    assert sum(names[id(p)].endswith("neurons.weight") for p in others["params"]) == len(network.spiking_layers())
 
 
 def test_one_group_where_all_decay_or_nothing_does():

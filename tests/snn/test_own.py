@@ -1,57 +1,25 @@
-"""snn/networks/own.py: what a user's network must do, and what is said where it does not."""
+"""snn/networks/own.py: a network of the user's own, and what the rest of the pipeline measures of it."""
 
 import copy
-import dataclasses
 import hashlib
 import json
-import textwrap
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from pipeline.config import Config, ModelConfig, TrainConfig
+from pipeline.config import ModelConfig
 from pipeline.engine import load_network
 from pipeline.errors import ConfigError
 from pipeline.snn import energy, losses, memory_estimate, neurons, state_dicts
 from pipeline.snn.networks import own_source
 from pipeline.snn.networks.build import build
-from pipeline.snn.networks.network import Network
 from pipeline.snn.networks.own import OwnNetwork
 from pipeline.snn.neurons import bind
 from tests.conftest import ROOT
-from tests.support import peers
-
-SMALL = """
-import torch
-from torch import nn
-from pipeline.snn import neurons
-
-class Net(nn.Module):
-    def __init__(self, model, num_classes):
-        super().__init__()
-        self.T = model.T
-        self.conv, self.bn, self.sn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), neurons.from_config(model)
-        self.fc = nn.Linear(4, num_classes)
-
-    def forward(self, images):
-        s = self.sn(self.bn(self.conv(images))[None], num_steps=self.T)
-        return self.fc(s.mean((3, 4)))
-
-def network(model, num_classes):
-    return Net(model, num_classes)
-"""
-
-
-def written(folder: Path, text: str, name: str = "mine.py") -> str:
-    (folder / name).write_text(textwrap.dedent(text))
-    return f"{folder / name}:network"
-
-
-def built(arch: str, size: int = 8, **model) -> Network:
-    torch.manual_seed(0)
-    return build(ModelConfig(arch=arch, **model), num_classes=5, image_size=size)
+from tests.snn.own_nets import SMALL, built, written
 
 
 @pytest.mark.parametrize("name", ["vgg.py:network", "spikformer.py:network", "psn.py:network", "psn.py:sliding"])
@@ -206,93 +174,6 @@ def test_files_of_libraries_and_of_this_program_are_not_the_user_s(tmp_path):
     assert theirs("nets.small:network", tmp_path / "site-packages/nets/parts.py", "nets.small") == ["parts.py"]
 
 
-JELLY = """
-from torch import nn
-from spikingjelly.activation_based import neuron, layer, functional
-
-def network(num_classes, model):
-    net = nn.Sequential(
-        layer.Conv2d(3, 4, 3, step_mode='m'), layer.BatchNorm2d(4, step_mode='m'), neuron.LIFNode(step_mode='m'),
-        layer.Flatten(step_mode='m'), nn.Linear(4 * 36, num_classes),
-    )
-    class Timed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-        def forward(self, images):
-            return self.net(images.expand(model.T, *images.shape))
-    return Timed()
-"""
-
-
-def test_neurons_of_spikingjelly_get_our_surrogate_and_are_reset(tmp_path):
-    peers.spikingjelly()
-    network = built(written(tmp_path, JELLY), width=0.7)
-    (layer,) = network.spiking_layers()
-    assert (layer.name, layer.neuron.rule.shape, layer.neuron.width) == ("net.2.surrogate_function", "triangle", 0.7)
-    assert layer.weight is network.get_parameter("net.0.weight")
-    neurons, images = bind(network), torch.randn(2, 3, 8, 8)
-    first = network(images)
-    first.sum().backward()
-    assert neurons.neuron_steps.tolist() == [4 * 2 * 4 * 36]
-    assert torch.equal(network(images), first), "the potentials of the last pass are gone"
-    measured = energy.measure(network, images)
-    assert 0 < measured.firing_rates["net.2.surrogate_function"] < 1
-    assert [layer.name for layer in measured.layers] == ["net.0", "net.4"]
-    assert measured.layers[1].acs > 0
-
-
-def test_parallel_neurons_of_spikingjelly_are_taken_but_for_a_threshold_without_dimension(tmp_path):
-    peers.spikingjelly()
-    for made in ("PSN(model.T)", "MaskedPSN(2, model.T, step_mode='m')"):
-        network = built(written(tmp_path, JELLY.replace("LIFNode(step_mode='m')", made)))
-        (layer,) = network.spiking_layers()
-        assert layer.weight is network.get_parameter("net.0.weight"), made
-    with pytest.raises(ConfigError, match=r"net\.2\.bias has no dimension, which DeepSpeed cannot send"):
-        built(written(tmp_path, JELLY.replace("LIFNode(step_mode='m')", "SlidingPSN(2, step_mode='m')")))
-
-
-TORCH = """
-import snntorch
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, num_classes, T):
-        super().__init__()
-        self.T, self.fc1, self.fc2 = T, nn.Linear(3 * 64, 8), nn.Linear(8, num_classes)
-        self.lif = snntorch.Leaky(beta=0.9)
-
-    def forward(self, images):
-        mem, out = self.lif.init_leaky(), []
-        for _ in range(self.T):
-            s, mem = self.lif(self.fc1(images.flatten(1)), mem)
-            out.append(self.fc2(s))
-        return torch.stack(out)
-
-def network(num_classes, model):
-    return Net(num_classes, model.T)
-"""
-
-
-@pytest.mark.parametrize("hidden", [False, True])
-def test_neurons_of_snntorch_count_every_time_step_and_leave_no_state_behind(hidden, tmp_path):
-    peers.snntorch()
-    text = TORCH.replace("beta=0.9", "beta=0.9, init_hidden=True") if hidden else TORCH
-    text = text.replace(
-        "s, mem = self.lif(self.fc1(images.flatten(1)), mem)", "s = self.lif(self.fc1(images.flatten(1)))"
-    )
-    network = built(written(tmp_path, text if hidden else TORCH), T=3)
-    (layer,) = network.spiking_layers()
-    shapes = {name: buffer.shape for name, buffer in network.named_buffers()}
-    for N in (2, 3):
-        network(torch.randn(N, 3, 8, 8)).sum().backward()
-    assert {name: buffer.shape for name, buffer in network.named_buffers()} == shapes
-    assert layer.weight is network.get_parameter("fc1.weight")
-    measured = energy.measure(network, torch.randn(2, 3, 8, 8))
-    assert measured.layers[0].macs == 3 * 3 * 64 * 8, "analog input, in each of three steps"
-
-
 @pytest.mark.parametrize("norm", ["nn.BatchNorm2d(4)", "nn.BatchNorm2d(4, affine=False)"])
 def test_a_network_in_fp16_normalises_in_fp32_and_takes_what_is_not_cast(norm, tmp_path):
     text = SMALL.replace("nn.BatchNorm2d(4)", norm)
@@ -320,107 +201,6 @@ def test_what_a_user_s_network_keeps_for_its_backward_pass_is_measured(tmp_path)
     assert one.kept_bytes >= 4 * (3 * 64 + 2 * 4 * 36)
     assert many.kept_bytes == 6 * one.kept_bytes
     assert all(parameter.grad is None for parameter in network.parameters())
-
-
-CASES = {
-    "no neurons": (("neurons.from_config(model)", "nn.ReLU()"), (", num_steps=self.T", ""),
-                   "the network has no spiking neurons; use pipeline.snn.neurons.from_config"),
-    "another surrogate": (("neurons.from_config(model)", "neurons.Neuron(neurons.Rule(shape='atan'))"),
-                          "the neurons sn have the surrogate 'atan', and model.surrogate is 'triangle'"),
-    "shape": (("s.mean((3, 4))", "s.flatten(2)"), ("nn.Linear(4, num_classes)", "nn.Linear(144, 7)"),
-              r"images of shape \(2, 3, 8, 8\) give logits of shape \(4, 2, 7\); return \(T, 2, 5\) or \(2, 5\)"),
-    "not a tensor": (("return self.fc(s.mean((3, 4)))", "return self.fc(s.mean((3, 4))), s"),
-                     "give tuple; return a tensor"),
-    "frozen": (("self.fc = nn.Linear(4, num_classes)", "self.fc = nn.Linear(4, num_classes).requires_grad_(False)"),
-               r"fc\.weight is frozen"),
-    "unused": (("self.fc = nn", "self.spare = nn.Linear(2, 2); self.fc = nn"),
-               r"spare\.weight gets no gradient in a pass"),
-    "unused neurons": (("self.fc = nn", "self.sn2 = neurons.from_config(model); self.fc = nn"),
-                       "no gradient flows through the neurons sn2"),
-    "tied": (("self.fc = nn", "self.bn2 = nn.Identity(); self.bn2.weight = self.bn.weight; self.fc = nn"),
-             r"bn\.weight and bn2\.weight are one parameter"),
-    "half": (("return Net(model, num_classes)", "return Net(model, num_classes).double()"),
-             "torch.float64 on cpu; build it"),
-    "state in a buffer": (("self.fc = nn", "self.register_buffer('h', torch.zeros(0)); self.fc = nn"),
-                          ("        s = self", "        self.h = images\n        s = self"),
-                          "h is a buffer that a pass makes or"),
-    "another buffer": (("self.fc = nn", "self.register_buffer('h', torch.zeros(())); self.fc = nn"),
-                       ("        s = self", "        self.h = 0.9 * self.h + images.mean()\n        s = self"),
-                       r"h is a buffer in whose place .*; write into it \(copy_"),
-    "compiled": (("return Net(model, num_classes)", "return torch.compile(Net(model, num_classes), backend='eager')"),
-                 r"torch\.compile hides which weights feed the neurons \S*sn; return the network uncompiled"),
-    "scalar": (("self.fc = nn", "self.a = nn.Parameter(torch.tensor(1.0)); self.fc = nn"), "a has no dimension"),
-    "random": (("return self.fc(s.mean((3, 4)))", "return self.fc(s.mean((3, 4))) + torch.rand(())"),
-               "the same images give other logits the second time"),
-    "weight_norm": (("nn.Conv2d(3, 4, 3)", "nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))"),
-                    r"the weight before the neurons sn is made of .*original0"),
-    "several places": (("self.fc = nn", "self.c2, self.b2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4); self.fc = nn"),
-                       ("        return self.fc(s",
-                        "        s = self.sn(self.b2(self.c2(s.flatten(0, 1))).unflatten(0, (self.T, -1)))\n"
-                        "        return self.fc(s"),
-                       "the neurons sn are used behind several weights, of conv, c2; give each place neurons"),
-    "nothing returned": (("return Net(model, num_classes)", "Net(model, num_classes)"),
-                         "network returned NoneType; return a"),
-    "another parameter": (("network(model, num_classes)", "network(model, num_classes, depth)"),
-                          "network takes depth, which nothing gives; use some of model, num_classes"),
-    "another name": (("def network", "def net"), r"mine\.py has no function network; it has net"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_cannot_be_trained_is_refused_with_the_cure(case, tmp_path):
-    *changes, said = CASES[case]
-    text = SMALL
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    with pytest.raises(ConfigError, match=said) as refused:
-        built(written(tmp_path, text))
-    assert str(refused.value).startswith(f"model.arch='{tmp_path}/mine.py:network': ")
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "first", "lines"),
-    [
-        ("super().__init__()", "super().__init__(); 1 / 0", "network() failed with ZeroDiv", ["network", "__init__"]),
-        ("images))[None]", "images[:, :2]))[None]", "a pass of images of shape (2, 3, 8, 8) failed", ["forward"]),
-        ("import torch\n", "import torch, no_such_module\n", "failed with ModuleNotFoundError", ["<module>"]),
-    ],
-)  # fmt: skip
-def test_an_error_of_the_user_s_code_is_shown_with_their_lines_alone(old, new, first, lines, tmp_path):
-    with pytest.raises(ConfigError) as refused:
-        built(written(tmp_path, SMALL.replace(old, new, 1)))
-    said, *trace = str(refused.value).splitlines()
-    assert first in said
-    files = [line for line in trace if line.startswith("  File ")]
-    assert [line.rpartition(" in ")[2] for line in files] == lines
-    assert all(str(tmp_path / "mine.py") in line for line in files)
-
-
-def test_a_place_without_a_network_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no file .*none\.py on this machine; every node needs it"):
-        own_source.find(f"{tmp_path}/none.py:network")
-    with pytest.raises(ConfigError, match=r"mine\.py, line 2 is no Python"):
-        own_source.find(written(tmp_path, "x = 1\ndef ("))
-    for arch in ("vgg", "mine.py", "mine.py:", ":network", "a b:c", "mine.py:1x"):
-        with pytest.raises(ConfigError, match=r"one of sew_tiny, .*; or your own, as package\.module:function or path"):
-            own_source.check(arch)
-    for arch in ("sew_tiny", "a.b:c", "../a b/mine.py:network"):
-        own_source.check(arch)
-    assert own_source.find("sew_tiny") is None
-
-
-@pytest.mark.parametrize("settings", [{"checkpoint": True}, {"connect": "iand"}, {"zero_init_residual": True}])
-def test_options_of_our_networks_are_refused(settings):
-    with pytest.raises(ConfigError, match=rf"model\.{next(iter(settings))}=.* with your own model\.arch"):
-        ModelConfig(arch="a:b", **settings)
-
-
-@pytest.mark.parametrize("name", ["cuda_graph", "sync_bn"])
-def test_settings_that_do_not_reach_a_user_s_layers_are_refused(name):
-    with pytest.raises(ConfigError, match=rf"train\.{name}=True is not allowed; use false with your own model\.arch"):
-        Config(recipe="digits", model=ModelConfig(arch="a:b"), train=dataclasses.replace(TrainConfig(), **{name: True}))
 
 
 def test_every_size_that_images_grow_through_is_tried(tmp_path):
@@ -506,3 +286,17 @@ def test_a_gradient_step_counts_every_layer(tmp_path):
     assert neurons.names == ("sn",)
     assert neurons.neuron_steps.tolist() == [4 * 2 * 4 * 36]
     assert isinstance(network.get_submodule("conv"), nn.Conv2d)
+
+
+def test_what_lies_beside_a_network_comes_before_files_of_ours_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "launch"), *sys.path])  # as Python has it when it runs launch/train.py
+    for name in ("options", "evaluate"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text("CHANNELS = 6\n")
+    text = SMALL.replace("import torch\n", "import torch\nimport evaluate\nfrom options import CHANNELS\n", 1)
+    network = built(written(tmp_path, text.replace("(4", "(CHANNELS").replace("3, 4, 3", "3, evaluate.CHANNELS, 3")))
+    assert network.get_parameter("conv.weight").shape == (6, 3, 3, 3)
+    monkeypatch.chdir(tmp_path)
+    source = own_source.find("options:network")
+    assert source is not None
+    assert source.path == tmp_path / "options.py"

@@ -143,6 +143,25 @@ def _check(model: object, shape: str, scale: str, width: float) -> None:
         raise ConfigError(f"chi.prepare: width={width!r} is not allowed; use a number above 0")
 
 
+def give_dimension(model: nn.Module) -> None:
+    """Gives parameters without dimension of these libraries' neurons the shape (1,): DeepSpeed sends no others."""
+    for module in model.modules():
+        if library_of(module):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() == 0:
+                    module._parameters[name] = nn.Parameter(parameter.detach().view(1), parameter.requires_grad)
+
+
+def evaluate(model: nn.Module) -> None:
+    """`model.eval()`, in which all neurons call their surrogate: some of SpikingJelly's call another step function in
+    evaluation mode, which is all that their mode changes in a pass without gradient."""
+    model.eval()
+    for module in model.modules():
+        step = getattr(module, "single_step_functional_forward", None)
+        if library_of(module) == "spikingjelly" and step is not None and "heaviside" in step.__code__.co_names:
+            module.training = True
+
+
 def unsteered(model: nn.Module) -> dict[str, str]:
     """Neurons of these libraries in `model` whose surrogate is not ours: name → its surrogate."""
     return {one.name: one.what for one in _find(model)}

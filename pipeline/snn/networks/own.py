@@ -14,8 +14,9 @@ The module
     takes images (N, C, H, W), which it shows for model.T time steps, or event frames (T, N, C, H, W);
     returns logits (T, N, K), or (N, K) where it takes the mean over time itself;
     has neurons of `pipeline.snn.neurons.from_config(model)`, or of SpikingJelly, snnTorch or norse. Theirs get the
-    surrogate of model.surrogate, scale and width, as by `chi.prepare`;
-    starts every pass from rest: the same images give the same logits again. Neurons of these libraries are reset here;
+    surrogate of model.surrogate, scale and width, as by `chi.prepare`, and parameters without dimension the shape (1,);
+    starts every pass from rest: the same images give the same potentials again. Neurons of these libraries are reset
+    here;
     draws random numbers (dropout) from torch's default generator alone, and in training mode alone;
     uses and trains every parameter, each under one name;
     has other neurons behind each weight, since each get a width of their own;
@@ -29,6 +30,7 @@ imports from its own folder or package, and, of a single file, a copy, from whic
 
 import importlib
 import inspect
+import logging
 import sys
 import traceback
 import types
@@ -38,19 +40,24 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError, first_line
 from pipeline.snn.external_neurons import Steered
+from pipeline.snn.membrane_probe import probed
 from pipeline.snn.networks import foreign, own_source
 from pipeline.snn.networks.feeding import FedLayer, fed_layers, owner_of
 from pipeline.snn.networks.network import Network, SpikingLayer
 from pipeline.snn.networks.own_source import Source
 from pipeline.snn.neurons import NeuronState, bind, listed_layers
 
+log = logging.getLogger(__name__)
+
 TRIED = 2
 """Images in a trial pass: batch normalisation may need more than one."""
+_AGAIN = "neurons keep their state, or something is random; start every pass from rest"
 
 
 class OwnNetwork(Network):
@@ -91,6 +98,8 @@ class OwnNetwork(Network):
 
     def train(self, mode: bool = True) -> "OwnNetwork":
         self._own_module.train(mode)
+        if not mode:
+            foreign.evaluate(self._own_module)
         self.training = mode
         return self
 
@@ -134,8 +143,9 @@ def build(
     given = {"model": model, "num_classes": num_classes, "in_channels": in_channels, "image_size": image_sizes[0]}
     with torch.device("cpu"):  # a trial needs values, also where the caller wants shapes alone
         module = _called(source, given)
-        _check_parameters(source, module)
         _convert_neurons(source, module, model)
+        _check_parameters(source, module)
+        _check_listed(source, module)
         batch = min(TRIED, micro_batch)
         channels = (model.T, batch, in_channels) if in_channels == 2 else (batch, in_channels)
         layers: list[SpikingLayer] = []
@@ -190,8 +200,7 @@ def _called(source: Source, given: dict[str, object]) -> nn.Module:
 def _imported(source: Source) -> types.ModuleType:
     if source.module:
         return importlib.import_module(source.module)
-    if str(source.folder) not in sys.path:
-        sys.path.append(str(source.folder))  # for what the file imports from beside it
+    own_source.look_first_in(str(source.folder))  # for what the file imports from beside it
     module = types.ModuleType(f"own_network_{source.path.stem}")
     module.__file__ = str(source.path)
     sys.modules[module.__name__] = module  # dataclasses and pickle look there
@@ -203,6 +212,9 @@ def _check_parameters(source: Source, module: nn.Module) -> None:
     """Refuses parameters that checkpoints or ranks could not treat like those of our networks."""
     names: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, UninitializedParameter):
+            raise _refused(source, f"{name} is of a lazy layer, which has no size before its first pass; give the "
+                           "layer the number of its inputs")  # fmt: skip
         other = names.setdefault(id(parameter), name)
         if other != name:
             raise _refused(source, f"{other} and {name} are one parameter; give each module its own")
@@ -224,6 +236,7 @@ def _convert_neurons(source: Source, module: nn.Module, model: ModelConfig) -> N
             foreign.prepare(module, model.surrogate, model.scale, model.width)
     except ConfigError as error:
         raise _refused(source, str(error)) from None
+    foreign.give_dimension(module)
     steered = [(name, one) for name, one in module.named_modules() if isinstance(one, Steered)]
     if not steered:
         raise _refused(source, "the network has no spiking neurons; use pipeline.snn.neurons.from_config(model), or "
@@ -236,6 +249,29 @@ def _convert_neurons(source: Source, module: nn.Module, model: ModelConfig) -> N
             if got != wanted:
                 raise _refused(source, f"the neurons {name} have the {field} {got!r}, and model.{field} is {wanted!r}; "
                                f"make them by neurons.from_config(model), or use --model.{field} {got}")  # fmt: skip
+
+
+def _check_listed(source: Source, module: nn.Module) -> None:
+    """Refuses what the module's own `spiking_layers()` says wrongly."""
+    with _theirs(source, "spiking_layers()"):
+        listed = listed_layers(module)
+    if listed is None:
+        return
+    if not listed:
+        raise _refused(source, "spiking_layers() lists nothing; list the neurons, or take the method out")
+    neurons = {id(one) for one in module.modules() if isinstance(one, Steered)}
+    parameters = {id(one) for one in module.parameters()}
+    for layer in listed:
+        if id(layer.neuron) not in neurons:
+            raise _refused(source, f"the neuron that spiking_layers() gives for {layer.name} is a "
+                           f"{type(layer.neuron).__name__}; give a pipeline.snn.neurons.Neuron of the network, or the "
+                           "Surrogate in neurons of another kind")  # fmt: skip
+        if layer.weight is not None and id(layer.weight) not in parameters:
+            raise _refused(source, f"the weight that spiking_layers() gives for {layer.name} is no parameter of the "
+                           "network; give one, or None")  # fmt: skip
+    for kind, given in (("name", [one.name for one in listed]), ("neuron", [id(one.neuron) for one in listed])):
+        if len(set(given)) < len(given):
+            raise _refused(source, f"spiking_layers() gives a {kind} twice; give each layer its own")
 
 
 class _Rest:
@@ -298,7 +334,7 @@ def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: in
         shapes = {name: buffer.shape for name, buffer in buffers.items()}
         fed = fed_layers(module, neurons)
         order = _order_of_use(fed)
-        out = logits()
+        out, first = _seen(neurons, logits)
         _check_logits(source, out, size, shape[-4], num_classes)
         out.float().square().sum().backward()
         lost = [name for name, parameter in module.named_parameters() if parameter.grad is None]
@@ -306,12 +342,9 @@ def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: in
         changed = [name for name, buffer in module.named_buffers() if buffer.shape != shapes.get(name)]
         replaced = [name for name, buffer in module.named_buffers() if buffer is not buffers.get(name)]
         hidden = [name for name, neuron in zip(neurons.names, neurons.neurons, strict=True) if neuron.traced]
-        module.eval()
+        foreign.evaluate(module)
         with torch.no_grad():
-            again = [logits() for _ in range(2)]
-    if unused:
-        raise _refused(source, f"no gradient flows through the neurons {unused[0]}: they are not used in a pass, or "
-                       "no weight lies before them; take them out, or put a linear layer before them")  # fmt: skip
+            again = [_seen(neurons, logits) for _ in range(2)]
     if changed:
         raise _refused(source, f"{changed[0]} is a buffer that a pass makes or gives another shape; keep such "
                        "state in a plain attribute, and start every pass from rest")  # fmt: skip
@@ -323,10 +356,38 @@ def _tried(source: Source, module: nn.Module, shape: torch.Size, num_classes: in
                        "uncompiled, or give it a method spiking_layers()")  # fmt: skip
     if lost:
         raise _refused(source, f"{lost[0]} gets no gradient in a pass; use every parameter, or take it out")
-    if not torch.equal(*again):
-        raise _refused(source, "the same images give other logits the second time, in evaluation mode: neurons keep "
-                       "their state, or something is random; start every pass from rest")  # fmt: skip
-    return [_layer(source, layer) for layer in sorted(fed, key=lambda layer: order.index(layer) if order else 0)]
+    silent = {name for name, potentials in zip(neurons.names, again[0][1], strict=True) if not potentials}
+    for name, potentials in zip(neurons.names, first, strict=True):
+        if not potentials:
+            raise _refused(source, f"the neurons {name} are not used in a pass; take them out")
+        if name in silent:
+            raise _refused(source, f"the neurons {name} do not call their surrogate in evaluation mode, so their "
+                           "spikes would not be seen; call it in both modes")  # fmt: skip
+    for name, *potentials in zip(neurons.names, *(seen for _, seen in again), strict=True):
+        if not _equal(*potentials):
+            raise _refused(source, f"the same images give the neurons {name} other potentials the second time, in "
+                           f"evaluation mode: {_AGAIN}")  # fmt: skip
+    if not torch.equal(*(logits for logits, _ in again)):
+        raise _refused(source, f"the same images give other logits the second time, in evaluation mode: {_AGAIN}")
+    steered = [layer for layer in fed if layer.name not in unused]
+    if not steered:
+        raise _refused(source, f"no gradient flows through the spikes of any neurons, such as {unused[0]}; let the "
+                       "logits come of spikes, behind a weight")  # fmt: skip
+    if unused:
+        log.warning("The neurons %s keep their width: no gradient flows through their spikes (as of a layer whose "
+                    "potential alone is read out).", ", ".join(unused))  # fmt: skip
+    return [_layer(source, layer) for layer in sorted(steered, key=lambda layer: order.index(layer) if order else 0)]
+
+
+def _seen(neurons: NeuronState, logits: Callable[[], Tensor]) -> tuple[Tensor, list[list[Tensor]]]:
+    """The logits of a pass, and h - v_th of every call of each layer."""
+    potentials: list[list[Tensor]] = [[] for _ in neurons.neurons]
+    with probed(neurons.neurons, lambda layer, u: potentials[layer].append(u.clone())):
+        return logits(), potentials
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def _order_of_use(fed: list[FedLayer]) -> list[FedLayer]:
