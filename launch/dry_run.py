@@ -64,6 +64,8 @@ def report(config: Config, ranks: int) -> list[str]:
         lines += [f"time        {epoch_time.line(config, manifest.num_samples)}"]
     else:
         lines += [f"steps       not known: {missing}"]
+    if config.cut_off:
+        lines += [f"cut off     {config.cut_off}"]
     assumed = "" if manifest else ", assumed"
     lines += [f"parameters  {num_parameters:,} ({num_classes} classes{assumed})"]
     frames = bool(manifest) and manifest.kind == EVENTS

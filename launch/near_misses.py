@@ -74,8 +74,9 @@ _ALIASES = """
     data.aa: auto_augment autoaugment randaugment rand_augment randaug trivial_augment trivialaugment policy
     data.color_jitter: jitter colour_jitter colorjitter
     data.reprob: random_erase random_erasing erasing erase_prob random_erase_prob cutout
-    data.mixup: mixup_alpha use_mixup
-    data.cutmix: cutmix_alpha use_cutmix
+        remode recount resplit
+    data.mixup: mixup_alpha use_mixup mixup_mode mixup_off_epoch
+    data.cutmix: cutmix_alpha use_cutmix cutmix_minmax
     data.mixup_switch_prob: switch_prob cutmix_prob
     data.window_shards: shuffle shuffle_buffer shuffle_size
     data.cache_dir: cache

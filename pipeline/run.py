@@ -159,6 +159,8 @@ def prepare(config: Config, watch: Watch) -> Run:
     num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 partitions them
     if place.rank == 0:
         print(f"{config.recipe}: {place.world_size} ranks on {place.device.type}, starting DeepSpeed", flush=True)
+        if config.cut_off:
+            print(config.cut_off, flush=True)
     widths = None
     if config.init_from and saved is None:
         said, widths = init_from.load(model, config)

@@ -310,6 +310,21 @@ class Config:
         return steps
 
     @property
+    def cut_off(self) -> str:
+        """One line where the run ends before its learning rate or image size has reached its last value; else empty."""
+        optim, ramp, epochs = self.optim, self.data.image_size_ramp, self.train.epochs
+        late = [one for one in optim.milestones if one >= epochs] if optim.schedule == "step" else []
+        cut = {
+            f"optim.warmup_epochs={optim.warmup_epochs:g}": 0 < epochs <= optim.warmup_epochs,
+            f"optim.milestones {', '.join(f'{one:g}' for one in late)}": bool(late),
+            f"data.image_size_ramp={','.join(f'{one:g}' for one in ramp)}": bool(ramp) and epochs < ramp[1],
+        }
+        names = [name for name, is_cut in cut.items() if is_cut]
+        if not names:
+            return ""
+        return f"train.epochs={epochs:g} ends before {' and '.join(names)}: for a whole, shorter run shorten these too"
+
+    @property
     def evaluated_weights(self) -> str:
         """The weights that the run evaluates: last, or ema if it keeps their moving average."""
         return "ema" if self.train.ema_decay else "last"

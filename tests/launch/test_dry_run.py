@@ -12,6 +12,7 @@ import torch
 from launch import epoch_time
 from launch.dry_run import memory, report
 from launch.options import parse
+from launch.recipes import RECIPES
 from pipeline.config import OptimConfig, TrainConfig
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
@@ -94,3 +95,28 @@ def test_memory_by_stage_precision_and_optimizer(stage, precision, optimizer, ex
         network = build(config.model, num_classes=10, image_size=16)
     sizes = list(memory(config, network, 1000, 4).values())
     assert [size / 1000 for size in sizes[:-2]] == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "said"),
+    [
+        ("cifar10", "--train.epochs 1", "train.epochs=1 ends before optim.warmup_epochs=1: for a whole,"),
+        ("cifar10", "--train.epochs 2", ""),
+        ("digits", "--optim.schedule step --optim.milestones 10,30,60", "optim.milestones 30, 60: for"),
+        ("digits", "--optim.schedule step --optim.milestones 10,29", ""),
+        (
+            "imagenet_sew34_fast",
+            "--train.epochs 5",
+            "train.epochs=5 ends before optim.warmup_epochs=5 and data.image_size_ramp=30,80: for",
+        ),
+    ],
+)
+def test_what_a_shortened_run_does_not_reach_is_said(recipe, options, said):
+    config = parse(["--recipe", recipe, *options.split()])
+    assert said in config.cut_off
+    assert bool(said) == bool(config.cut_off)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_recipe_is_cut_off_by_itself(recipe):
+    assert not parse(["--recipe", recipe]).cut_off

@@ -115,6 +115,7 @@ NEAREST = """
     --zero --zero-stage --zero_optimization.stage: --train.zero_stage
     --opt --optimizer: --optim.name
     --sched --lr_scheduler_type: --optim.schedule
+    --recount --data.recount --remode: --data.reprob
     --warmup --warmup-epochs --lr-warmup-epochs --lr_scheduler.warmup_steps: --optim.warmup_epochs
     --clip-grad --max_grad_norm --training.max_norm: --optim.clip
     --smoothing --label-smoothing: --train.label_smoothing
