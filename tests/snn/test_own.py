@@ -254,6 +254,22 @@ def test_the_energy_of_a_loop_over_time_is_that_of_all_steps_at_once():
     assert 0 < looped.firing_rates["neurons"] < 1
 
 
+def test_a_compiled_network_that_lists_its_layers_stays_one_graph(tmp_path):
+    text = SMALL.replace(
+        "    def forward",
+        """\
+    def spiking_layers(self):
+        from pipeline.snn.networks.network import SpikingLayer
+        return [SpikingLayer("sn", self.sn, self.conv.weight, self.bn)]
+
+    def forward""",
+    ).replace("Net(model, num_classes)", "compiled(Net(model, num_classes))")
+    text += "\ndef compiled(net):\n    net.forward = torch.compile(net.forward, backend='eager', fullgraph=True)\n"
+    text += "    return net\n"
+    network = built(written(tmp_path, text))
+    assert [layer.weight is network.get_parameter("conv.weight") for layer in network.spiking_layers()] == [True]
+
+
 def test_a_child_may_have_any_name(tmp_path):
     names = ("_layers", "_rest", "_own")
     text = SMALL
