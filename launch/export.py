@@ -1,6 +1,6 @@
 """A run's network in a format that others read, with a model card beside it:
 
-python -m launch.export runs/digits digits.safetensors      writes digits.safetensors and digits.md
+python -m launch.export runs/digits digits.safetensors       and digits.safetensors.md
 python -m launch.export runs/digits digits.nir --format nir
 python -m launch.export runs/digits digits --format hf       a folder as the Hugging Face hub keeps it
 
@@ -153,7 +153,7 @@ def check_place(out: Path, format: str, run: Path) -> None:
 def places(out: Path, format: str) -> tuple[Path, Path]:
     """The file of the weights and the model card."""
     if FORMATS[format].suffix:
-        return out, out.with_suffix(".md")
+        return out, out.with_name(f"{out.name}.md")
     return out / "model.safetensors", out / "README.md"
 
 

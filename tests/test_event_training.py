@@ -169,7 +169,7 @@ def test_the_card_says_frames_and_its_lines_give_the_logits_of_the_run(form, who
         pytest.importorskip(package, reason=f"{package} is not installed: it is in the extra dev")
     out = tmp_path / name
     export.main([str(whole), str(out), "--format", form])
-    path = out / "README.md" if form == "hf" else out.with_suffix(".md")
+    path = out / "README.md" if form == "hf" else tmp_path / f"{name}.md"
     card = path.read_text(encoding="utf-8")
     assert "A spiking network for event data" in card
     assert f"cut into {T} frames of the same duration, as by SpikingJelly's split_by='time'" in card
@@ -197,7 +197,7 @@ def test_frames_of_the_same_number_of_events_are_told_as_such(whole, tmp_path):
     config["data"]["event_frames"] = "count"
     (run / "config.json").write_text(json.dumps(config))
     export.main([str(run), str(tmp_path / "net.safetensors")])
-    card = (tmp_path / "net.md").read_text(encoding="utf-8")
+    card = (tmp_path / "net.safetensors.md").read_text(encoding="utf-8")
     assert f"{T} frames of the same number of events, as by SpikingJelly's split_by='number'" in card
 
 

@@ -16,6 +16,7 @@ the network, which changes no tensor. SpikingJelly's MS-ResNet has other names a
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -101,11 +102,12 @@ def save_safetensors(
         metadata: entries for the header of the file, beside the format.
         original: use the names of the original SEW-ResNet code instead of ours.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = to_original(network.state_dict()) if original else network.state_dict()
     copies = {name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}
-    save_file(copies, path, metadata={"format": "pt", **(metadata or {})})
+    # Not by save_file, whose files only their owner may read.
+    Path(path).write_bytes(save(copies, metadata={"format": "pt", **(metadata or {})}))
 
 
 def load_safetensors(network: nn.Module, path: str | os.PathLike) -> None:

@@ -1,6 +1,8 @@
 """Exported weights: the file says what it holds, its card's code loads it, nothing is overwritten without --force."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from launch import export
 from pipeline.engine import load_network
 from pipeline.errors import ConfigError
 from pipeline.run_dir.run_folder import evaluation_path, read, write_json
+from tests.conftest import ROOT
 from tests.support.model_cards import run_the_lines
 from tests.support.training_runs import STEPS
 
@@ -37,9 +40,9 @@ def test_the_cards_lines_load_the_weights_and_the_header_says_what_they_are(run,
     out = tmp_path / "net.safetensors"
     export.main([str(run), str(out)])
     said = capsys.readouterr()
-    assert said.out.split() == [str(out), str(tmp_path / "net.md")]
+    assert said.out.split() == [str(out), str(tmp_path / "net.safetensors.md")]
     assert "python -m launch.evaluate" in said.err, "nobody has evaluated it"
-    assert torch.equal(run_the_lines(tmp_path / "net.md", images=images()), logits(run, STEPS))
+    assert torch.equal(run_the_lines(tmp_path / "net.safetensors.md", images=images()), logits(run, STEPS))
     about, summary = read(run), json.loads((run / "summary.json").read_text())
     with safe_open(out, "pt") as file:
         header = file.metadata()
@@ -49,7 +52,7 @@ def test_the_cards_lines_load_the_weights_and_the_header_says_what_they_are(run,
     assert json.loads(header["metrics"])["eval_accuracy_ratio"] == summary["eval_accuracy_ratio"]
     assert json.loads(header["versions"]) == about.about["versions"]
     assert json.loads(header["config"])["train"]["seed"] == 0
-    card = (tmp_path / "net.md").read_text(encoding="utf-8")
+    card = (tmp_path / "net.safetensors.md").read_text(encoding="utf-8")
     assert f"| {100 * summary['eval_accuracy_ratio']:.2f} % |" in card
     assert all(f"| {layer} |" in card for layer in about.about["layers"])
     assert not list(tmp_path.glob(".*.tmp"))
@@ -61,8 +64,8 @@ def test_an_older_checkpoint_under_the_original_names_loads_the_same_way(run, tm
     with safe_open(out, "pt") as file:
         assert "layer1.0.conv1.module.0.weight" in file.keys()  # noqa: SIM118
         assert "eval_loss" not in json.loads(file.metadata()["metrics"])
-    assert torch.equal(run_the_lines(tmp_path / "net.md", images=images()), logits(run, 10))
-    assert "not evaluated after this step" in (tmp_path / "net.md").read_text(encoding="utf-8")
+    assert torch.equal(run_the_lines(tmp_path / "net.safetensors.md", images=images()), logits(run, 10))
+    assert "not evaluated after this step" in (tmp_path / "net.safetensors.md").read_text(encoding="utf-8")
 
 
 def test_the_card_tells_of_the_evaluation_that_was_made(run, tmp_path):
@@ -86,7 +89,7 @@ def test_the_card_tells_of_the_evaluation_that_was_made(run, tmp_path):
     path.parent.mkdir()
     write_json(path, evaluation)
     export.main([str(run), str(tmp_path / "net.safetensors")])
-    card = (tmp_path / "net.md").read_text(encoding="utf-8")
+    card = (tmp_path / "net.safetensors.md").read_text(encoding="utf-8")
     for row in (
         "| 75.00 % |",
         "| 90.00 % |",
@@ -105,8 +108,34 @@ def refusal(*arguments: object) -> str:
     return str(caught.value)
 
 
+def test_the_commands_of_the_docs_run_in_order_and_their_files_are_as_open_as_others(run, tmp_path, monkeypatch):
+    for name in ("nir", "onnx", "onnxscript"):
+        pytest.importorskip(name, reason=f"{name} is not installed: it is in the extra export")
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    lines = text.partition("```\n")[2].partition("```")[0].splitlines()
+    assert len(lines) == len(export.FORMATS)
+    monkeypatch.chdir(tmp_path)
+    before = os.umask(0o027)
+    try:
+        for line in lines:
+            python, m, module, of, *arguments = re.split(r"  +", line)[0].split()
+            assert (python, m, module, of) == ("python", "-m", "launch.export", "RUN")
+            export.main([str(run), *arguments])
+    finally:
+        os.umask(before)
+    made = [path for path in tmp_path.rglob("*") if path.is_file() and run not in path.parents]
+    files = [f"OUT.{ending}" for ending in ("safetensors", "nir", "onnx", "pt2")]
+    cards = [f"{name}.md" for name in files]
+    assert {str(path.relative_to(tmp_path)) for path in made} == {
+        *files,
+        *cards,
+        *(f"OUT/{name}" for name in ("model.safetensors", "config.json", "README.md")),
+    }
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o640}
+
+
 def test_nothing_is_overwritten_unless_asked_for(run, tmp_path):
-    out, card = tmp_path / "net.safetensors", tmp_path / "net.md"
+    out, card = tmp_path / "net.safetensors", tmp_path / "net.safetensors.md"
     card.write_text("mine")
     assert f"{card} is there already" in refusal(run, out)
     assert (card.read_text(), out.exists()) == ("mine", False)
@@ -129,7 +158,7 @@ def test_a_graph_of_nir_gives_the_logits_of_the_run(run, tmp_path):
     export.main([str(run), str(out), "--format", "nir", "--dt", "0.001"])
     # BN is folded: fp32 rounds elsewhere. A spike that differs would change a logit by more than 1e-4.
     torch.testing.assert_close(
-        run_the_lines(tmp_path / "net.md", images=images()), logits(run, STEPS), rtol=0, atol=1e-5
+        run_the_lines(tmp_path / "net.nir.md", images=images()), logits(run, STEPS), rtol=0, atol=1e-5
     )
     said = nir.read(out).metadata
     assert (said["recipe"], said["T"], said["dt"], said["step"]) == ("digits", 4, 0.001, str(STEPS))
@@ -144,7 +173,7 @@ def test_a_model_of_onnx_gives_the_logits_of_the_run(run, tmp_path):
     export.main([str(run), str(tmp_path / "net.onnx"), "--format", "onnx"])
     # As for NIR: the runtime folds BN.
     torch.testing.assert_close(
-        run_the_lines(tmp_path / "net.md", images=images()), logits(run, STEPS), rtol=0, atol=1e-5
+        run_the_lines(tmp_path / "net.onnx.md", images=images()), logits(run, STEPS), rtol=0, atol=1e-5
     )
     model = onnx.load(tmp_path / "net.onnx")
     onnx.checker.check_model(model, full_check=True)
@@ -156,7 +185,7 @@ def test_a_program_of_torch_export_gives_the_bits_of_the_run_without_this_packag
     export.main([str(run), str(tmp_path / "net.pt2"), "--format", "torch_export"])
     without = "sys.modules['pipeline'] = None"
     with torch.no_grad():
-        assert torch.equal(run_the_lines(tmp_path / "net.md", without, images=images()), logits(run, STEPS))
+        assert torch.equal(run_the_lines(tmp_path / "net.pt2.md", without, images=images()), logits(run, STEPS))
     said = {"about.json": ""}
     torch.export.load(tmp_path / "net.pt2", extra_files=said)
     assert json.loads(said["about.json"])["recipe"] == "digits"
@@ -214,7 +243,7 @@ def test_a_push_without_a_hub_says_that_the_folder_is_there(run, tmp_path, monke
     folder = tmp_path / "net"
     said = refusal(run, folder, "--format", "hf", "--push", "me/net")
     assert f"{folder} is written, and cannot be pushed to me/net ([Errno 111] Connection refused)" in said
-    assert said.endswith(f"then run `hf upload me/net {folder}`")
+    assert said.endswith(f"; see whether this machine reaches the hub, then run `hf upload me/net {folder}`")
     assert (folder / "README.md").exists()
 
 

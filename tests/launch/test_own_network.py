@@ -132,7 +132,7 @@ def test_a_checkpoint_is_evaluated_and_exported_from_the_run_folder_alone(digits
     for name, value in trained.network.state_dict().items():
         assert torch.equal(weights[name], value), name
     digest = json.loads((run_dir / "run.json").read_text())["network_sha256"]
-    assert f"with the SHA-256 {digest}" in out.with_suffix(".md").read_text()
+    assert f"with the SHA-256 {digest}" in (tmp_path / "out.safetensors.md").read_text()
     done = command("launch.export", run_dir, out, "--force", "--names", "original")
     assert done.returncode == EXIT_USAGE
     assert "they are of the original SEW-ResNet code; use --names ours" in done.stderr
@@ -399,7 +399,7 @@ def test_the_card_of_an_exported_network_names_what_it_imports(half, tmp_path):
     done = command("launch.export", half / "1", tmp_path / "out.safetensors")
     assert done.returncode == EXIT_DONE, done.stderr
     digest = hashlib.sha256(PARTS.encode()).hexdigest()
-    assert f"; it imports my_parts.py {digest}." in (tmp_path / "out.md").read_text()
+    assert f"; it imports my_parts.py {digest}." in (tmp_path / "out.safetensors.md").read_text()
 
 
 def test_ranks_that_import_different_files_do_not_train(digits, half, tmp_path):

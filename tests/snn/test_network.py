@@ -1,5 +1,6 @@
 """The networks: shapes, names, weights in and out, losses, energy, learning."""
 
+import os
 import re
 from typing import Any
 
@@ -215,7 +216,12 @@ def test_safetensors_files_round_trip(tmp_path):
     net, other = build(), build()
     with torch.no_grad():
         net.conv1.weight.mul_(2)
-    state_dicts.save_safetensors(net, tmp_path / "net.safetensors")
+    before = os.umask(0o027)
+    try:
+        state_dicts.save_safetensors(net, tmp_path / "net.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "net.safetensors").stat().st_mode & 0o777 == 0o640
     state_dicts.load_safetensors(other, tmp_path / "net.safetensors")
     assert torch.equal(net.conv1.weight, other.conv1.weight)
 

@@ -22,6 +22,7 @@ from pipeline.snn.networks.network import Network
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
 INSTALL = 'pip install -c constraints.txt -e ".[export]"'
+_LOG_IN = "log in by `hf auth login`"
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -120,8 +121,9 @@ def _download(repo: str, revision: str | None) -> Path:
     huggingface_hub = _library(f"loading {repo} from the Hugging Face hub")
     try:
         found = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[WEIGHTS, CONFIG])
-    except (OSError, ValueError, *_failures()) as error:
-        raise ConfigError(f"{repo} cannot be loaded from the Hugging Face hub ({first_line(error)})") from None
+    except _failures() as error:
+        why, cure = _told(error, repo, revision)
+        raise ConfigError(f"{repo} cannot be loaded from the Hugging Face hub ({why}); {cure}") from None
     return Path(found)
 
 
@@ -140,10 +142,10 @@ def push(folder: Path, repo: str) -> str:
         hub = huggingface_hub.HfApi()
         hub.create_repo(repo, private=True, exist_ok=True)
         made = hub.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(FILES))
-    except (OSError, ValueError, *_failures()) as error:
+    except _failures() as error:
+        why, cure = _told(error, repo, None)
         raise ConfigError(
-            f"{folder} is written, and cannot be pushed to {repo} ({first_line(error)}); log in by `hf auth login`, "
-            f"then run `hf upload {repo} {folder}`"
+            f"{folder} is written, and cannot be pushed to {repo} ({why}); {cure}, then run `hf upload {repo} {folder}`"
         ) from None
     return made.commit_url
 
@@ -163,7 +165,35 @@ def _library(what: str):
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What the library raises beside OSError and ValueError, when the hub answers no or not at all."""
+    """What the library raises when the hub answers no or not at all, and where an upload breaks off."""
     from huggingface_hub import errors
 
-    return errors.HfHubHTTPError, errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    own = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, Exception)]
+    return OSError, ValueError, RuntimeError, *own
+
+
+def _told(error: Exception, repo: str, revision: str | None) -> tuple[str, str]:
+    """Why the hub did not do it, and what to do about it, of an error whose first line may say neither."""
+    from huggingface_hub import errors
+
+    inner = error.__cause__
+    why = first_line(error).removesuffix(".")
+    if isinstance(inner, Exception) and isinstance(error, errors.LocalEntryNotFoundError):
+        return _told(inner, repo, revision)  # it only adds that nothing of the repository is on this machine
+    if isinstance(inner, Exception) and isinstance(error, RuntimeError):
+        cause, cure = _told(inner, repo, revision)
+        return f"{why}: {cause}", cure
+    if isinstance(error, errors.GatedRepoError):
+        return "it is gated", f"ask its owner for access at https://huggingface.co/{repo}, then {_LOG_IN}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has none of this name, or does not show it to you", f"check the name, or {_LOG_IN}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}", "name a branch, tag or commit of it"
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return "it lacks a file", "name a repository that launch.export --push made"
+    if isinstance(error, errors.HfHubHTTPError):
+        refused = error.response.status_code in (401, 403)
+        return why, f"{_LOG_IN} with a token that may do this" if refused else "try again later"
+    if isinstance(error, (ConnectionError, errors.HTTPError)):  # pyright: ignore[reportPrivateImportUsage]
+        return why, "see whether this machine reaches the hub"
+    return why, "mend that"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import nir
 
 DT = 1e-4
-"""Seconds of a time step, as other libraries assume."""
+"""Seconds of a time step, as in graphs of SpikingJelly and snnTorch."""
 INSTALL = 'pip install -c constraints.txt -e ".[export]"'
 
 
@@ -191,7 +191,7 @@ def from_network(
     except ImportError:
         raise ConfigError(f"a graph of NIR needs the package nir; which is not installed; run: {INSTALL}") from None
     if not (math.isfinite(dt) and dt > 0):
-        raise ConfigError(f"dt={dt!r} is not allowed; use seconds above 0, {DT} is what other libraries assume")
+        raise ConfigError(f"dt={dt!r} is not allowed; use seconds above 0, SpikingJelly and snnTorch assume {DT}")
     if not isinstance(network, (SEWResNet, MSResNet)):
         raise ConfigError(
             f"{type(network).__name__} cannot be written as a graph of NIR; SEW-ResNet and MS-ResNet can: "

@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -25,6 +26,15 @@ from pipeline.errors import ConfigError, first_line
 ABOUT = "about.json"
 """Name of the metadata within a .pt2 file: `torch.export.load(path, extra_files={"about.json": ""})` reads them."""
 
+COMPUTED_N = (1, 3)
+"""Batch sizes for which the program and the network are compared; one was traced with 2."""
+TRIED_N = (*range(4, 65), 100, 127, 128, 1000, 1023, 4096, 10**6)
+"""Batch sizes for which the conditions that torch.export found on N are looked at; nothing is computed."""
+_FIXED = (
+    "torch.export cannot trace the network for any N ({}); take N from images.shape, not by len(images), int() or as a "
+    "number, and take out branches on N and squeeze(), or use --format safetensors"
+)
+
 
 def program(
     network: nn.Module, *, in_channels: int = 3, image_size: int, num_frames: int | None = None
@@ -38,7 +48,7 @@ def program(
         num_frames: T of event frames; None: the network gets images.
 
     Raises:
-        ConfigError: torch.export cannot trace a pass for any N.
+        ConfigError: torch.export cannot trace a pass for any N, or what it traced computes something else.
     """
     was_training = network.training
     like = next(network.parameters())
@@ -48,7 +58,9 @@ def program(
     try:
         with torch.no_grad():  # with gradients the pooling is an operation of ours
             network.eval()(example)  # what a first pass keeps is there before the trace, which takes nothing from it
-            return _traced(network, example, ({len(steps): Dim("N")},))
+            exported = _traced(network, example, ({len(steps): Dim.DYNAMIC},))
+            _check(network, exported, example, len(steps))
+            return exported
     finally:
         network.train(was_training)
 
@@ -56,18 +68,41 @@ def program(
 def _traced(network: nn.Module, example: torch.Tensor, free: tuple[dict]) -> ExportedProgram:
     said = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(said), warnings.catch_warnings():
+            # A pass starts from rest, so what neurons of other libraries keep of the traced one is never read.
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
             exported = torch.export.export(network, (example,), dynamic_shapes=free)
     except Exception as error:  # of any kind: a user's network is traced line by line
+        if str(error).startswith("Constraints violated"):  # the reason is in the second line, up to a cure of torch's
+            reason = str(error).splitlines()[1].strip(" -").partition(". If ")[0]
+            raise ConfigError(_FIXED.format(re.sub(r"L\['\w+'\]\.size\(\)\[\d\]", "N", reason))) from error
         lines = [one for one in traceback.extract_tb(error.__traceback__) if "site-packages" not in one.filename]
         at = "" if lines[-1].filename == __file__ else f"{lines[-1].filename}:{lines[-1].lineno}: "
         raise ConfigError(
             f"torch.export cannot trace the network ({at}{first_line(error)}); a pass has to do the same operations "
-            "whatever the values, for any N: take out .item(), .numpy() and branches on values, or use --format "
-            "safetensors"
+            "whatever the values: take out .item(), .numpy() and branches on values, or use --format safetensors"
         ) from error
     print(end=said.getvalue(), file=sys.stderr)  # warnings; where it fails, torch also prints the whole graph
     return exported
+
+
+def _check(network: nn.Module, exported: ExportedProgram, example: torch.Tensor, batch: int) -> None:
+    """Raises ConfigError where the program is not for any N, dimension `batch`, or does not give the network's bits."""
+    module = exported.module()
+    conditions = dict(module.named_children()).get("_guards_fn")  # on N, each an assertion
+    for number in (*COMPUTED_N, *TRIED_N):
+        like = example.new_empty((*example.shape[:batch], number, *example.shape[batch + 1 :]), device="meta")
+        same = True
+        try:
+            if number in COMPUTED_N:
+                given = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(example)
+                same = torch.equal(module(given), network(given))
+            elif conditions is not None:
+                conditions(like)
+        except Exception as error:  # of any kind: the user's network may not take this N
+            raise ConfigError(_FIXED.format(f"N={number}: {first_line(error)}")) from error
+        if not same:
+            raise ConfigError(_FIXED.format(f"N={number}: the program gives other logits than the network"))
 
 
 def save_program(path: Path, exported: ExportedProgram, about: Mapping[str, str] | None = None) -> None:

@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.snn import state_dicts
 from pipeline.snn.exchange import hub
 from tests.snn.exchange.nets import digits, frames, network
+from tests.support import hub_server
 
 MODEL = {"arch": "sew_tiny", "neuron": "plif", "tau": 1.5, "v_th": 0.7, "connect": "iand", "reset": "soft", "T": 3}
 
@@ -105,3 +106,49 @@ def test_what_is_neither_a_folder_nor_a_repository_is_refused(tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"^me/net cannot be loaded from the Hugging Face hub \(.*refused"):
         hub.load_pretrained("me/net")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        (
+            (404, "RepoNotFound"),
+            r"the hub has none of this name, or does not show it to you\); check the name, or log in",
+        ),
+        (
+            (401, "RepoNotFound"),
+            r"the hub has none of this name, or does not show it to you\); check the name, or log in",
+        ),
+        ((404, "RevisionNotFound"), r"it has no revision 'v2'\); name a branch, tag or commit of it$"),
+        ((404, "EntryNotFound"), r"it lacks a file\); name a repository that launch\.export --push made$"),
+        (
+            (403, "GatedRepo"),
+            r"it is gated\); ask its owner for access at https://huggingface\.co/me/net, then log in by",
+        ),
+        ((401, ""), r".*401 Unauthorized.*\); log in by `hf auth login` with a token that may do this$"),
+        ((503, ""), r".*503 Service Unavailable.*\); try again later$"),
+    ],
+    ids=lambda value: f"{value[0]} {value[1]}" if isinstance(value, tuple) else "",
+)
+def test_why_the_hub_refuses_is_said_with_the_cure(refusal, said, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: it is in the extra export")
+    with (
+        hub_server.hub(monkeypatch, tmp_path, refusal=refusal),
+        pytest.raises(ConfigError, match=rf"^me/net cannot be loaded from the Hugging Face hub \({said}") as caught,
+    ):
+        hub.load_pretrained("me/net", revision="v2")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_upload_of_weights_that_breaks_off_is_told_in_a_line(folder, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: it is in the extra export")
+    (folder / "README.md").write_text("# A card")
+    with hub_server.hub(monkeypatch, tmp_path), pytest.raises(ConfigError) as caught:
+        hub.push(folder, "me/net")
+    said = str(caught.value)
+    why = "(Error while uploading 'model.safetensors' to the Hub: 403 Forbidden"
+    assert said.startswith(f"{folder} is written, and cannot be pushed to me/net {why}")
+    assert said.endswith(
+        f"); log in by `hf auth login` with a token that may do this, then run `hf upload me/net {folder}`"
+    )
+    assert "\n" not in said

@@ -5,6 +5,7 @@ import io
 from itertools import pairwise
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_neurons_that_only_other_neurons_spikes_feed_are_not_steered():
     nodes = {"input": nir.Input(np.array([3])), "w": nir.Linear(np.eye(3)), "first": nir.IF(**one),
              "second": nir.IF(**one), "output": nir.Output(np.array([3]))}  # fmt: skip
     graph = nir.NIRGraph(nodes, list(pairwise(nodes)))
-    layers = nir_network.load(graph, T=2).spiking_layers()
+    layers = nir_network.load(graph, T=2, dt=1e-4).spiking_layers()
     assert [layer.name for layer in layers] == ["first"]
 
 
@@ -268,6 +269,16 @@ def lif(**fields) -> Any:
         (line(lif(tau=np.nan)), r"tau of node 'n0' has 1 values, nan to nan"),
         (line(nir.Delay(np.ones(2))), r"node 'n0' of this graph is a Delay, which is not read; Input, Output"),
         (line(nir.Linear(np.ones((1, 2, 2)))), r"'n0' of this graph has a weight of shape \(1, 2, 2\)"),
+        (line(nir.Linear(np.ones((2, 3)))), r"'n0' .*, a Linear, cannot take the shape \(2,\), .* gets: mat1 and mat2"),
+        (line(nir.Linear(np.ones((3, 2)))), r"'output' .* cannot take the shape \(3,\), .* gets: its shape is \(2,\)"),
+        (
+            line(nir.Linear(np.ones((3, 2))), lif()),
+            r"'n1' .*, a LIF, cannot take .*: it has parameters of shape \(2,\)",
+        ),
+        (line(nir.SumPool2d(2, 2, 0)), r"'n0' .*, a SumPool2d, cannot take .*: it takes 3 dimensions; write"),
+        (line(nir.Linear(np.ones((3, 2))), nir.Linear(np.ones((2, 3))), edges=[("input", "n1")]), r"'n1' .* adds"),
+        (line(lif(), edges=[("n0", "output")]), r"has the edge 'n0' to 'output' twice; leave one out"),
+        (line(nir.Flatten({"input": None}, 0, 3)), r"'n0' .*, a Flatten, cannot take .*: Dimension out of range"),
         (line(lif(), lif(), edges=[("n1", "n0")]), r"has a cycle through 'n\d'; only graphs without"),
         (line(lif(), edges=[("n0", "n7")]), r"an edge 'n0' to 'n7', and no node 'n7'"),
         (line(lif(), extra={"b": lif()}), r"node 'b' of this graph has no input"),
@@ -276,15 +287,95 @@ def lif(**fields) -> Any:
     ],
 )
 def test_graphs_that_these_neurons_cannot_run_are_refused(graph, said):
-    with pytest.raises(ConfigError, match=said):
-        nir_network.load(graph, T=2)
+    with pytest.raises(ConfigError, match=said) as caught:
+        nir_network.load(graph, T=2, dt=1e-4)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_resistance_scales_the_input_and_edges_add():
     graph = line(lif(r=3.0), edges=[("input", "output")])
     x = torch.tensor([[0.5, 0.8]], dtype=torch.float64)
     # h = (3 x) / 2 from v = 0: 0.75, no spike; 1.2, a spike.
-    assert nir_network.load(graph, T=1)(x).tolist() == [[[0.5, 1.8]]]
+    assert nir_network.load(graph, T=1, dt=1e-4)(x).tolist() == [[[0.5, 1.8]]]
+
+
+def test_a_graph_that_does_not_say_its_dt_needs_it_for_its_neurons():
+    current = torch.full((1, 2), 0.6, dtype=torch.float64)
+    one = {name: np.full(2, value) for name, value in (("r", 1.0), ("v_threshold", 1.0), ("v_reset", 0.0))}
+    for node in (lif(), nir.IF(**one)):
+        with pytest.raises(
+            ConfigError, match=r"^dt is not given, .* such as 'n0', .*; use dt=1e-4 for .*, dt=1 for IF of"
+        ):
+            nir_network.load(line(node), T=2)
+    assert nir_network.load(line(nir.IF(**one)), T=2, dt=1)(current).tolist() == [[[0, 0]], [[1, 1]]]
+    only_weights = line(nir.Linear(np.eye(2)))
+    assert torch.equal(nir_network.load(only_weights, T=1)(current)[0], current)
+
+
+def test_norse_s_graphs_have_parameters_of_one_number_and_give_its_spikes():
+    norse = peers.norse()
+    from norse.torch.utils.export_nir import to_nir
+
+    torch.manual_seed(0)
+    current = torch.rand(40, 3, 6, dtype=torch.float32)
+    # norse writes tau = dt / (1 / tau), so its step of 1e-3 s is one of 1e-6 s in its graph; its IF has no dt.
+    for make, dt, scale in ((norse.LIFBoxCell, 1e-6, 240.0), (norse.IAFCell, 1.0, 8.0)):
+        theirs = norse.SequentialState(torch.nn.Linear(6, 8), make(), torch.nn.Linear(8, 5), make())
+        theirs[2].weight.data *= 40
+        state, spikes = None, []
+        for x in current * scale:
+            out, state = theirs(x, state)
+            spikes.append(out)
+        graph: Any = to_nir(theirs, current[0, 0])
+        assert graph.nodes["1"].r.shape == ()
+        ours = nir_network.load(graph, T=1, dt=dt)(current * scale)
+        assert 0.05 < ours.mean() < 0.9
+        assert torch.equal(ours, torch.stack(spikes))
+
+
+def test_depthwise_convolutions_and_parameters_of_one_element_are_read(tmp_path):
+    torch.manual_seed(0)
+    conv: Any = torch.nn.Conv2d(4, 8, 3, groups=4)
+    one = {"tau": 2.0, "r": 1.0, "v_leak": 0.0, "v_threshold": 0.2, "v_reset": 0.0}
+    nodes = {
+        "input": nir.Input(np.array([4, 6, 6])),
+        "conv": nir.Conv2d((6, 6), conv.weight.detach().numpy(), 1, 0, 1, 4, conv.bias.detach().numpy()),
+        "lif": nir.LIF(**{name: np.array([value], np.float32) for name, value in one.items()}),
+        "output": nir.Output(np.array([8, 4, 4])),
+    }
+    nir.write(tmp_path / "net.nir", nir.NIRGraph(nodes, list(pairwise(nodes)), type_check=False))
+    images = torch.rand(5, 4, 6, 6)
+    spikes = nir_network.load(tmp_path / "net.nir", T=3, dt=1)(images)
+    assert spikes.mean() > 0.05
+    neuron = Neuron(Rule(leaky=True, v_th=one["v_threshold"]), tau=2.0)
+    assert torch.equal(spikes, neuron(conv(images)[None], num_steps=3))
+
+
+def test_numbers_are_the_same_up_to_the_rounding_of_fp32():
+    near = 1 + 2.0**-22
+    for fields in ({"v_threshold": [1, near]}, {"v_leak": 0.1, "v_reset": 0.1 * near}, {"tau": 1e-4 / near}):
+        nir_network.load(line(lif(**fields)), T=1, dt=1e-4)
+    layer = nir_network.load(line(lif(r=np.float32(0.1) * 10)), T=1, dt=1e-4)
+    assert layer.gains == {}
+    far = 1.0001
+    for fields in ({"v_threshold": [1, far]}, {"v_leak": 0.1, "v_reset": 0.1 * far}, {"tau": 1e-4 / far}):
+        with pytest.raises(ConfigError, match=r"'n0'"):
+            nir_network.load(line(lif(**fields)), T=1, dt=1e-4)
+
+
+def test_a_graph_has_one_dtype_and_other_images_are_refused():
+    mixed = line(nir.Linear(np.eye(2, dtype=np.float32)), nir.Affine(np.eye(2), np.zeros(2, np.float32)))
+    net = nir_network.load(mixed, T=1)
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float64}
+    assert net(torch.ones(1, 2, dtype=torch.float64)).dtype == torch.float64
+    said = r"^images of dtype torch\.float32 are not allowed, the network's weights are torch\.float64; use images\.to"
+    with pytest.raises(ValueError, match=said + r"\(torch\.float64\), or network\.float\(\)$"):
+        net(torch.ones(1, 2))
+    assert net.float()(torch.ones(1, 2)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    single = nir_network.load(line(nir.Affine(np.eye(2, dtype=np.float32), np.zeros(2))), T=1)
+    assert {parameter.dtype for parameter in single.parameters()} == {torch.float32}
 
 
 def test_files_that_are_no_graphs_and_an_unknown_T_are_refused(tmp_path):
@@ -293,6 +384,12 @@ def test_files_that_are_no_graphs_and_an_unknown_T_are_refused(tmp_path):
         nir_network.load(tmp_path / "net.nir", T=1)
     with pytest.raises(ConfigError, match=r"no\.nir cannot be read as a graph of NIR"):
         nir_network.load(tmp_path / "no.nir", T=1)
+    with h5py.File(tmp_path / "net.nir", "w") as file:
+        file["node/type"] = "Linear"
+    with pytest.raises(ConfigError, match=r"net\.nir cannot be read as a graph of NIR"):
+        nir_network.load(tmp_path / "net.nir", T=1)
+    with pytest.raises(ConfigError, match=r"T='4' is not allowed; say how many"):
+        nir_network.load(nir.NIRGraph({}, [], metadata={"T": "4"}))
     with pytest.raises(ConfigError, match=r"T=None is not allowed; say how many time steps"):
         nir_network.load(line(lif()))
     with pytest.raises(ConfigError, match=r"dt=-1\.0 is not allowed"):

@@ -10,7 +10,8 @@ from torch import nn
 from pipeline.errors import ConfigError
 from pipeline.snn.exchange import programs
 from tests.conftest import ROOT
-from tests.snn.exchange.nets import digits, frames, network
+from tests.snn.exchange.nets import K, digits, frames, network
+from tests.support import peers
 
 NETWORKS = [
     ("small_bottleneck", {"neuron": "plif", "reset": "soft", "T": 2}),  # max-pooling, a learned tau
@@ -126,9 +127,8 @@ class _Odd(nn.Module):
     [
         (lambda x: x if x.mean().item() > 0 else -x, r"test_programs\.py:\d+: Could not guard on data-dependent"),
         (lambda x: x * float(x.numpy().mean()), r"test_programs\.py:\d+: \.numpy\(\) is not supported"),
-        (lambda x: x.reshape(2, -1, 4) if len(x) == 2 else x, r"network \(Constraints violated \(N\)"),
     ],
-    ids=["branch", "numpy", "two images alone"],
+    ids=["branch", "numpy"],
 )
 def test_a_network_that_cannot_be_traced_is_refused_in_one_line(how, said, tmp_path, capfd):
     for write in (programs.program, lambda net, **size: programs.save_onnx(tmp_path / "net.onnx", net, **size)):
@@ -140,9 +140,73 @@ def test_a_network_that_cannot_be_traced_is_refused_in_one_line(how, said, tmp_p
     assert not (tmp_path / "net.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (
+            lambda x: x.reshape(len(x), -1),
+            r"\(You marked N as dynamic but your code specialized it to be a constant \(2\)\)",
+        ),
+        (lambda x: x if x.shape[0] < 8 else 2 * x, r"\(N=8: Guard failed: images\.size\(\)\[0\] <= 7\)"),
+        (lambda x: x if x.shape[0] % 2 == 0 else 2 * x, r"\(N=1: Guard failed: images\.size\(\)\[0\] % 2 == 0\)"),
+        (lambda x: x if x.shape[0] > 1 else 2 * x, r"\(N=1: the program gives other logits than the network\)"),
+    ],
+    ids=["len", "up to 7", "even", "more than one"],
+)
+def test_a_network_that_depends_on_the_number_of_images_is_refused_with_the_reason(how, said, tmp_path):
+    for write in (programs.program, lambda net, **size: programs.save_onnx(tmp_path / "net.onnx", net, **size)):
+        with pytest.raises(ConfigError, match=rf"^torch\.export cannot trace the network for any N {said}") as caught:
+            write(_Odd(how), in_channels=8, image_size=4)
+        assert "; take N from images.shape, not by len(images), int() or as a number, and" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    programs.program(_Odd(lambda x: x.reshape(x.shape[0], -1)), in_channels=8, image_size=4)  # the cure
+
+
+class _SpikingJelly(nn.Module):
+    """A network of SpikingJelly's layers, whose own folding of T and N torch.export cannot prove for every N."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from spikingjelly.activation_based import functional, layer, neuron
+
+        self.conv, self.sn = layer.Conv2d(3, 8, 3), neuron.IFNode(v_threshold=0.2)
+        self.pool, self.flatten, self.fc = layer.AdaptiveAvgPool2d(2), layer.Flatten(), layer.Linear(32, K)
+        functional.set_step_mode(self, "m")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        from spikingjelly.activation_based import functional
+
+        functional.reset_net(self)
+        x = images.expand(T, *images.shape)
+        return self.fc(self.flatten(self.pool(self.sn(self.conv(x)))))
+
+
+@pytest.mark.filterwarnings("error:The tensor attribute")
+def test_spikingjelly_s_layers_are_traced_for_any_number_of_images(tmp_path):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name, reason=f"{name} is not installed: it is in the extra export")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: it is in the extra dev")
+    pytest.importorskip("spikingjelly", reason="needs Python 3.11")
+    peers.spikingjelly()
+    torch.manual_seed(0)
+    net = _SpikingJelly().eval()
+    program = programs.program(net, image_size=16).module()
+    programs.save_onnx(tmp_path / "net.onnx", net, image_size=16)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    assert [(one.name, one.shape) for one in session.get_inputs()] == [("images", ["N", 3, 16, 16])]
+    for number in (1, 2, 5, 40):
+        images = digits(number).float()
+        with torch.no_grad():
+            logits = net(images)
+            assert torch.equal(program(images), logits)
+        theirs = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        torch.testing.assert_close(theirs, logits, rtol=0, atol=1e-5)
+        assert logits.std(0).max() > 1e-3, "the neurons fire"
+
+
 def test_what_is_said_while_a_network_is_traced_is_passed_on(capsys):
     programs.program(_Odd(lambda x: print("a word", file=sys.stderr) or x), in_channels=8, image_size=4)
-    assert capsys.readouterr().err == "a word\n" * 2, "of the pass before, and of the trace"
+    assert capsys.readouterr().err == "a word\n" * 4, "of the pass before, the trace and the two that are compared"
 
 
 def test_an_operation_that_onnx_lacks_is_refused(tmp_path):
