@@ -241,7 +241,8 @@ def _run(arguments: argparse.Namespace) -> int:
     store = make_store(arguments.directory, arguments.scratch)
     _require_apart(arguments)
     source, allowed_bad = _source(arguments), arguments.allow_bad
-    prepare(source, store, options, num_workers=arguments.workers, allowed_bad=allowed_bad, say=_say)
+    reading = str(source.settings) if isinstance(source, Recordings) else ""
+    prepare(source, store, options, num_workers=arguments.workers, allowed_bad=allowed_bad, reading=reading, say=_say)
     return EXIT_DONE
 
 

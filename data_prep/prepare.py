@@ -18,7 +18,7 @@ from data_prep.plan import Options, Plan, make_plan, shuffled
 from data_prep.pool import Event, run_tasks
 from data_prep.progress import NOUNS, Progress, duration, size
 from data_prep.shard_writer import RECORDS, Record, describe_os_error, shard_name, write_shard
-from data_prep.state import State, finished_shards, forget, load_state, refuse_other, request_identity
+from data_prep.state import State, finished_shards, forget, load_state, reads_anew, request_identity
 from data_prep.stores import Store, clear_temporary, locked
 from pipeline.data.manifest import EVENTS, MANIFEST_NAME, Manifest, Sensor
 from pipeline.errors import DataError
@@ -73,8 +73,9 @@ class _Job:
 
 
 def prepare(
-    source: Source, store: Store, options: Options, *, num_workers: int, allowed_bad: AllowedBad, say: Say = print
-) -> bool:
+    source: Source, store: Store, options: Options, *, num_workers: int, allowed_bad: AllowedBad,
+    reading: str = "", say: Say = print,
+) -> bool:  # fmt: skip
     """Packs `source` into `store`; goes on where an earlier run of the same command ended.
 
     Args:
@@ -83,6 +84,7 @@ def prepare(
         options: what decides the bytes of the output.
         num_workers: processes that write shards, at least 1.
         allowed_bad: samples that may be refused; with more, the data set is not finished.
+        reading: options of how the source's files are read, in words; they are of the source's fingerprint too.
         say: called with each line of the summary.
 
     Returns:
@@ -99,7 +101,7 @@ def prepare(
             say(f"{store.where} is complete already ({_totals(state)}); nothing to do")
             return False
         try:
-            _make(source, store, options, state, request, num_workers, allowed_bad, say)
+            _make(source, store, options, state, request, num_workers, allowed_bad, reading, say)
         except OSError as error:
             raise describe_os_error(error, store.where) from None
         finally:
@@ -113,7 +115,7 @@ def _folders(store: Store) -> list[str]:
 
 def _make(
     source: Source, store: Store, options: Options, state: State | None, request: str, num_workers: int,
-    allowed_bad: AllowedBad, say: Say,
+    allowed_bad: AllowedBad, reading: str, say: Say,
 ) -> None:  # fmt: skip
     started = time.monotonic()
     say(f"reading the index of {source.description}")
@@ -121,17 +123,20 @@ def _make(
     for job in jobs:
         say(_described(job.split))
     plans = {job.split.name: job.plan.identity for job in jobs}
-    if state is not None:
-        refuse_other(store, state, plans, source.description)
     changed = state is not None and state.request != request
-    if changed:
+    if state is not None and reads_anew(store, state, plans, source.description, reading):
+        say(f"the recordings are read with {reading} from now on: all shards are written again")
+        for split in state.plans:
+            for name in list(store.sizes(split)):
+                store.remove(f"{split}/{name}")
+    elif changed:
         say("the source's files changed since the last run (size or time): its shards are written again")
     for job in jobs:
         forget(store, job.split.name, records=changed or state is None)
         planned = {shard_name(job.split.name, number) for number in range(job.plan.num_shards)}
         records = finished_shards(store, job.split.name)
         job.records = {name: record for name, record in records.items() if name in planned}
-    state = State(request, source.description, asdict(options), plans)
+    state = State(request, source.description, asdict(options), reading, plans)
     state.save(store)
     for job in jobs:  # not before: a folder in DIR without the state beside it is taken for another's
         (store.work / job.split.name / RECORDS).mkdir(parents=True, exist_ok=True)
@@ -292,8 +297,12 @@ def _common_sensor(job: _Job) -> Sensor | None:
 def _refuse_all(too_many: list[tuple[str, list[Refusal], int]], store: Store, allowed_bad: AllowedBad) -> None:
     parts = []
     for name, refusals, num_in in too_many:
+        alike: dict[str, list[str]] = {}
         for refusal in refusals:
-            sys.stderr.write(ascii(f"refused {name}: {refusal.name}: {refusal.reason}")[1:-1] + "\n")
+            alike.setdefault(refusal.reason, []).append(refusal.name)
+        for reason, names in alike.items():
+            more = f" and {len(names) - 1:,} others" if len(names) > 1 else ""
+            sys.stderr.write(ascii(f"refused {name}: {names[0]}{more}: {reason}")[1:-1] + "\n")
         parts.append(f"{len(refusals)} of {num_in} samples of {name}")
     raise DataError(
         f"refused {' and '.join(parts)}, more than --allow-bad={allowed_bad} allows; they are listed in "

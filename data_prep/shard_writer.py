@@ -161,7 +161,8 @@ def _write_samples(
         length, room = int(split.lengths[source]), memoryview(b"")
         try:
             if length > MAX_IMAGE_BYTES:
-                raise RefusedError(f"{length} bytes, more than the {MAX_IMAGE_BYTES} that a sample may have")
+                mend = "" if split.convert is None else "; cut the recording into shorter ones"
+                raise RefusedError(f"{length} bytes, more than the {MAX_IMAGE_BYTES} that a sample may have{mend}")
             room = stream.reserve(length)
             start = stream.position
             split.readers[split.places[source]].read_into(room, int(split.offsets[source]), name)

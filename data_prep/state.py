@@ -24,6 +24,8 @@ class State:
     source: str
     """What was packed, in words."""
     options: dict
+    reading: str = ""
+    """Options of how the source's files are read, in words; empty for images."""
     plans: dict[str, str] = field(default_factory=dict)
     """Split: identity of its plan."""
     complete: bool = False
@@ -65,11 +67,20 @@ def _require_empty(store: Store) -> None:
         raise ConfigError(f"{store.where} holds other files ({sorted(found)[0]}); {_OTHER}")
 
 
-def refuse_other(store: Store, state: State, plans: dict[str, str], source: str) -> None:
-    """`ConfigError` where the store holds another data set, or this one made with other options."""
+def reads_anew(store: Store, state: State, plans: dict[str, str], source: str, reading: str) -> bool:
+    """Whether all is to be packed again, since an unfinished run has read the files in another way.
+
+    Raises:
+        ConfigError: the store holds another data set, or this one, made with other options or read in another way.
+    """
+    if state.reading != reading and state.source == source:
+        if state.complete and state.reading:
+            raise ConfigError(f"{store.where} was made with {state.reading}, and not with {reading}; {_OTHER}")
+        return not state.complete
     if state.plans and state.plans != plans:
         what = "other options or a changed source" if state.source == source else f"another data set ({state.source})"
         raise ConfigError(f"{store.where} was begun with {what}; {_OTHER}")
+    return False
 
 
 def finished_shards(store: Store, split: str) -> dict[str, Record]:

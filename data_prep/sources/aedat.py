@@ -17,10 +17,11 @@ _PACKET = struct.Struct("<hhiiiiii")
 _POLARITY_EVENT = 1
 
 
-def read_aedat(data: memoryview) -> Raw:
+def read_aedat(data: memoryview, name: str) -> Raw:
+    """Of the file `name`: those of CIFAR10-DVS, which are called cifar10_…, are turned."""
     start = bytes(data[:16])
     if start.startswith(b"#!AER-DAT2"):
-        return _read_aedat2(data)
+        return _read_aedat2(data, name.rpartition("/")[2].startswith("cifar10_"))
     if start.startswith(b"#!AER-DAT3.1"):
         header, at = text_header(data, b"#", b"#!END-HEADER")
         found = [size for name, size in _SOURCES.items() if re.search(rb"#Source \d+: " + name.encode(), header)]
@@ -64,8 +65,13 @@ def _read_aedat4(data: memoryview) -> Raw:
     return Raw(t=t, x=events["x"], y=events["y"], p=events["on"], format="AEDAT 4", sensor=sensor)
 
 
-def _read_aedat2(data: memoryview) -> Raw:
-    """Of a DVS128. x and y are as in SpikingJelly's CIFAR10-DVS: upright pictures with 0, 0 at the top left."""
+def _read_aedat2(data: memoryview, is_turned: bool) -> Raw:
+    """Of a DVS128, whose addresses count columns from the right and rows from below, as jAER shows them.
+
+    Args:
+        data: the file.
+        is_turned: the camera lay on its side, as for CIFAR10-DVS; columns are then rows, as SpikingJelly has them.
+    """
     header, at = text_header(data, b"#")
     mend = "convert it, for instance to .npz"
     chip = re.search(rb"^# *AEChip: *(\S+)", header, re.MULTILINE)
@@ -80,8 +86,9 @@ def _read_aedat2(data: memoryview) -> Raw:
     t = unwrapped(events["t"], 32)
     warnings = warned(INVALID, ~is_pixel)
     address, t = address[is_pixel], t[is_pixel]
-    x, y, p = 127 - (address >> 8 & 127), 127 - (address >> 1 & 127), 1 - (address & 1)
-    return Raw(t=t, x=x, y=y, p=p, format="AEDAT 2.0", sensor=DVS128, warnings=warnings)
+    x, y, p = 127 - (address >> 1 & 127), 127 - (address >> 8 & 127), 1 - (address & 1)
+    x, y, format = (y, x, "AEDAT 2.0 of CIFAR10-DVS") if is_turned else (x, y, "AEDAT 2.0")
+    return Raw(t=t, x=x, y=y, p=p, format=format, sensor=DVS128, warnings=warnings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,10 @@ _NAMES = {
 }
 
 
+class _ObjectsError(RefusedError):
+    """An array of Python objects."""
+
+
 def _read_npy(data: bytes | memoryview) -> np.ndarray:
     """The array in an .npy; nothing in it is executed, and no more memory is taken than it has bytes."""
     stream = io.BytesIO(data)
@@ -28,7 +32,7 @@ def _read_npy(data: bytes | memoryview) -> np.ndarray:
     except Exception as error:  # broken bytes make the parser of a header raise any exception
         raise RefusedError(f"not an array of numpy: {' '.join(str(error).split())[:200]}") from None
     if dtype.hasobject:
-        raise RefusedError("holds Python objects, which are not read: they could run any code")
+        raise _ObjectsError("holds Python objects, which are not read: they could run any code")
     if not dtype.itemsize or not all(type(side) is int and 0 <= side < 1 << 48 for side in shape):
         raise RefusedError(f"damaged: its header says an array of {shape}, of elements of {dtype.itemsize} bytes"[:300])
     needed = math.prod(shape) * dtype.itemsize
@@ -45,18 +49,29 @@ def read_npz(data: memoryview, time_unit: str) -> Raw:
     arrays = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for entry in archive.infolist():
-                if entry.filename.endswith(".npy"):
-                    if entry.file_size > _MAX_UNPACKED:
-                        raise RefusedError(f"{entry.filename} would unpack to {entry.file_size} bytes")
-                    arrays[entry.filename.removesuffix(".npy")] = _read_npy(archive.read(entry))
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+            columns = [entry for entry in entries if _stem(entry).casefold() in sum(_NAMES.values(), ())]
+            for entry in columns or entries:
+                if entry.file_size > _MAX_UNPACKED:
+                    raise RefusedError(f"{entry.filename} would unpack to {entry.file_size} bytes")
+                try:
+                    arrays[_stem(entry)] = _read_npy(archive.read(entry))
+                except _ObjectsError:
+                    if columns or len(entries) == 1:  # others, such as a list of labels, are not needed
+                        raise
     except RefusedError:
         raise
     except Exception as error:  # broken bytes make the parser of a zip raise any exception
         raise RefusedError(f"truncated or damaged: {' '.join(str(error).split())[:200]}") from None
-    if len(arrays) == 1 and (only := next(iter(arrays.values()))).dtype.names:
-        return _from_columns({name: only[name] for name in only.dtype.names}, time_unit, "npz")
+    structured = [array for array in arrays.values() if array.dtype.names]
+    if len(structured) == 1 and not columns:
+        (only,) = structured
+        return _from_columns({name: only[name] for name in only.dtype.names or ()}, time_unit, "npz")
     return _from_columns(arrays, time_unit, "npz")
+
+
+def _stem(entry: zipfile.ZipInfo) -> str:
+    return entry.filename.removesuffix(".npy")
 
 
 def read_structured(data: memoryview, time_unit: str) -> Raw:

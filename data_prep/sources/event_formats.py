@@ -37,6 +37,8 @@ def convert(name: str, data: memoryview, settings: Settings) -> Inspected:
     extension = name.rsplit(".", 1)[-1].casefold()
     if extension in _UNREAD:
         raise RefusedError(f".{extension} is not read; convert it, for instance to .npz with arrays x, y, t and p")
+    if extension.startswith("aedat"):
+        return inspected(read_aedat(data, name), settings)
     return inspected(_READERS[extension](data, settings), settings)
 
 
@@ -94,8 +96,6 @@ def _read_bin(data: memoryview, settings: Settings) -> Raw:
 
 _READERS: dict[str, Callable[[memoryview, Settings], Raw]] = {
     "bin": _read_bin,
-    "aedat": lambda data, _: read_aedat(data),
-    "aedat4": lambda data, _: read_aedat(data),
     "dat": lambda data, _: read_dat(data),
     "raw": lambda data, _: read_evt(data),
     "npz": lambda data, settings: read_npz(data, settings.time_unit),

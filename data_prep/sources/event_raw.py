@@ -30,6 +30,10 @@ class Settings:
     time_unit: str = "us"
     """Of .npz and .npy, a key of `TIME_UNITS`."""
 
+    def __str__(self) -> str:
+        size = "as the files say" if self.sensor is None else "{}x{}".format(*self.sensor)
+        return f"--sensor {size}, --time-unit {self.time_unit}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Raw:

@@ -15,7 +15,7 @@ from data_prep.images import Inspected
 from data_prep.sources.event_formats import EXTENSIONS, convert
 from data_prep.sources.event_raw import Settings
 from data_prep.sources.files import existing, open_collection, path_fingerprint
-from data_prep.sources.gesture import TRIALS, index_gesture
+from data_prep.sources.gesture import CUT, HANDED, TRIALS, index_gesture
 from data_prep.sources.imagefolder import ImageFolder
 from data_prep.sources.readers import FileReader, FolderReader
 from data_prep.sources.tars import Member
@@ -38,7 +38,10 @@ class Recordings(ImageFolder):
     _noun = "recordings"
 
     def __init__(self, paths: list[str], settings: Settings, val_ratio: float, seed: int) -> None:
-        self._paths, self._settings = [existing(path, "events") for path in paths], settings
+        self._paths, self.settings = [existing(path, "events") for path in paths], settings
+        for path in self._paths:
+            if path.is_file() and path.suffix[1:].casefold() in EXTENSIONS:
+                raise ConfigError(f"events: {path} is one recording; give the folder of the class folders")
         super().__init__(paths[0], val_ratio, seed)
         names = [_stem(path) for path in self._paths]
         if len(set(names)) < len(names):
@@ -49,7 +52,7 @@ class Recordings(ImageFolder):
         self.description = f"the recordings in {', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}"
 
     def fingerprint(self) -> list:
-        settings = [self._settings.sensor, self._settings.time_unit]
+        settings = [self.settings.sensor, self.settings.time_unit]
         names = [_stem(path) for path in self._paths] if len(self._paths) > 1 else []  # of one it is in no sample
         return ["events", *names, *(path_fingerprint(path) for path in self._paths), settings, self._val_ratio]
 
@@ -67,13 +70,17 @@ class Recordings(ImageFolder):
                     if self._val_ratio:
                         say("--val-ratio is not used: DVS128 Gesture has the splits train, val")
                     file_of = _file_of(self._paths[0], reader)
-                    return index_gesture(members, reader, file_of, self._settings, str(self._paths[0]), say)
-            return self._index_members(members, reader, say)
+                    return index_gesture(members, reader, file_of, self.settings, str(self._paths[0]), say)
+            splits = self._index_members(members, reader, say)
+            if not all(CUT.search(split.names[number]) for split in splits for number in range(len(split))):
+                return splits
+            say(f"by their names these are of DVS128 Gesture: {HANDED}")
+            return [replace(split, handed=True) for split in splits]
         except DataError as error:
             raise DataError(_of_recordings(str(error), str(self._paths[0]))) from None
 
     def _converter(self) -> Convert | None:
-        return partial(_convert, self._settings)
+        return partial(_convert, self.settings)
 
 
 def _convert(settings: Settings, name: str, data: memoryview) -> Inspected:

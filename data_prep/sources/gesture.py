@@ -32,6 +32,9 @@ CLASSES = (
     "hand_clapping", "right_hand_wave", "left_hand_wave", "right_arm_clockwise", "right_arm_counter_clockwise",
     "left_arm_clockwise", "left_arm_counter_clockwise", "arm_roll", "air_drums", "air_guitar", "other_gestures",
 )  # fmt: skip
+HANDED = "left and right hands are classes of their own: train with --data.flip false, which the manifest demands"
+CUT = re.compile(r"(?:^|/)user\d+_(?:fluorescent|fluorescent_led|lab|led|natural)(?:_\d+)?\.\w+$")
+"""Names of its recordings, also of the pieces by gesture that other programs make of them."""
 _LABELS, _MAPPING = "_labels.csv", "gesture_mapping.csv"
 _MAX_LIST_BYTES = 1 << 20
 _NUMBER = re.compile(r"[0-9]{1,18}")  # fits into int64
@@ -98,7 +101,7 @@ def index_gesture(
         say(
             f"{len(others)} recordings that are in neither list are passed over: {others[0]}{', …' * (len(others) > 1)}"
         )
-    say("left and right hands are classes of their own: train with --data.flip false, which the manifest demands")
+    say(HANDED)
     convert = partial(_convert, settings, windows)
     return [builder.build(classes, convert=convert, handed=True) for builder in builders]
 

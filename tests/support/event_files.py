@@ -33,12 +33,14 @@ def write_bin(events: Events, start: int = 0) -> bytes:
     return b"".join(bytes([x, y]) + (p << 23 | t & 0x7FFFFF).to_bytes(3, "big") for t, x, y, p in rows(events, start))
 
 
-def write_aedat2(events: Events, start: int = 0) -> bytes:
-    """Address and time of 32 bits, big-endian. The address of a DVS128 counts from the lower right, and 1 is OFF."""
+def write_aedat2(events: Events, start: int = 0, is_turned: bool = False) -> bytes:
+    """Address and time of 32 bits, big-endian. The address of a DVS128 counts from the lower right, and 1 is OFF; where
+    the camera lies on its side, as for CIFAR10-DVS, its rows are the picture's columns."""
     head = b"#!AER-DAT2.0\r\n# This is a raw AE data file - do not edit\r\n# Data format is int32 address, int32 t\r\n"
     return head + b"".join(
-        struct.pack(">II", (127 - x) << 8 | (127 - y) << 1 | (1 - p), t & 0xFFFFFFFF)
+        struct.pack(">II", (127 - row) << 8 | (127 - column) << 1 | (1 - p), t & 0xFFFFFFFF)
         for t, x, y, p in rows(events, start)
+        for row, column in [(x, y) if is_turned else (y, x)]
     )
 
 
