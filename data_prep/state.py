@@ -74,9 +74,10 @@ def reads_anew(store: Store, state: State, plans: dict[str, str], source: str, r
         ConfigError: the store holds another data set, or this one, made with other options or read in another way.
     """
     if state.reading != reading and state.source == source:
-        if state.complete and state.reading:
+        if not state.complete:
+            return True
+        if state.reading:  # else made before it was noted
             raise ConfigError(f"{store.where} was made with {state.reading}, and not with {reading}; {_OTHER}")
-        return not state.complete
     if state.plans and state.plans != plans:
         what = "other options or a changed source" if state.source == source else f"another data set ({state.source})"
         raise ConfigError(f"{store.where} was begun with {what}; {_OTHER}")

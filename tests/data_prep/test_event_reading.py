@@ -1,6 +1,7 @@
 """Of event recordings: what their files do not say, and what is told by their names."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,12 @@ def test_other_readings_of_a_finished_set_are_refused_and_leave_it_as_it_is(tmp_
         assert f"{out} was made with --sensor 34x34, --time-unit us, and not with {said}; give another" in again.stderr
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert "nothing to do" in prepare("events", tmp_path / "in", out, "--sensor", "34x34").stdout
+    state = json.loads((out / "prep.json").read_text())
+    del state["reading"]  # as of before it was noted
+    (out / "prep.json").write_text(json.dumps(state))
+    again = prepare("events", tmp_path / "in", out, "--sensor", "34x34", "--seed", 1)
+    assert again.returncode == 64
+    assert "was begun with other options" in again.stderr
 
 
 @pytest.mark.parametrize("refused", ["all", "some"])

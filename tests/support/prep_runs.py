@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.collection import Split
 from data_prep.prepare import Source
+from pipeline.data.decode.events import Events, decode
 from pipeline.data.manifest import Manifest, read_samples
 from tests.conftest import ROOT
 from tests.support.data_sets import drawn_jpeg
@@ -153,3 +154,8 @@ def read_by_dali(folder: Path) -> list[tuple[int, bytes, tuple[int, int]]]:
         assert pixels.dtype == np.uint8
         found.append((int(label.tobytes()), image.tobytes(), pixels.shape[:2]))
     return found
+
+
+def packed(folder: Path) -> dict[str, Events]:
+    """The recordings of a split, by stem."""
+    return {sample.stem: decode(sample.image) for sample in samples_of(folder)}
