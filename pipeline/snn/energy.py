@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.snn.external_neurons import Surrogate
+from pipeline.snn.membrane_probe import probed
 from pipeline.snn.neurons import Neuron
 
 PJ_PER_MAC = 4.6
@@ -160,13 +161,10 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
         seen.setdefault(name, []).append(rate)
         rates[name] = sum(seen[name]) / len(seen[name])
 
-    def on_surrogate(name: str):
-        return lambda _, __, spikes: fired(name, spikes.float().mean().item())
-
     def on_mean(_, inputs, out):
         averaged[out.untyped_storage().data_ptr()] = inputs[0], out
 
-    handles, watched = [], []
+    handles, watched, surrogates = [], [], {}
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             handles.append(module.register_forward_pre_hook(on_layer(name)))
@@ -176,11 +174,13 @@ def measure(network: nn.Module, images: torch.Tensor) -> Energy:
             module.watch = partial(fired, name)
             watched.append(module)
         elif isinstance(module, Surrogate):
-            handles.append(module.register_forward_hook(on_surrogate(name)))
+            surrogates[name] = module
     training = network.training
     network.eval()
     try:
-        network(images)
+        names = list(surrogates)
+        with probed([*surrogates.values()], lambda layer, u: fired(names[layer], (u >= 0).float().mean().item())):
+            network(images)
     finally:
         network.train(training)
         for handle in handles:

@@ -6,6 +6,7 @@ Such neurons compute u = h - v_th and call the surrogate to get the spike. Width
 scalars in device memory, as for `neurons.Neuron`; `neurons.bind` assigns them.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +18,9 @@ from pipeline.snn import surrogate
 from pipeline.snn.kernels import dispatch, reference
 from pipeline.snn.kernels.reference import Rule, potential_dtype
 from pipeline.snn.kernels.tally import Tally
+
+_FRAMES = 6
+"""From a surrogate's forward to what called it: torch has two frames between, and hooks one more."""
 
 
 class Steered(nn.Module):
@@ -106,6 +110,18 @@ class Steered(nn.Module):
         return self.tally if self.training else None
 
 
+def _is_reset() -> bool:
+    """Whether snnTorch's neurons ask by how much to reset: for the potential of the step before, already seen there."""
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "mem_reset":
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Surrogate(Steered):
     """`1[u >= 0]` whose derivative is g_w(u): callable on u of any shape, once for each time step or for all at once.
 
@@ -127,7 +143,7 @@ class Surrogate(Steered):
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """Spikes, 0 or 1, of u's shape and dtype."""
-        if self.probe is not None:
+        if self.probe is not None and not _is_reset():
             self.probe(u.detach().float())
         width, amplitude = self.scalars(u)
         tally = self.begin(u)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.snn import energy
+from pipeline.snn import energy, membrane_probe
 from pipeline.snn.neurons import bind
 from tests.snn.own_nets import JELLY, TORCH, built, written
 from tests.support import peers
@@ -109,3 +109,9 @@ def test_neurons_of_snntorch_count_every_time_step_and_leave_no_state_behind(hid
     assert layer.weight is network.get_parameter("fc1.weight")
     measured = energy.measure(network, torch.randn(2, 3, 8, 8))
     assert measured.layers[0].macs == 3 * 3 * 64 * 8, "analog input, in each of three steps"
+    assert measured.layers[1].input_rate is not None
+    assert 0 < measured.layers[1].input_rate < 1
+    rate = measured.firing_rates["lif.spike_grad"]
+    assert rate == pytest.approx(measured.layers[1].input_rate), "its own spikes, without those that the reset asks for"
+    _, by_step = membrane_probe.by_time_step(network, torch.randn(2, 3, 8, 8), bind(network))
+    assert by_step.shape == (1, 3)
