@@ -25,6 +25,8 @@ from pipeline.errors import DataError
 
 QUARANTINE_NAME = "quarantine.jsonl"
 _UPLOADS = 4
+_TOLD_ALIKE = 20
+"""Samples refused for one reason that are told by name each; of more, the first."""
 _PROBES = 48
 _WARNINGS_TOLD = 20
 Say = Callable[[str], None]
@@ -301,8 +303,10 @@ def _refuse_all(too_many: list[tuple[str, list[Refusal], int]], store: Store, al
         for refusal in refusals:
             alike.setdefault(refusal.reason, []).append(refusal.name)
         for reason, names in alike.items():
-            more = f" and {len(names) - 1:,} others" if len(names) > 1 else ""
-            sys.stderr.write(ascii(f"refused {name}: {names[0]}{more}: {reason}")[1:-1] + "\n")
+            others = len(names) - 1 if len(names) > _TOLD_ALIKE else 0
+            for one in names[: len(names) - others]:
+                more = f" and {others:,} others" if others else ""
+                sys.stderr.write(ascii(f"refused {name}: {one}{more}: {reason}")[1:-1] + "\n")
         parts.append(f"{len(refusals)} of {num_in} samples of {name}")
     raise DataError(
         f"refused {' and '.join(parts)}, more than --allow-bad={allowed_bad} allows; they are listed in "

@@ -69,11 +69,12 @@ def test_a_run_evaluates_and_exports_the_average_and_the_last_weights_on_demand(
     assert not (straight.run_dir / "evaluations" / f"step-{STEPS:08d}-val.json").exists(), "they are not the run's"
     capsys.readouterr()
     export.main([str(straight.run_dir), str(tmp_path / "last.safetensors"), "--weights", "last"])
-    card = Path(tmp_path / "last.md").read_text(encoding="utf-8")
+    card = Path(tmp_path / "last.safetensors.md").read_text(encoding="utf-8")
     assert "Weights after optimizer step" in card
     assert "not evaluated after this step" in card, "the run evaluated the average"
     export.main([str(straight.run_dir), str(tmp_path / "ema.safetensors")])
-    assert "Moving average of the weights after optimizer step" in (tmp_path / "ema.md").read_text(encoding="utf-8")
+    card = (tmp_path / "ema.safetensors.md").read_text(encoding="utf-8")
+    assert "Moving average of the weights after optimizer step" in card
 
 
 def test_what_there_is_no_average_of_is_refused(straight, tmp_path):
